@@ -1,0 +1,1 @@
+"""One op a file: public function, argument checks, reference in plain PyTorch, fake kernel."""

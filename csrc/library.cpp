@@ -1,0 +1,49 @@
+// The table of contents: the schemas of all ops, and their CPU kernels.
+// Fake kernels and other devices are registered in Python, beside each op's public function.
+#include "checks.h"
+#include "impulse_matrix.h"
+
+#include <cstring>
+#include <string>
+
+#define CONVINIT_STRING_(x) #x
+#define CONVINIT_STRING(x) CONVINIT_STRING_(x)
+
+namespace convinit {
+namespace {
+
+#if defined(__clang__)
+constexpr const char* kCompiler = "clang " __clang_version__;
+#elif defined(__GNUC__)
+constexpr const char* kCompiler = "gcc " __VERSION__;
+#else
+constexpr const char* kCompiler = "unknown";
+#endif
+
+// What only the compiler knows, as "key=value" lines.
+// The text travels as bytes: the stable ABI's own strings leak in torch before 2.14.
+Tensor build_config() {
+  const std::string text = std::string("torch_compiled=") + TORCH_VERSION + "\nstable_abi=" +
+                           std::to_string(TORCH_FEATURE_VERSION >> 56) + "." +
+                           std::to_string(TORCH_FEATURE_VERSION >> 48 & 0xff) + "\ncompiler=" + kCompiler +
+                           "\ncxx_standard=" CONVINIT_STRING(__cplusplus);
+  Tensor out = torch::stable::empty({static_cast<int64_t>(text.size())}, ScalarType::Byte);
+  std::memcpy(out.mutable_data_ptr<uint8_t>(), text.data(), text.size());
+  return out;
+}
+
+}  // namespace
+}  // namespace convinit
+
+STABLE_TORCH_LIBRARY(convinit, m) {
+  m.def("build_config() -> Tensor");
+  m.def("impulse_matrix(Tensor offsets, int height, int width, int padding_mode, ScalarType dtype) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(convinit, CompositeExplicitAutograd, m) {
+  m.impl("build_config", TORCH_BOX(&convinit::build_config));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(convinit, CPU, m) {
+  m.impl("impulse_matrix", TORCH_BOX(&convinit::impulse_matrix_cpu));
+}

@@ -1,0 +1,165 @@
+"""Builds `convinit._C`: CPU ops on LibTorch's stable ABI, so that one wheel serves every torch from 2.10 on.
+
+The shared object never refers to Python; `torch.ops.load_library` loads it.
+CUDA sources, where the tree has any, become a second one, `convinit._C_cuda`, under the control of
+`CONVINIT_CUDA`: 0 leaves it out, 1 insists on it, unset builds it where nvcc is found.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+
+try:
+    import torch
+    from torch.utils import cpp_extension
+except ImportError as error:
+    sys.exit(
+        f"convinit: building needs PyTorch 2.10 or newer, and torch cannot be imported ({error}). "
+        "Install it (pip install 'torch>=2.10') or build with isolation (pip install .)."
+    )
+
+ROOT = Path(__file__).resolve().parent
+STABLE_ABI = (2, 10)  # the oldest torch that a wheel runs on
+CXX_STANDARD_PROBE = "#include <concepts>\n#include <span>\ntemplate <std::integral T> T same(T x) { return x; }\n"
+
+
+def check_torch() -> None:
+    version = tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2])
+    if version < STABLE_ABI:
+        sys.exit(
+            f"convinit: building needs PyTorch 2.10 or newer, found {torch.__version__}. "
+            "Upgrade it (pip install --upgrade torch)."
+        )
+
+
+def check_compiler() -> None:
+    """Stops with a sentence instead of pages of compiler output."""
+    compiler = shlex.split(cpp_extension.get_cxx_compiler())
+    advice = "Install g++ 11 or clang 14 (or newer), for example: apt install g++; or name one in CXX."
+    if not compiler or shutil.which(compiler[0]) is None:
+        sys.exit(f"convinit: no C++ compiler found: {' '.join(compiler)!r} is not on PATH. {advice}")
+    probe = subprocess.run(
+        [*compiler, "-std=c++20", "-fsyntax-only", "-x", "c++", "-"],
+        input=CXX_STANDARD_PROBE,
+        capture_output=True,
+        text=True,
+    )
+    if probe.returncode:
+        reason = (probe.stderr.strip() or "no message").splitlines()[0]
+        sys.exit(f"convinit: {' '.join(compiler)!r} cannot compile C++20 ({reason}). {advice}")
+
+
+def find_cuda_home() -> Path | None:
+    """The CUDA toolkit that holds nvcc: CUDA_HOME, then PATH.
+
+    torch's own CUDA_HOME is None under a CPU build of torch, which would skip CUDA in silence.
+    """
+    if home := os.environ.get("CUDA_HOME"):
+        return Path(home) if (Path(home) / "bin" / "nvcc").is_file() else None
+    nvcc = shutil.which("nvcc")  # may be a link, as /usr/local/bin/nvcc often is
+    return Path(nvcc).resolve().parent.parent if nvcc else None
+
+
+def want_cuda(cuda_home: Path | None, sources: list[str]) -> bool:
+    choice = os.environ.get("CONVINIT_CUDA", "")
+    if choice not in ("", "0", "1"):
+        sys.exit(f"convinit: CONVINIT_CUDA must be 0, 1 or unset, got {choice!r}.")
+    if choice == "0":
+        return False
+    if not sources:
+        problem = "this source tree has no CUDA sources (csrc/*.cu)"
+    elif cuda_home is None:
+        problem = "nvcc was found neither through CUDA_HOME nor on PATH; install the CUDA toolkit"
+    else:
+        return True
+    if choice == "1":
+        sys.exit(f"convinit: CONVINIT_CUDA=1 asks for the CUDA ops, but {problem}.")
+    print(f"convinit: building the CPU ops alone: {problem}.", file=sys.stderr)
+    return False
+
+
+def common_flags() -> list[str]:
+    flags = ["-O3", "-std=c++20", "-ffp-contract=fast", "-fvisibility=hidden", "-g0", "-Wall", "-Wextra"]
+    flags.append(f"-DTORCH_TARGET_VERSION=0x{STABLE_ABI[0]:02x}{STABLE_ABI[1]:02x}000000000000")
+    flags.append(f"-ffile-prefix-map={ROOT}=convinit")  # error messages must not hold the builder's paths
+    for path in cpp_extension.include_paths():
+        flags += ["-isystem", path, f"-ffile-prefix-map={path}=torch"]  # -isystem: no warnings from there
+    return flags
+
+
+def strip_flags() -> list[str]:
+    return [] if sys.platform == "darwin" else ["-Wl,-s"]
+
+
+def cpu_extension() -> Extension:
+    return Extension(
+        "convinit._C",
+        sources("*.cpp"),
+        depends=sources("*.h"),
+        language="c++",
+        py_limited_api=True,
+        library_dirs=cpp_extension.library_paths(),
+        libraries=["torch_cpu", "c10"],
+        extra_compile_args=common_flags(),
+        extra_link_args=strip_flags(),
+    )
+
+
+def cuda_extension(cuda_home: Path) -> Extension:
+    cpp_extension.CUDA_HOME = str(cuda_home)
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
+    host = [flag for flag in common_flags() if flag.startswith(("-f", "-Wall", "-Wextra"))]
+    includes = [*cpp_extension.include_paths(), str(cuda_home / "include")]
+    # Not CUDAExtension: it links libtorch_cuda, which a CPU build of torch does not have. Linking libtorch as
+    # the last library, needed or not, brings libtorch_cuda in at load time.
+    return Extension(
+        "convinit._C_cuda",
+        sources("*.cu"),
+        depends=sources("*.h"),
+        language="c++",
+        py_limited_api=True,
+        library_dirs=[*cpp_extension.library_paths(), str(cuda_home / "lib64")],
+        libraries=["torch_cpu", "c10", "cudart_static", "dl", "rt", "pthread"],
+        extra_compile_args={
+            "cxx": common_flags(),
+            "nvcc": ["-O3", "-std=c++20", "-DUSE_CUDA", common_flags()[7]]
+            + [arg for path in includes for arg in ("-isystem", path)]
+            + [f"-Xcompiler={flag}" for flag in host],
+        },
+        extra_link_args=[*strip_flags(), "-Wl,--exclude-libs,ALL", "-Wl,--no-as-needed", "-ltorch"],
+    )
+
+
+def sources(pattern: str) -> list[str]:
+    return sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").glob(pattern))
+
+
+class BuildExtension(cpp_extension.BuildExtension):
+    """torch's build step with the checks that turn a failed build into a sentence."""
+
+    def build_extensions(self) -> None:
+        check_torch()
+        check_compiler()
+        super().build_extensions()
+
+
+def extensions() -> list[Extension]:
+    cuda_home = find_cuda_home()
+    with_cuda = want_cuda(cuda_home, sources("*.cu"))
+    return [cpu_extension(), *([cuda_extension(cuda_home)] if with_cuda and cuda_home else [])]
+
+
+check_torch()
+setup(
+    ext_modules=extensions(),
+    cmdclass={"build_ext": BuildExtension},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+)

@@ -28,7 +28,8 @@ except ImportError as error:
 
 ROOT = Path(__file__).resolve().parent
 STABLE_ABI = (2, 10)  # the oldest torch that a wheel runs on
-CXX_STANDARD_PROBE = "#include <concepts>\n#include <span>\ntemplate <std::integral T> T same(T x) { return x; }\n"
+STABLE_ABI_FLAG = f"-DTORCH_TARGET_VERSION=0x{STABLE_ABI[0]:02x}{STABLE_ABI[1]:02x}000000000000"
+CXX_STANDARD_PROBE = "#include <concepts>\n#include <span>\ntemplate <std::integral T> T same(T x);\n"
 
 
 def check_torch() -> None:
@@ -88,7 +89,7 @@ def want_cuda(cuda_home: Path | None, sources: list[str]) -> bool:
 
 def common_flags() -> list[str]:
     flags = ["-O3", "-std=c++20", "-ffp-contract=fast", "-fvisibility=hidden", "-g0", "-Wall", "-Wextra"]
-    flags.append(f"-DTORCH_TARGET_VERSION=0x{STABLE_ABI[0]:02x}{STABLE_ABI[1]:02x}000000000000")
+    flags.append(STABLE_ABI_FLAG)
     flags.append(f"-ffile-prefix-map={ROOT}=convinit")  # error messages must not hold the builder's paths
     for path in cpp_extension.include_paths():
         flags += ["-isystem", path, f"-ffile-prefix-map={path}=torch"]  # -isystem: no warnings from there
@@ -130,7 +131,7 @@ def cuda_extension(cuda_home: Path) -> Extension:
         libraries=["torch_cpu", "c10", "cudart_static", "dl", "rt", "pthread"],
         extra_compile_args={
             "cxx": common_flags(),
-            "nvcc": ["-O3", "-std=c++20", "-DUSE_CUDA", common_flags()[7]]
+            "nvcc": ["-O3", "-std=c++20", "-DUSE_CUDA", STABLE_ABI_FLAG]
             + [arg for path in includes for arg in ("-isystem", path)]
             + [f"-Xcompiler={flag}" for flag in host],
         },

@@ -40,7 +40,8 @@ def _load() -> bool:
             torch.ops.load_library(path)
         except OSError as error:
             raise ImportError(
-                f"convinit's compiled ops in {path} cannot be loaded under torch {torch.__version__}: {error}. "
+                f"convinit's compiled ops in {path} cannot be loaded under torch {torch.__version__}: "
+                f"{error}. "
                 f"Reinstall convinit, or in a source checkout build it again: {_BUILD_COMMAND}"
             ) from error
     return cuda_library is not None
@@ -74,7 +75,7 @@ def build_info() -> dict[str, Any]:
         "torch_compiled": config["torch_compiled"],
         "stable_abi": config["stable_abi"],
         "compiler": config["compiler"],
-        "cxx_standard": config["cxx_standard"],
+        "cxx_standard": f"C++{config['cxx_standard'][2:4]}",  # 202002L: C++20
         "cpu_ops": True,
         "cuda_ops": _HAS_CUDA_OPS,
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),

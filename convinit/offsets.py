@@ -64,9 +64,7 @@ def check_generator(generator: torch.Generator | None) -> None:
         )
 
 
-def sample_offsets(
-    num_heads: int, kernel_size: int, *, generator: torch.Generator | None = None
-) -> Tensor:
+def sample_offsets(num_heads: int, kernel_size: int, *, generator: torch.Generator | None = None) -> Tensor:
     """Draws one random offset per head, uniformly and independently, from a square window.
 
     Equivalent to `torch.randint(-(kernel_size // 2), kernel_size // 2 + 1, (num_heads, 2))`.

@@ -29,8 +29,8 @@ def impulse_matrix(
 ) -> Tensor:
     """The matrices M with `M[b] @ tokens` = the tokens an offset (dy, dx) away, one matrix per offset.
 
-    M[b, n, m] = 1 if m = impulse_targets(offsets, grid_size, padding_mode=padding_mode)[b, n], else 0. So row
-    (i, j) has a single 1 at column (i + dy, j + dx), and M[b] is a convolution with an impulse for its kernel.
+    M[b, n, m] = 1 if m = impulse_targets(offsets, grid_size, padding_mode=padding_mode)[b, n], else 0.
+    So row (i, j) has a single 1 at column (i + dy, j + dx): a convolution whose kernel is an impulse.
 
     Args:
         offsets: [B, 2], any integer dtype but uint64: (dy, dx) in tokens, of any size.

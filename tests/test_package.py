@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+import torch
+
+import convinit
+from convinit import _library
+
+
+def run_python(code: str, *, cwd: Path) -> str:
+    """What `code` prints in a fresh interpreter started in `cwd`."""
+    done = subprocess.run([sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_version_is_the_installed_one():
+    assert convinit.__version__ == metadata.version("convinit")
+
+
+def test_public_names_exist():
+    for name in convinit.__all__:
+        assert hasattr(convinit, name), name
+
+
+def test_build_info():
+    info = convinit.build_info()
+    assert info["convinit"] == convinit.__version__
+    assert info["torch"] == torch.__version__
+    assert info["stable_abi"] == "2.10"
+    assert re.fullmatch(r"2\.\d+\.\d+", info["torch_compiled"])
+    assert re.match(r"(gcc|clang) \d+", info["compiler"])
+    assert info["cxx_standard"] == "C++20"
+    assert info["num_threads"] == torch.get_num_threads()
+    assert (info["gpu"] is not None) == torch.cuda.is_available()
+
+
+def test_shared_object_never_refers_to_python():
+    if sys.platform == "win32" or shutil.which("nm") is None:
+        pytest.skip("needs nm")
+    path = _library._find("_C")
+    assert path is not None
+    flags = ["-u"] if sys.platform == "darwin" else ["-D", "--undefined-only"]
+    listing = subprocess.run(["nm", *flags, path], capture_output=True, text=True, check=True).stdout
+    symbols = [line.split()[-1] for line in listing.splitlines() if line.strip()]
+    assert any("aoti_torch" in symbol for symbol in symbols)  # the listing is the right one
+    assert [s for s in symbols if re.match(r"_?_?Py[A-Z_]", s)] == []
+    # The stable ABI alone: nothing of torch's C++ namespaces, which change from release to release.
+    assert [s for s in symbols if re.match(r"_ZNK?(2at|3c10|5torch)", s)] == []
+
+
+def test_missing_library_explains_itself(tmp_path):
+    """A source checkout that was never built, imported in place of the installed package."""
+    source = Path(convinit.__file__).parent
+    shutil.copytree(source, tmp_path / "convinit", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    code = "try:\n    import convinit\nexcept ImportError as error:\n    print(error)"
+    message = run_python(code, cwd=tmp_path)
+    assert "no _C.abi3.so in" in message
+    assert "pip install --no-build-isolation -e ." in message
+
+
+def test_broken_library_explains_itself(tmp_path):
+    source = Path(convinit.__file__).parent
+    shutil.copytree(source, tmp_path / "convinit", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    (tmp_path / "convinit" / "_C.abi3.so").write_bytes(b"no library")
+    code = "try:\n    import convinit\nexcept ImportError as error:\n    print(error)"
+    message = run_python(code, cwd=tmp_path)
+    assert f"cannot be loaded under torch {torch.__version__}" in message
+    assert "build it again" in message
+
+
+def test_old_torch_explains_itself(monkeypatch):
+    monkeypatch.setattr(torch, "__version__", "2.9.1+cpu")
+    with pytest.raises(ImportError, match=r"needs torch 2.10 or newer, found 2.9.1\+cpu"):
+        _library._load()

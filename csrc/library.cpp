@@ -2,6 +2,7 @@
 // Fake kernels and other devices are registered in Python, beside each op's public function.
 #include "checks.h"
 #include "impulse_matrix.h"
+#include "qk_solver.h"
 
 #include <cstring>
 #include <string>
@@ -38,6 +39,9 @@ Tensor build_config() {
 STABLE_TORCH_LIBRARY(convinit, m) {
   m.def("build_config() -> Tensor");
   m.def("impulse_matrix(Tensor offsets, int height, int width, int padding_mode, ScalarType dtype) -> Tensor");
+  m.def(
+      "qk_solver(Tensor xq, Tensor xk, Tensor targets, Tensor wq_starts, Tensor wk_starts, float scale, "
+      "Tensor? weight_norm, float peak, int max_iterations, float tolerance) -> (Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(convinit, CompositeExplicitAutograd, m) {
@@ -46,4 +50,5 @@ STABLE_TORCH_LIBRARY_IMPL(convinit, CompositeExplicitAutograd, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(convinit, CPU, m) {
   m.impl("impulse_matrix", TORCH_BOX(&convinit::impulse_matrix_cpu));
+  m.impl("qk_solver", TORCH_BOX(&convinit::qk_solver_cpu));
 }

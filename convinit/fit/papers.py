@@ -1,0 +1,115 @@
+"""The papers' own fits, with their constants as defaults."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from convinit._progress import progress
+
+
+@dataclass(frozen=True)
+class Adam:
+    """Options of method "adam": the fit of arXiv 2401.12511 and 2404.01139.
+
+    Attributes:
+        lr: learning rate of Adam; its betas and epsilon are PyTorch's defaults.
+        steps: number of steps.
+        norm_interval: at steps 0, norm_interval, 2 · norm_interval, … the weights are normalised again.
+        heads: heads of one layer, over which the loss is a mean; 0 means all that are fitted together.
+    """
+
+    lr: float = 1e-4
+    steps: int = 10_000
+    norm_interval: int = 100
+    heads: int = 0
+
+
+@dataclass(frozen=True)
+class SVD:
+    """Options of method "svd": the fit of arXiv 2505.19985.
+
+    The papers' model multiplies the position embedding by 18 in its forward pass; pass `18 * P` to fit such a
+    model.
+
+    Attributes:
+        impulse_logit: logit of the target.
+        noise, noise_std: the other logits are noise · TruncatedNormal(std noise_std, cut at ±2).
+        weight_norm: Frobenius norm of each factor.
+    """
+
+    impulse_logit: float = 1000.0
+    noise: float = 3.0
+    noise_std: float = 0.6
+    weight_norm: float = 7.0
+
+
+def fit_adam(
+    pos_embed: Tensor,
+    targets: Tensor,
+    rank: int,
+    *,
+    scale: float,
+    method: Adam,
+    generator: torch.Generator | None,
+) -> tuple[Tensor, Tensor]:
+    """W_q, W_k [B, D, r] by Adam on mse(softmax(σ P W_q W_kᵀ Pᵀ), M), as in arXiv 2401.12511.
+
+    Both start as U(±√(1/(r · heads))). At every `norm_interval`-th step W_q [B, D, r] is divided by its norm
+    over D and W_kᵀ [B, r, D] by its norm over r, and both are multiplied by the mean initial norm of W_q's
+    columns.
+    """
+    P = pos_embed.to(torch.promote_types(pos_embed.dtype, torch.float32))
+    heads = method.heads or max(len(targets), 1)
+    bound = (1 / (rank * heads)) ** 0.5
+
+    def uniform(*shape: int) -> Tensor:
+        return torch.empty(shape).uniform_(-bound, bound, generator=generator).to(P)
+
+    wq, wk_t = uniform(len(targets), P.shape[1], rank), uniform(len(targets), rank, P.shape[1])
+    norm = wq.norm(dim=1).mean()
+    optimizer = torch.optim.Adam([wq, wk_t], lr=method.lr)
+    inside, column = (targets >= 0)[:, :, None].to(P), targets.clamp(min=0)[:, :, None]
+    factor = 2 * scale / (heads * P.shape[0] ** 2)
+    for step in progress(range(method.steps), "fitting with Adam", unit="step"):
+        if step % method.norm_interval == 0:
+            wq *= norm / wq.norm(dim=1, keepdim=True)
+            wk_t *= norm / wk_t.norm(dim=1, keepdim=True)
+        # The gradient by hand: half the time and memory of autograd.
+        q, k_t = P @ wq, wk_t @ P.T  # [B, N, r], [B, r, N]
+        attention = torch.softmax(scale * (q @ k_t), dim=-1)
+        difference = attention.scatter_add(2, column, -inside)  # attention − M
+        difference -= (attention * difference).sum(dim=-1, keepdim=True)
+        grad_logits = difference.mul_(attention).mul_(factor)
+        wq.grad = P.T @ (grad_logits @ k_t.mT)
+        wk_t.grad = (q.mT @ grad_logits) @ P
+        optimizer.step()
+    return wq.detach(), wk_t.detach().mT.contiguous()
+
+
+def fit_svd(
+    pos_embed: Tensor, targets: Tensor, rank: int, *, method: SVD, generator: torch.Generator | None
+) -> tuple[Tensor, Tensor]:
+    """W_q, W_k [B, D, r] from the pseudo-inverse of wanted logits, as in arXiv 2505.19985.
+
+    L = impulse_logit · M + noise · TruncatedNormal off the impulse;  A = P⁺ L P⁺ᵀ with P⁺ = (PᵀP)⁺ Pᵀ, the
+    inverse cut to its r largest eigenvalues;  A ≈ U S Vᵀ;  W_q = U √S and W_k = V √S, each scaled to the
+    Frobenius norm asked.
+    """
+    P = pos_embed.double()
+    n = P.shape[0]
+    logits = torch.empty(len(targets), n, n, dtype=torch.float64)
+    torch.nn.init.trunc_normal_(logits, std=method.noise_std, generator=generator).mul_(method.noise)
+    column, inside = targets.clamp(min=0)[:, :, None], (targets >= 0)[:, :, None]
+    logits.scatter_(2, column, torch.where(inside, method.impulse_logit, logits.gather(2, column)))
+    energy, V = torch.linalg.eigh(P.T @ P)
+    energy, V = energy.flip(0)[:rank], V.flip(1)[:, :rank]
+    kept = energy > torch.finfo(torch.float64).eps * P.shape[1] * energy[0]
+    inverse = (V[:, kept] / energy[kept]) @ V[:, kept].T @ P.T  # P⁺ [D, N]
+    U, S, Vh = torch.linalg.svd(inverse @ logits @ inverse.T, full_matrices=False)
+    root = S[:, None, :rank].sqrt()
+    factors = (U[..., :rank] * root, Vh[:, :rank].mT * root)
+    wq, wk = (w * (method.weight_norm / w.norm(dim=(1, 2), keepdim=True)) for w in factors)
+    return wq, wk

@@ -1,0 +1,99 @@
+"""What a fit returns, and the figures by which attention maps are judged."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def attention_maps(wq: Tensor, wk: Tensor, pos_embed: Tensor, scale: float) -> Tensor:
+    """softmax(scale · (P W_q)(P W_k)ᵀ): wq, wk [B, D, r], pos_embed [N, D] -> [B, N, N]."""
+    return torch.softmax(scale * (pos_embed @ wq) @ (pos_embed @ wk).mT, dim=-1)
+
+
+def map_metrics(attention: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """mse, peak and hit_rate [B] of attention [B, N, N] against targets [B, N] (-1: a zero row)."""
+    inside = targets >= 0
+    column = targets.clamp(min=0)[:, :, None]
+    on_target = attention.gather(2, column)
+    difference = attention.scatter_add(2, column, -inside[:, :, None].to(attention.dtype))
+    others = attention.scatter(2, column, -1.0)  # a tie with another token is no hit
+    hit = on_target[:, :, 0] > others.amax(dim=2)
+    rows = inside.sum(dim=1).clamp(min=1)
+    return (
+        difference.square().mean(dim=(1, 2)),
+        (on_target[:, :, 0] * inside).sum(dim=1) / rows,
+        (hit & inside).sum(dim=1) / rows,
+    )
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class QKFit:
+    """Query and key weights of B heads, and how well their attention maps meet their targets.
+
+    Attributes:
+        wq, wk: [B, D, r], on the device and in the dtype of `pos_embed`. As `nn.Linear` weights [B·r, D]:
+            `wq.mT.reshape(-1, D)`.
+        mse: [B] float64, mean over all N² entries of (attention − M)², the papers' loss.
+        peak: [B] float64, mean attention on the target, over the rows that have one.
+        hit_rate: [B] float64, share of those rows whose largest attention is the target.
+        weight_norm: [B] float64, √(‖W_q‖_F · ‖W_k‖_F).
+        targets: [B, N] int64, the column that each row is to look at; −1 where M has a zero row.
+        offsets: [B, 2] int64, or None where the fit was to arbitrary targets.
+        pos_embed: [N, D], what was fitted against.
+        scale: the softmax temperature.
+        method: the method with its options.
+        seconds: wall-clock time of the fit.
+    """
+
+    wq: Tensor
+    wk: Tensor
+    mse: Tensor
+    peak: Tensor
+    hit_rate: Tensor
+    weight_norm: Tensor
+    targets: Tensor
+    offsets: Tensor | None
+    pos_embed: Tensor
+    scale: float
+    method: object
+    seconds: float
+
+    def attention_map(self, heads: int | slice | Sequence[int] | None = None) -> Tensor:
+        """softmax(scale · (P W_q)(P W_k)ᵀ) of the chosen heads (default: all), [heads, N, N]."""
+        chosen = [heads] if isinstance(heads, int) else slice(None) if heads is None else heads
+        return attention_maps(self.wq[chosen], self.wk[chosen], self.pos_embed, self.scale)
+
+    def table(self) -> str:
+        """One line a head: offset, mse, peak, hit rate and weight norm."""
+        lines = [f"{'head':>5} {'offset':>9} {'mse':>10} {'peak':>7} {'hit rate':>9} {'weight norm':>12}"]
+        for b in range(len(self.mse)):
+            offset = "-" if self.offsets is None else "({:+d},{:+d})".format(*self.offsets[b].tolist())
+            lines.append(
+                f"{b:>5} {offset:>9} {self.mse[b]:>10.3e} {self.peak[b]:>7.3f} {self.hit_rate[b]:>9.3f} "
+                f"{self.weight_norm[b]:>12.3f}"
+            )
+        return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        heads, dim, rank = self.wq.shape
+        head = f"QKFit({heads} heads, N={self.pos_embed.shape[0]}, D={dim}, r={rank}, {self.method}"
+        if heads == 0:
+            return head + ")"
+
+        def span(values: Tensor, digits: str) -> str:
+            low, high = values.min().item(), values.max().item()
+            text = f"{values.mean().item():{digits}}"
+            return (
+                text
+                if f"{low:{digits}}" == f"{high:{digits}}"
+                else f"{text} [{low:{digits}}, {high:{digits}}]"
+            )
+
+        return (
+            f"{head}, {self.seconds:.2f} s)\n  mse {span(self.mse, '.2e')}, peak {span(self.peak, '.3f')}, "
+            f"hit_rate {span(self.hit_rate, '.3f')}, weight_norm {span(self.weight_norm, '.2f')}"
+        )

@@ -1,0 +1,155 @@
+"""ConvMixer with the spatial filters of arXiv 2401.12511."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from convinit.init import default_
+from convinit.models.simple_vit import pair, patch_grid
+from convinit.nn.spatial_conv import SpatialConv
+from convinit.offsets import check_int
+
+__all__ = ["ConvMixer"]
+
+
+class ConvMixer(nn.Module):
+    """Patches, then blocks of spatial and pointwise mixing, mean over the pixels, linear head.
+
+    block:  x = x + BatchNorm(GELU(spatial(x)));   x = BatchNorm(GELU(pointwise(x)))
+
+    ``init="random"`` with ``trainable_mixing=True`` is the ordinary, learned ConvMixer.
+
+    Args:
+        image_size, patch_size: pixels, one number or (height, width).
+        num_classes: outputs.
+        dim: channels.
+        depth: blocks.
+        kernel_size: f of the depthwise filters, and of the window of a matrix's impulse.
+        channels: of the images.
+        init, num_cells, variance: kind of the spatial filters; see :class:`convinit.nn.SpatialConv`.
+        matrix_form: mix by N×N matrices: "impulse", "permutation" or "full_permutation".
+        num_filters: filters of a layer, which its channels share; None means one a channel.
+        share_layers: one set of filters for all layers; each layer still assigns them to its channels and has
+            its own bias.
+        trainable_mixing: False freezes filters and their bias.
+        generator: CPU generator of the initial values; None means torch's own.
+        device, dtype: of parameters and buffers.
+
+    Shape: [B, channels, height, width] → [B, num_classes].
+
+    Raises:
+        ValueError: the image is not divisible into patches, or the filter options do not fit together.
+
+    Source: arXiv 2201.09792 (ConvMixer); arXiv 2401.12511, section 3.
+    """
+
+    def __init__(
+        self,
+        image_size: int | Sequence[int],
+        patch_size: int | Sequence[int],
+        num_classes: int,
+        *,
+        dim: int = 512,
+        depth: int = 6,
+        kernel_size: int = 5,
+        channels: int = 3,
+        init: str = "random",
+        num_cells: int = 9,
+        variance: float = 1.0,
+        matrix_form: bool = False,
+        num_filters: int | None = None,
+        share_layers: bool = False,
+        trainable_mixing: bool = True,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_int("num_classes", num_classes)
+        check_int("depth", depth, minimum=0)
+        self.grid_size = patch_grid(image_size, patch_size)
+        self.image_size = pair("image_size", image_size)
+        self.share_layers = share_layers
+
+        # Made on the meta device, so that nothing is drawn twice.
+        factory = {"device": "meta", "dtype": dtype}
+        patch = pair("patch_size", patch_size)
+        self.patch_embed = nn.Sequential(
+            nn.Conv2d(channels, dim, patch, stride=patch, **factory),
+            nn.GELU(),
+            nn.BatchNorm2d(dim, **factory),
+        )
+        self.blocks = nn.ModuleList()
+        for layer in range(depth):
+            spatial = SpatialConv(
+                dim,
+                kernel_size,
+                init=init,
+                grid_size=self.grid_size if matrix_form else None,
+                num_filters=num_filters,
+                num_cells=num_cells,
+                variance=variance,
+                trainable=trainable_mixing,
+                weight=self.blocks[0].spatial.weight if share_layers and layer > 0 else None,
+                **factory,
+            )
+            self.blocks.append(Block(spatial, **factory))
+        self.head = nn.Linear(dim, num_classes, **factory)
+
+        device = torch.get_default_device() if device is None else torch.device(device)
+        if device.type != "meta":
+            self.to_empty(device=device)
+            self.reset_parameters(generator)
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draw all weights anew, as the constructor does. Works after ``to_empty``.
+
+        Args:
+            generator: CPU generator. The same seed gives the same model.
+        """
+        if self.share_layers:
+            for block in self.blocks:  # to_empty unties parameters
+                block.spatial.weight = self.blocks[0].spatial.weight
+        for module in self.modules():
+            if isinstance(module, SpatialConv):
+                module.reset_parameters(generator)
+            elif isinstance(module, nn.BatchNorm2d):
+                module.reset_parameters()
+            elif isinstance(module, nn.Linear | nn.Conv2d):
+                default_(module.weight, module.bias, generator=generator)
+
+    def forward(self, images: Tensor) -> Tensor:
+        if images.dim() != 4 or images.shape[2:] != self.image_size:
+            height, width = self.image_size
+            raise ValueError(f"images must be [B, channels, {height}, {width}], got {list(images.shape)}")
+        x = self.patch_embed(images)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x.mean(dim=(2, 3)))
+
+
+class Block(nn.Module):
+    """Residual spatial mixing, then pointwise mixing."""
+
+    def __init__(
+        self,
+        spatial: SpatialConv,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        factory = {"device": device, "dtype": dtype}
+        dim = spatial.dim
+        self.spatial = spatial
+        self.spatial_norm = nn.Sequential(nn.GELU(), nn.BatchNorm2d(dim, **factory))
+        self.pointwise = nn.Sequential(
+            nn.Conv2d(dim, dim, 1, **factory), nn.GELU(), nn.BatchNorm2d(dim, **factory)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.spatial_norm(self.spatial(x))
+        return self.pointwise(x)

@@ -1,0 +1,238 @@
+"""SimpleViT and the Models I, II and III of arXiv 2401.12511."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from convinit.fit.api import Method
+from convinit.init import default_
+from convinit.nn.attention import ConvInitAttention, reset_mixing_
+from convinit.nn.position import sincos_2d
+from convinit.offsets import check_int
+
+__all__ = ["SimpleViT"]
+
+
+class SimpleViT(nn.Module):
+    """Vision Transformer without class token: patches, pre-norm blocks, mean over the tokens, linear head.
+
+    ===========  ===================================================  =============
+    ``variant``  queries and keys of a layer see                      values see
+    ===========  ===================================================  =============
+    "vanilla"    LN(x), with α·x + (1−α)·P once, at the entry         LN(x)
+    "I"          α·LN(x) + (1−α)·P                                    LN(x)
+    "II"         P                                                    LN(x)
+    "III"        nothing: Q [heads, N, r] and K [heads, r, N] free    LN(x)
+    ===========  ===================================================  =============
+
+    P is the fixed sin-cos embedding of the patch grid. ``init="default"`` leaves queries and keys as
+    ``nn.Linear`` makes them; "random" and "mimetic" are the papers' baselines; "impulse" is fitted, all
+    layers and heads in one call of :func:`convinit.fit_qk`; "scrambled" and "norm_matched" are its controls.
+
+    Args:
+        image_size, patch_size: pixels, one number or (height, width).
+        num_classes: outputs.
+        dim: D, width of the tokens, divisible by 4.
+        depth: blocks.
+        num_heads, head_dim: heads and their width r; head_dim=None means dim / num_heads.
+        mlp_dim: hidden width of the MLP.
+        channels: of the images.
+        variant, alpha: see the table.
+        init, values, kernel_size, scale, padding_mode, method, weight_norm, peak, value, proj,
+            trainable_mixing: see :class:`convinit.nn.ConvInitAttention`.
+        attn_drop, proj_drop: dropout on attention weights, and on the outputs of attention and MLP.
+        generator: CPU generator of the initial values; None means torch's own.
+        device, dtype: of parameters and buffers.
+
+    Shape: [B, channels, height, width] → [B, num_classes].
+
+    Raises:
+        ValueError: the image is not divisible into patches, dim not by 4 or not by num_heads.
+
+    Source: arXiv 2205.01580 (SimpleViT); arXiv 2401.12511, section 5. As there, no projection of the
+    attention has a bias.
+    """
+
+    def __init__(
+        self,
+        image_size: int | Sequence[int],
+        patch_size: int | Sequence[int],
+        num_classes: int,
+        *,
+        dim: int = 512,
+        depth: int = 6,
+        num_heads: int = 8,
+        head_dim: int | None = 64,
+        mlp_dim: int = 512,
+        channels: int = 3,
+        variant: str = "I",
+        alpha: float = 0.2,
+        init: str = "impulse",
+        values: str = "default",
+        kernel_size: int = 5,
+        scale: float | None = None,
+        padding_mode: str = "zeros",
+        method: str | Method = "newton",
+        weight_norm: float | None = None,
+        peak: float | None = None,
+        value: bool = True,
+        proj: bool = True,
+        trainable_mixing: bool = True,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_int("num_classes", num_classes)
+        check_int("depth", depth, minimum=0)
+        self.patch_size = pair("patch_size", patch_size)
+        self.grid_size = patch_grid(image_size, patch_size)
+        self.entry_alpha = alpha if variant == "vanilla" else None
+
+        # Made on the meta device, so that nothing is drawn twice.
+        factory = {"device": "meta", "dtype": dtype}
+        patch_dim = channels * self.patch_size[0] * self.patch_size[1]
+        self.patch_embed = nn.Sequential(
+            nn.LayerNorm(patch_dim, **factory),
+            nn.Linear(patch_dim, dim, **factory),
+            nn.LayerNorm(dim, **factory),
+        )
+        self.blocks = nn.ModuleList()
+        for _ in range(depth):
+            attn = ConvInitAttention(
+                dim,
+                num_heads,
+                self.grid_size,
+                head_dim=head_dim,
+                kernel_size=kernel_size,
+                alpha=alpha,
+                variant=variant,
+                scale=scale,
+                attn_drop=attn_drop,
+                proj_drop=proj_drop,
+                value=value,
+                proj=proj,
+                proj_bias=False,
+                trainable_mixing=trainable_mixing,
+                padding_mode=padding_mode,
+                init=init,
+                values=values,
+                method=method,
+                weight_norm=weight_norm,
+                peak=peak,
+                **factory,
+            )
+            self.blocks.append(Block(attn, mlp_dim, proj_drop, **factory))
+        self.norm = nn.LayerNorm(dim, **factory)
+        self.head = nn.Linear(dim, num_classes, **factory)
+        self.register_buffer("pos_embed", sincos_2d(self.grid_size, dim, **factory), persistent=False)
+
+        device = torch.get_default_device() if device is None else torch.device(device)
+        if device.type != "meta":
+            self.to_empty(device=device)
+            self.reset_parameters(generator)
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draw all weights anew, as the constructor does. Works after ``to_empty``.
+
+        Args:
+            generator: CPU generator. The same seed gives the same model.
+        """
+        self.pos_embed.copy_(sincos_2d(self.grid_size, self.pos_embed.shape[1]))
+        layers = [block.attn for block in self.blocks]
+        reset_mixing_(layers, generator)  # one fit for all layers
+        for layer in layers:
+            layer.reset_values(generator)
+        others = [self.patch_embed, self.norm, self.head]
+        others += [child for block in self.blocks for child in (block.norm, block.mlp)]
+        for module in (module for part in others for module in part.modules()):
+            if isinstance(module, nn.Linear):
+                default_(module.weight, module.bias, generator=generator)
+            elif isinstance(module, nn.LayerNorm):
+                module.reset_parameters()
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Images [B, channels, height, width] → tokens [B, N, D], as they enter the first block."""
+        x = self.patch_embed(self.patchify(images))
+        if self.entry_alpha is None:
+            return x
+        return self.entry_alpha * x + (1 - self.entry_alpha) * self.pos_embed
+
+    def patchify(self, images: Tensor) -> Tensor:
+        """[B, channels, height, width] → [B, N, patch height · patch width · channels]."""
+        (height, width), (rows, columns) = self.grid_size, self.patch_size
+        if images.dim() != 4 or images.shape[2:] != (height * rows, width * columns):
+            raise ValueError(
+                f"images must be [B, channels, {height * rows}, {width * columns}], got {list(images.shape)}"
+            )
+        patches = images.unflatten(3, (width, columns)).unflatten(
+            2, (height, rows)
+        )  # [B, C, H, rows, W, columns]
+        return patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.embed(images)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x).mean(dim=1))
+
+    def attention_maps(self, images: Tensor) -> Tensor:
+        """The attention maps of every layer, [depth, B, heads, N, N]."""
+        maps = []
+        x = self.embed(images)
+        for block in self.blocks:
+            maps.append(block.attn.attention_map(block.norm(x)).expand(len(images), -1, -1, -1))
+            x = block(x)
+        return torch.stack(maps)
+
+
+class Block(nn.Module):
+    """Pre-norm block: x + attention(LN(x)), then x + MLP(x), whose first layer is a LayerNorm."""
+
+    def __init__(
+        self,
+        attn: ConvInitAttention,
+        mlp_dim: int,
+        drop: float,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        factory = {"device": device, "dtype": dtype}
+        self.norm = nn.LayerNorm(attn.dim, **factory)
+        self.attn = attn
+        self.mlp = nn.Sequential(
+            nn.LayerNorm(attn.dim, **factory),
+            nn.Linear(attn.dim, mlp_dim, **factory),
+            nn.GELU(),
+            nn.Linear(mlp_dim, attn.dim, **factory),
+            nn.Dropout(drop),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.norm(x))
+        return x + self.mlp(x)
+
+
+def pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
+    """One number, or (height, width), as (height, width)."""
+    height, width = (value, value) if isinstance(value, int) else value
+    return check_int(name, height), check_int(name, width)
+
+
+def patch_grid(image_size: int | Sequence[int], patch_size: int | Sequence[int]) -> tuple[int, int]:
+    """The token grid (H, W) of an image cut into patches."""
+    image, patch = pair("image_size", image_size), pair("patch_size", patch_size)
+    if image[0] % patch[0] or image[1] % patch[1]:
+        raise ValueError(
+            f"image_size must be divisible by patch_size, got {image[0]} x {image[1]} pixels and "
+            f"{patch[0]} x {patch[1]} patches"
+        )
+    return image[0] // patch[0], image[1] // patch[1]

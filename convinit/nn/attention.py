@@ -1,0 +1,457 @@
+"""Multi-head attention whose maps start as random impulse convolutions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from convinit import init as init_
+from convinit.fit import fit_qk
+from convinit.fit.api import Method
+from convinit.nn.position import sincos_2d
+from convinit.offsets import check_grid_size, check_int, check_padding_mode, sample_offsets
+from convinit.ops.positional_attention import positional_attention
+from convinit.ops.shared_attention import shared_attention
+
+__all__ = ["ConvInitAttention", "reset_mixing_"]
+
+_VARIANTS = ("vanilla", "I", "II", "III")
+_FITTED = ("impulse", "scrambled", "norm_matched")
+_INITS = (*_FITTED, "mimetic", "random", "default")
+_VALUES = ("default", "mimetic")
+
+
+class ConvInitAttention(nn.Module):
+    """Self-attention over a token grid, initialised so that every head is an impulse convolution.
+
+    ===========  ======================================================  ===================
+    ``variant``  attention map                                           the map depends on
+    ===========  ======================================================  ===================
+    "vanilla"    softmax(scale · x W_q (x W_k)ᵀ)                         x
+    "I"          the same with α x + (1−α) P for x                       x and P
+    "II"         the same with P for x                                   P: one for a batch
+    "III"        softmax(scale · Q K), free Q [N, r] and K [r, N]        one for a batch
+    ===========  ======================================================  ===================
+
+    out = concat_heads(map · x W_v) W_o. In the models x is LayerNorm(x), the norm being the block's.
+
+    Args:
+        dim: D, width of the tokens.
+        num_heads: heads.
+        grid_size: (H, W); the input must be these N = H·W tokens, row-major, without class token.
+        head_dim: r; None means dim / num_heads.
+        kernel_size: f, offsets are drawn from the f×f window; odd.
+        alpha: content share α of Model I, 0 to 1.
+        variant: see the table.
+        scale: softmax temperature, of the fit and of the forward pass; None means r**-0.5.
+        qkv_bias: biases of the query, key and value projections.
+        attn_drop, proj_drop: dropout on the attention weights (in Models II and III one mask for the batch)
+            and on the output.
+        value, proj: False leaves out W_v or W_o. Either needs heads·r = D.
+        proj_bias: bias of the output layer.
+        trainable_mixing: False freezes W_q and W_k, or Q and K.
+        padding_mode: of the impulse matrices: "zeros", "replicate", "circular", "reflect".
+        init: of queries and keys. "impulse"; the papers' "mimetic" and "random"; "default", as ``nn.Linear``;
+            the controls "scrambled" (fit to random permutations) and "norm_matched" (random), both at the
+            weight norm that "impulse" would have had. Model III starts from Q = P W_q and K = (P W_k)ᵀ if
+            those are fitted or norm-matched; the other initialisers are applied to Q and Kᵀ themselves, where
+            "default" means "random".
+        values: of W_v and W_o: "default", as ``nn.Linear``, or "mimetic".
+        method, weight_norm, peak: of the fit; see :func:`convinit.fit_qk`.
+        pos_embed: P [N, D]; None means the fixed 2-D sin-cos of grid and dim, which needs a D divisible by 4.
+            A given P is data: it is saved with the state_dict, and after ``to_empty`` it must be loaded.
+        attn_head_dim, dim_out, qk_norm, scale_norm, gated, norm_layer: taken so that the module can stand in
+            a timm block. ``attn_head_dim`` is timm's name of head_dim; norm_layer is not used, as in timm
+            when there is no norm; what would change the fitted map or the output is refused.
+        generator: CPU generator of the initial values; None means torch's own.
+        device, dtype: of parameters and buffers.
+
+    Shape: x [B, N, D] → [B, N, D].
+
+    Buffers: ``pos_embed`` P [N, D]; ``offsets`` [heads, 2], the (dy, dx) of every head. They are drawn first,
+    whatever the init, so that one seed pairs the controls with "impulse".
+
+    Raises:
+        ValueError, TypeError: an argument is out of range, or the input is not on this grid.
+
+    Source: arXiv 2401.12511, Models I to III. The position term (1−α) P W is made once a step and not once an
+    image; the result is the same.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        grid_size: Sequence[int],
+        *,
+        head_dim: int | None = None,
+        kernel_size: int = 5,
+        alpha: float = 0.2,
+        variant: str = "I",
+        scale: float | None = None,
+        qkv_bias: bool = False,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        value: bool = True,
+        proj: bool = True,
+        proj_bias: bool = True,
+        trainable_mixing: bool = True,
+        padding_mode: str = "zeros",
+        init: str = "impulse",
+        values: str = "default",
+        method: str | Method = "newton",
+        weight_norm: float | None = None,
+        peak: float | None = None,
+        pos_embed: Tensor | None = None,
+        attn_head_dim: int | None = None,
+        dim_out: int | None = None,
+        qk_norm: bool = False,
+        scale_norm: bool = False,
+        gated: bool = False,
+        norm_layer: type[nn.Module] | None = None,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        _refuse_timm_options(dim, dim_out, qk_norm, scale_norm, gated)
+        check_int("dim", dim)
+        check_int("num_heads", num_heads)
+        height, width = check_grid_size(grid_size)
+        head_dim = _head_dim(dim, num_heads, head_dim if attn_head_dim is None else attn_head_dim)
+        _check_choice("variant", variant, _VARIANTS)
+        _check_choice("init", init, _INITS)
+        _check_choice("values", values, _VALUES)
+        check_padding_mode(padding_mode)
+        if not 0 <= alpha <= 1:
+            raise ValueError(f"alpha must be 0 to 1, the content share of queries and keys, got {alpha}")
+        if alpha == 1 and variant == "I" and init in _FITTED:
+            raise ValueError(
+                f"alpha must be below 1 for init={init!r}: with 1 the maps do not see the position"
+            )
+        if scale is not None and not (math.isfinite(scale) and scale > 0):
+            raise ValueError(f"scale must be a positive number or None for head_dim**-0.5, got {scale}")
+        if not (value and proj) and num_heads * head_dim != dim:
+            raise ValueError(
+                f"value and proj must both be True unless num_heads·head_dim = dim, got "
+                f"{num_heads}·{head_dim} and dim = {dim}"
+            )
+        if values == "mimetic" and not (value and proj):
+            raise ValueError('values="mimetic" sets the product of W_v and W_o: value and proj must be True')
+
+        self.dim = dim
+        self.num_heads = num_heads
+        self.grid_size = (height, width)
+        self.head_dim = head_dim
+        self.kernel_size = kernel_size
+        self.alpha = alpha
+        self.variant = variant
+        self.scale = head_dim**-0.5 if scale is None else scale
+        self.attn_drop = attn_drop
+        self.padding_mode = padding_mode
+        self.init = init
+        self.values = values
+        self.method = method
+        self.weight_norm = weight_norm
+        self.peak = peak
+        self.trainable_mixing = trainable_mixing
+
+        device = torch.get_default_device() if device is None else torch.device(device)
+        factory = {"device": device, "dtype": dtype}
+        tokens, inner = height * width, num_heads * head_dim
+        self.qkv = self.qk = self.v = None
+        if variant in ("vanilla", "I") and value and trainable_mixing:
+            self.qkv = nn.utils.skip_init(nn.Linear, dim, 3 * inner, bias=qkv_bias, **factory)
+        else:
+            if variant != "III":
+                self.qk = nn.utils.skip_init(nn.Linear, dim, 2 * inner, bias=qkv_bias, **factory)
+                self.qk.requires_grad_(trainable_mixing)
+            if value:
+                self.v = nn.utils.skip_init(nn.Linear, dim, inner, bias=qkv_bias, **factory)
+        if variant == "III":
+            q_map, k_map = (
+                torch.empty(num_heads, tokens, head_dim, **factory),
+                torch.empty(num_heads, head_dim, tokens, **factory),
+            )
+            self.q_map = nn.Parameter(q_map, requires_grad=trainable_mixing)
+            self.k_map = nn.Parameter(k_map, requires_grad=trainable_mixing)
+        self.proj = (
+            nn.utils.skip_init(nn.Linear, inner, dim, bias=proj_bias, **factory) if proj else nn.Identity()
+        )
+        self.proj_drop = nn.Dropout(proj_drop)
+
+        self._sincos = pos_embed is None
+        if pos_embed is None:
+            pos_embed = sincos_2d((height, width), dim)
+        elif pos_embed.shape != (tokens, dim):
+            raise ValueError(f"pos_embed must be [{tokens}, {dim}], N and dim, got {list(pos_embed.shape)}")
+        pos_embed = pos_embed.detach().to(device, dtype or torch.get_default_dtype(), copy=True)
+        self.register_buffer("pos_embed", pos_embed, persistent=not self._sincos)
+        self.register_buffer("offsets", torch.empty(num_heads, 2, dtype=torch.int64, device=device))
+        if not self.offsets.is_meta:
+            self.reset_parameters(generator)
+
+    # --- initial values -----------------------------------------------------------------------------------
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draw offsets and all weights anew, as the constructor does. Works after ``to_empty``.
+
+        Args:
+            generator: CPU generator. The same seed gives the same module.
+        """
+        reset_mixing_([self], generator)
+        self.reset_values(generator)
+
+    @torch.no_grad()
+    def reset_values(self, generator: torch.Generator | None = None) -> None:
+        """The part of :meth:`reset_parameters` that leaves the maps alone: value and output layer."""
+        inner = self.num_heads * self.head_dim
+        layer = self.v if self.qkv is None else self.qkv
+        v_weight = None if layer is None else layer.weight[-inner:]
+        v_bias = None if layer is None or layer.bias is None else layer.bias[-inner:]
+        if self.values == "mimetic":
+            init_.mimetic_vo_(v_weight.mT, self.proj.weight.mT, generator=generator)
+            for bias in (v_bias, self.proj.bias):
+                if bias is not None:
+                    bias.zero_()
+            return
+        if v_weight is not None:
+            init_.default_(v_weight, v_bias, generator=generator)
+        if isinstance(self.proj, nn.Linear):
+            init_.default_(self.proj.weight, self.proj.bias, generator=generator)
+
+    @torch.no_grad()
+    def set_qk_(self, wq: Tensor, wk: Tensor, offsets: Tensor | None = None) -> ConvInitAttention:
+        """Take over fitted query and key weights; their biases become 0.
+
+        Model III keeps the maps' factors instead: Q = P wq, K = (P wk)ᵀ.
+
+        Args:
+            wq, wk: [heads, D, r], for example some heads of a :class:`~convinit.QKFit`.
+            offsets: [heads, 2] of those heads; None leaves the buffer as it is.
+
+        Returns:
+            self.
+        """
+        expected = (self.num_heads, self.dim, self.head_dim)
+        if wq.shape != expected or wk.shape != expected:
+            raise ValueError(f"wq and wk must be {list(expected)}, got {list(wq.shape)} and {list(wk.shape)}")
+        if offsets is not None:
+            if offsets.shape != self.offsets.shape:
+                raise ValueError(f"offsets must be {list(self.offsets.shape)}, got {list(offsets.shape)}")
+            self.offsets.copy_(offsets)
+        if self.variant == "III":
+            pos_embed = self.pos_embed.double()
+            self.q_map.copy_(pos_embed @ wq.to(pos_embed))
+            self.k_map.copy_((pos_embed @ wk.to(pos_embed)).mT)
+            return self
+        own_wq, own_wk = self.qk_weights()
+        own_wq.copy_(wq)
+        own_wk.copy_(wk)
+        bias = self._qk_bias()
+        if bias is not None:
+            bias.zero_()
+        return self
+
+    def init_weights(self) -> None:
+        """:meth:`reset_parameters` under the name that timm calls after it has drawn every ``nn.Linear``."""
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def _draw_qk(self, generator: torch.Generator | None) -> None:
+        """Queries and keys of the initialisers that need no fit."""
+        bias = self._qk_bias()
+        if bias is not None:
+            bias.zero_()
+        wq, wk = (self.q_map, self.k_map.mT) if self.variant == "III" else self.qk_weights()
+        if self.init == "mimetic":
+            init_.mimetic_qk_(wq, wk, generator=generator)
+        elif self.init == "random" or self.variant == "III":
+            init_.random_qk_(wq, wk, generator=generator)
+        else:
+            init_.default_(self._qk_weight(), bias, generator=generator)
+
+    def qk_weights(self) -> tuple[Tensor, Tensor]:
+        """W_q and W_k as views [heads, D, r] of the projection's weight. Model III has none."""
+        weight = self._qk_weight().view(2, self.num_heads, self.head_dim, self.dim).mT
+        return weight[0], weight[1]
+
+    def _qk_weight(self) -> Tensor:
+        if self.variant == "III":
+            raise ValueError('variant "III" has no query and key weights: its parameters are q_map and k_map')
+        return self.qk.weight if self.qkv is None else self.qkv.weight[: 2 * self.num_heads * self.head_dim]
+
+    def _qk_bias(self) -> Tensor | None:
+        layer = self.qk if self.qkv is None else self.qkv
+        return (
+            None if layer is None or layer.bias is None else layer.bias[: 2 * self.num_heads * self.head_dim]
+        )
+
+    # --- forward ------------------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """x [B, N, D] → [B, N, D]. The other two arguments are timm's and must keep their defaults."""
+        if attn_mask is not None or is_causal:
+            raise ValueError("attn_mask must be None and is_causal False: every token sees the whole grid")
+        self._check_input(x)
+        dropout_p = self.attn_drop if self.training else 0.0
+        if self.variant in ("vanilla", "I"):
+            if self.qkv is not None:
+                q, k, v = self._split_heads(self.qkv(x), 3)
+            else:
+                q, k = self._split_heads(self.qk(x), 2)
+                v = self._values(x)
+            alpha, q_pos, k_pos = self._position_term()
+            out = positional_attention(
+                q, k, v, q_pos, k_pos, scale=self.scale, alpha=alpha, dropout_p=dropout_p
+            )
+        else:
+            q_map, k_map = self._map_factors()
+            out = shared_attention(q_map, k_map, self._values(x), scale=self.scale, dropout_p=dropout_p)
+        return self.proj_drop(self.proj(out))
+
+    def attention_map(self, x: Tensor | None = None) -> Tensor:
+        """The attention map of every head, without dropout.
+
+        Args:
+            x: [B, N, D], as the forward pass sees it. Variants "II" and "III" do not need it.
+
+        Returns:
+            [B, heads, N, N]; B = 1 without x.
+        """
+        if x is not None:
+            self._check_input(x)
+        if self.variant in ("II", "III"):
+            q, k = self._map_factors()
+            attention = (self.scale * q @ k.mT).softmax(dim=-1)
+            return attention.expand(1 if x is None else x.shape[0], -1, -1, -1)
+        if x is None:
+            raise ValueError(f'x must be given: the maps of variant "{self.variant}" depend on the tokens')
+        q, k = self._split_heads(F.linear(x, self._qk_weight(), self._qk_bias()), 2)
+        alpha, q_pos, k_pos = self._position_term()
+        if q_pos is not None:
+            q, k = alpha * q + q_pos, alpha * k + k_pos
+        return (self.scale * q @ k.mT).softmax(dim=-1)
+
+    def _position_term(self) -> tuple[float, Tensor | None, Tensor | None]:
+        """α and (1−α) P W of queries and keys, each [heads, N, r]; nothing in the vanilla variant.
+
+        The bias is in the content term with share α, and here with share 1−α.
+        """
+        if self.variant == "vanilla":
+            return 1.0, None, None
+        q_pos, k_pos = self._split_heads((1 - self.alpha) * self._project_position().unsqueeze(0), 2)
+        return self.alpha, q_pos.squeeze(0), k_pos.squeeze(0)
+
+    def _map_factors(self) -> tuple[Tensor, Tensor]:
+        """Queries and keys [heads, N, r] of the variants whose map does not depend on x."""
+        if self.variant == "III":
+            return self.q_map, self.k_map.mT
+        q, k = self._split_heads(self._project_position().unsqueeze(0), 2)
+        return q.squeeze(0), k.squeeze(0)
+
+    def _project_position(self) -> Tensor:
+        return F.linear(self.pos_embed, self._qk_weight(), self._qk_bias())  # [N, 2·heads·r]
+
+    def _values(self, x: Tensor) -> Tensor:
+        return self._split_heads(x if self.v is None else self.v(x), 1)[0]
+
+    def _split_heads(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
+        """[B, N, parts·heads·r] → parts views [B, heads, N, r]."""
+        x = x.view(*x.shape[:2], parts, self.num_heads, self.head_dim)
+        return x.permute(2, 0, 3, 1, 4).unbind(0)
+
+    def _check_input(self, x: Tensor) -> None:
+        tokens = self.grid_size[0] * self.grid_size[1]
+        if x.dim() != 3 or x.shape[1] != tokens or x.shape[2] != self.dim:
+            raise ValueError(
+                f"x must be [B, {tokens}, {self.dim}], the tokens of the {self.grid_size[0]} x "
+                f"{self.grid_size[1]} grid without a class token, got {list(x.shape)}"
+            )
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.dim}, num_heads={self.num_heads}, grid_size={self.grid_size}, variant={self.variant!r}, "
+            f"init={self.init!r}, scale={self.scale:.4g}"
+            + (f", alpha={self.alpha}" if self.variant == "I" else "")
+            + ("" if self.trainable_mixing else ", trainable_mixing=False")
+        )
+
+
+@torch.no_grad()
+def reset_mixing_(layers: Sequence[ConvInitAttention], generator: torch.Generator | None = None) -> None:
+    """Draw offsets, queries and keys of layers made with the same arguments: one fit serves them all.
+
+    Args:
+        layers: each a ConvInitAttention; they differ in their draws alone.
+        generator: CPU generator.
+    """
+    if not layers:
+        return
+    first = layers[0]
+    for layer in layers:
+        if layer._sincos:
+            layer.pos_embed.copy_(sincos_2d(layer.grid_size, layer.dim))
+    offsets = sample_offsets(len(layers) * first.num_heads, first.kernel_size, generator=generator)
+    parts = offsets.split(first.num_heads)
+    if first.init not in _FITTED:
+        for layer, own_offsets in zip(layers, parts, strict=True):
+            layer.offsets.copy_(own_offsets)
+            layer._draw_qk(generator)
+        return
+
+    # Queries and keys see (1−α) P in Model I, and P itself in the others.
+    pos_embed = first.pos_embed.cpu() * (1 - first.alpha if first.variant == "I" else 1)
+    scale, weight_norm = first.scale, first.weight_norm
+    if first.init == "impulse" or weight_norm is None:  # a control takes its weight norm from the impulse fit
+        fit = fit_qk(
+            pos_embed,
+            offsets,
+            first.grid_size,
+            first.head_dim,
+            scale=scale,
+            method=first.method,
+            weight_norm=weight_norm,
+            peak=first.peak,
+            padding_mode=first.padding_mode,
+            generator=generator,
+        )
+        wq, wk, weight_norm = fit.wq, fit.wk, fit.weight_norm
+    else:
+        wq, wk = torch.empty(2, len(offsets), first.dim, first.head_dim, device="cpu")
+    if first.init == "norm_matched":
+        init_.norm_matched_qk_(wq, wk, weight_norm, generator=generator)
+    elif first.init == "scrambled":
+        init_.scrambled_qk_(wq, wk, pos_embed, scale=scale, weight_norm=weight_norm, generator=generator)
+    weights = (wq.split(first.num_heads), wk.split(first.num_heads), parts)
+    for layer, own_wq, own_wk, own_offsets in zip(layers, *weights, strict=True):
+        layer.set_qk_(own_wq, own_wk, own_offsets)
+
+
+def _head_dim(dim: int, num_heads: int, head_dim: int | None) -> int:
+    if head_dim is not None:
+        return check_int("head_dim", head_dim)
+    if dim % num_heads:
+        raise ValueError(
+            f"dim must be divisible by num_heads, got {dim} and {num_heads}; or give head_dim explicitly"
+        )
+    return dim // num_heads
+
+
+def _refuse_timm_options(dim: int, dim_out: int | None, qk_norm: bool, scale_norm: bool, gated: bool) -> None:
+    if dim_out not in (None, dim):
+        raise ValueError(f"dim_out must be None or dim = {dim}, got {dim_out}")
+    for name, given in (("qk_norm", qk_norm), ("scale_norm", scale_norm), ("gated", gated)):
+        if given:
+            raise ValueError(
+                f"{name} must be False: ConvInitAttention does not have it, and qk_norm would undo the fit"
+            )
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")

@@ -1,0 +1,54 @@
+"""Fixed position embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from convinit.offsets import check_grid_size, check_int
+
+__all__ = ["sincos_2d"]
+
+
+def sincos_2d(
+    grid_size: Sequence[int],
+    dim: int,
+    temperature: float = 10000.0,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """2-D sine-cosine position embedding of a token grid.
+
+    Token (i, j): (sin j·ω, cos j·ω, sin i·ω, cos i·ω),   ω_k = temperature^(−k / (D/4 − 1)), k = 0 … D/4 − 1
+
+    Args:
+        grid_size: (H, W); tokens are row-major, x = j runs along the row.
+        dim: D, a multiple of 4. With D = 4 the only frequency is 1.
+        temperature: ratio of the highest to the lowest frequency.
+        dtype, device: of the result; computed in float64 on the CPU whatever they are.
+
+    Returns:
+        [H·W, D].
+
+    Raises:
+        TypeError, ValueError: grid_size is not a pair of positive ints, or dim not a positive multiple of 4.
+
+    Source: the SimpleViT of arXiv 2205.01580, the embedding of arXiv 2401.12511.
+    """
+    height, width = check_grid_size(grid_size)
+    if check_int("dim", dim) % 4:
+        raise ValueError(f"dim must be a multiple of 4 for a 2-D sin-cos embedding, got {dim}")
+    if not temperature > 0:
+        raise ValueError(f"temperature must be a positive number, got {temperature}")
+
+    def arange(n: int) -> Tensor:
+        return torch.arange(n, dtype=torch.float64, device="cpu")
+
+    omega = temperature ** (-arange(dim // 4) / max(dim // 4 - 1, 1))
+    x = (arange(width).unsqueeze(1) * omega).expand(height, width, -1)
+    y = (arange(height).unsqueeze(1) * omega).unsqueeze(1).expand(height, width, -1)
+    embedding = torch.cat((x.sin(), x.cos(), y.sin(), y.cos()), dim=-1).flatten(0, 1)
+    return embedding.to(dtype=dtype or torch.get_default_dtype(), device=device or torch.get_default_device())

@@ -1,0 +1,97 @@
+"""Attention whose queries and keys mix content with a positional term that all images share."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["positional_attention", "positional_attention_reference"]
+
+
+def positional_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_pos: Tensor | None = None,
+    k_pos: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    alpha: float = 1.0,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """Attention with queries α q + q_pos and keys α k + k_pos.
+
+    softmax(scale · (α q + q_pos)(α k + k_pos)ᵀ) v
+
+    With q = x W_q and q_pos = (1−α) P W_q this is (α x + (1−α) P) W_q, at the price of one projection of x:
+    the positional term is the same for every image of the batch.
+
+    Args:
+        q, k, v: [B, heads, N, r], any strides, one floating dtype.
+        q_pos, k_pos: [heads, N, r] or None; cast to the dtype of q.
+        scale: softmax temperature; None means r**-0.5.
+        alpha: content share α of queries and keys.
+        dropout_p: probability that an attention weight is dropped. Pass 0 in evaluation.
+
+    Returns:
+        [B, N, heads·r], the heads side by side, ready for the output layer.
+
+    Raises:
+        ValueError: shapes or dropout_p out of range. TypeError: dtypes.
+
+    Source: Model I of arXiv 2401.12511, with the sum taken after the projection instead of before it.
+    """
+    _check(q, k, v, q_pos, k_pos, dropout_p)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    q, k = _mix(q, q_pos, alpha), _mix(k, k_pos, alpha)
+    out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, scale=scale)
+    return out.transpose(1, 2).flatten(2)
+
+
+def positional_attention_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_pos: Tensor | None = None,
+    k_pos: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    alpha: float = 1.0,
+) -> Tensor:
+    """:func:`positional_attention` without dropout, written out."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    q = alpha * q if q_pos is None else alpha * q + q_pos
+    k = alpha * k if k_pos is None else alpha * k + k_pos
+    attention = (scale * q @ k.mT).softmax(dim=-1)  # [B, heads, N, N]
+    return (attention @ v).transpose(1, 2).flatten(2)
+
+
+def _mix(content: Tensor, position: Tensor | None, alpha: float) -> Tensor:
+    if position is None:
+        return content if alpha == 1 else alpha * content
+    return torch.add(position.to(content.dtype), content, alpha=alpha)
+
+
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, q_pos: Tensor | None, k_pos: Tensor | None, dropout_p: float
+) -> None:
+    if q.dim() != 4:
+        raise ValueError(f"q must be [B, heads, N, r], got {list(q.shape)}")
+    for name, tensor in (("k", k), ("v", v)):
+        if tensor.shape != q.shape:
+            raise ValueError(f"{name} must have the shape of q, {list(q.shape)}, got {list(tensor.shape)}")
+        if tensor.dtype != q.dtype:
+            raise TypeError(f"{name} must have the dtype of q, {q.dtype}, got {tensor.dtype}")
+    if not q.is_floating_point():
+        raise TypeError(f"q must be a floating-point tensor, got {q.dtype}")
+    for name, position in (("q_pos", q_pos), ("k_pos", k_pos)):
+        if position is not None and position.shape != q.shape[1:]:
+            raise ValueError(
+                f"{name} must be [heads, N, r] = {list(q.shape[1:])}, the same for every image, "
+                f"got {list(position.shape)}"
+            )
+        if position is not None and not position.is_floating_point():
+            raise TypeError(f"{name} must be a floating-point tensor, got {position.dtype}")
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p must be at least 0 and below 1, got {dropout_p}")

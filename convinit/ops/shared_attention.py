@@ -1,0 +1,71 @@
+"""Attention whose map does not depend on the image: one map for the whole batch."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["shared_attention", "shared_attention_reference"]
+
+
+def shared_attention(
+    q_map: Tensor, k_map: Tensor, v: Tensor, *, scale: float | None = None, dropout_p: float = 0.0
+) -> Tensor:
+    """Apply one attention map to the values of every image.
+
+    softmax(scale · q_map k_mapᵀ) v
+
+    Args:
+        q_map, k_map: [heads, N, r'], one floating dtype; r' may differ from the r of v.
+        v: [B, heads, N, r], any strides; the map is cast to its dtype.
+        scale: softmax temperature; None means r'**-0.5.
+        dropout_p: probability that an attention weight is dropped, in all images at once: the mask, like the
+            map, is shared. Pass 0 in evaluation.
+
+    Returns:
+        [B, N, heads·r], the heads side by side, ready for the output layer.
+
+    Raises:
+        ValueError: shapes or dropout_p out of range. TypeError: dtypes.
+
+    Source: Models II and III of arXiv 2401.12511, which compute the map anew for every image.
+    """
+    _check(q_map, k_map, v, dropout_p)
+    scale = q_map.shape[-1] ** -0.5 if scale is None else scale
+    attention = (scale * q_map @ k_map.mT).softmax(dim=-1).to(v.dtype)  # [heads, N, N]
+    if dropout_p > 0:
+        attention = F.dropout(attention, dropout_p)
+    batch, heads, tokens, rank = v.shape
+    # The images side by side make one tall product a head, and the gradient of the map sums over the batch
+    # inside the matrix product instead of through a [B, heads, N, N] tensor. The two copies of v are cheap.
+    columns = v.permute(1, 2, 0, 3).reshape(heads, tokens, batch * rank)
+    out = torch.bmm(attention, columns).view(heads, tokens, batch, rank)
+    return out.permute(2, 1, 0, 3).reshape(batch, tokens, heads * rank)
+
+
+def shared_attention_reference(
+    q_map: Tensor, k_map: Tensor, v: Tensor, *, scale: float | None = None
+) -> Tensor:
+    """:func:`shared_attention` without dropout, written out."""
+    scale = q_map.shape[-1] ** -0.5 if scale is None else scale
+    attention = (scale * q_map @ k_map.mT).softmax(dim=-1)  # [heads, N, N], broadcast over the batch
+    return (attention @ v).transpose(1, 2).flatten(2)
+
+
+def _check(q_map: Tensor, k_map: Tensor, v: Tensor, dropout_p: float) -> None:
+    if q_map.dim() != 3:
+        raise ValueError(f"q_map must be [heads, N, r], got {list(q_map.shape)}")
+    if k_map.shape != q_map.shape:
+        raise ValueError(f"k_map must have the shape of q_map, {list(q_map.shape)}, got {list(k_map.shape)}")
+    if v.dim() != 4 or v.shape[1:3] != q_map.shape[:2]:
+        heads, tokens, _ = q_map.shape
+        raise ValueError(f"v must be [B, {heads}, {tokens}, r], heads and N as in q_map, got {list(v.shape)}")
+    if not q_map.is_floating_point() or k_map.dtype != q_map.dtype:
+        raise TypeError(
+            f"q_map and k_map must have one floating-point dtype, got {q_map.dtype} and {k_map.dtype}"
+        )
+    if not v.is_floating_point():
+        raise TypeError(f"v must be a floating-point tensor, got {v.dtype}")
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p must be at least 0 and below 1, got {dropout_p}")

@@ -59,14 +59,18 @@ def check_compiler() -> None:
 
 
 def find_cuda_home() -> Path | None:
-    """The CUDA toolkit that holds nvcc: CUDA_HOME, then PATH.
+    """The CUDA toolkit of the nvcc found through CUDA_HOME, then PATH.
 
     torch's own CUDA_HOME is None under a CPU build of torch, which would skip CUDA in silence.
+    The nvcc on PATH may be a link or a script that starts another one: nvcc itself tells where its home is.
     """
-    if home := os.environ.get("CUDA_HOME"):
-        return Path(home) if (Path(home) / "bin" / "nvcc").is_file() else None
-    nvcc = shutil.which("nvcc")  # may be a link, as /usr/local/bin/nvcc often is
-    return Path(nvcc).resolve().parent.parent if nvcc else None
+    home = os.environ.get("CUDA_HOME")
+    nvcc = (shutil.which("nvcc", path=os.path.join(home, "bin")) if home else None) or shutil.which("nvcc")
+    if nvcc is None:
+        return None
+    plan = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True)
+    top = re.search(r"^#\$ TOP=(.+)$", plan.stderr, re.MULTILINE)
+    return Path(top[1]).resolve() if top else Path(nvcc).resolve().parent.parent
 
 
 def want_cuda(cuda_home: Path | None, sources: list[str]) -> bool:
@@ -127,7 +131,7 @@ def cuda_extension(cuda_home: Path) -> Extension:
         depends=sources("*.h"),
         language="c++",
         py_limited_api=True,
-        library_dirs=[*cpp_extension.library_paths(), str(cuda_home / "lib64")],
+        library_dirs=[*cpp_extension.library_paths(), str(cuda_home / "lib64"), str(cuda_home / "lib")],
         libraries=["torch_cpu", "c10", "cudart_static", "dl", "rt", "pthread"],
         extra_compile_args={
             "cxx": common_flags(),

@@ -1,0 +1,69 @@
+"""impulse_matrix against the plain fill of the same memory, plain PyTorch, and the papers' Python loops.
+
+    python -m pytest benchmarks/bench_impulse_matrix.py -s --rows rows.csv
+
+`torch.zeros` writes every byte (torch's CPU allocator does not hand out memory known to be zero): its time is
+that of touching the result once, page faults included. convinit is faster where the system grants huge pages.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from convinit import impulse_matrix, sample_offsets
+from convinit.ops.impulse_matrix import impulse_matrix_reference
+
+
+def python_loops(offsets: Tensor, grid_size: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """One entry at a time, over heads and rows, as the papers build their targets."""
+    height, width = grid_size
+    tokens = height * width
+    matrix = torch.zeros(len(offsets), tokens, tokens, dtype=dtype)
+    for head, (dy, dx) in enumerate(offsets.tolist()):
+        for i in range(height):
+            for j in range(width):
+                if 0 <= i + dy < height and 0 <= j + dx < width:
+                    matrix[head, i * width + j, (i + dy) * width + j + dx] = 1
+    return matrix
+
+
+PROBLEMS = [
+    # heads, grid, dtype
+    (8, (16, 16), torch.float32),  # the papers' own: 2 MB
+    (8, (14, 14), torch.float32),
+    (64, (24, 24), torch.float32),  # 85 MB
+    (32, (32, 32), torch.float32),  # 134 MB
+    (32, (32, 32), torch.bfloat16),  # 67 MB
+    (8, (64, 64), torch.float32),  # 537 MB
+]
+
+
+@pytest.mark.parametrize(("heads", "grid_size", "dtype"), PROBLEMS)
+def bench_impulse_matrix(compare, heads, grid_size, dtype):
+    offsets = sample_offsets(heads, 5, generator=torch.Generator().manual_seed(0))
+    tokens = grid_size[0] * grid_size[1]
+    shape = (heads, tokens, tokens)
+    expected = impulse_matrix_reference(offsets, grid_size, dtype=dtype)
+
+    def check(name: str, result: Tensor) -> None:
+        assert result.shape == shape and result.dtype == dtype, name
+        assert torch.equal(result, torch.zeros_like(result) if name == "torch.zeros" else expected), name
+
+    competitors = {
+        "torch.zeros": lambda: torch.zeros(shape, dtype=dtype),
+        "convinit": lambda: impulse_matrix(offsets, grid_size, dtype=dtype),
+        "reference": lambda: impulse_matrix_reference(offsets, grid_size, dtype=dtype),
+    }
+    if expected.nbytes < 2**22:
+        competitors["python loops"] = lambda: python_loops(offsets, grid_size, dtype)
+    compare(
+        "impulse_matrix",
+        f"{heads} heads, {grid_size[0]}x{grid_size[1]}",
+        competitors,
+        baseline="torch.zeros",
+        check=check,
+        dtype=dtype,
+        bytes_written=expected.nbytes,
+    )

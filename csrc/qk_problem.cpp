@@ -77,53 +77,73 @@ double logit(double p) {
   return std::log(p / (1.0 - p));
 }
 
-constexpr double kFirstPeak = 0.5;  // a higher wanted peak is approached from here
-constexpr double kSmallestNorm = 1e-3, kLargestNorm = 1e3;
+// A weight norm at which logits are about 1 at most: where a map begins to differ from a uniform one.
+double natural_norm(const QKBasis& b) {
+  double q = 0, k = 0;
+  for (float x : b.xq) q += static_cast<double>(x) * x;
+  for (float x : b.xk) k += static_cast<double>(x) * x;
+  return 1.0 / std::sqrt(b.scale * std::sqrt(q * k) / static_cast<double>(b.n));
+}
 
-// The smallest weight norm at which these directions reach the peak, by bisection of its logarithm; the largest norm
-// where they do not.
-double norm_for_peak(NormedObjective& f, const std::vector<double>& x, double peak) {
-  double low = std::log(kSmallestNorm), high = std::log(kLargestNorm);
-  for (int i = 0; i < 10; ++i) {
-    const double middle = 0.5 * (low + high);
-    f.weight_norm = std::exp(middle);
+constexpr double kFirstPeak = 0.5;       // a higher wanted peak is approached from here
+constexpr double kLargestNorm = 3000.0;  // in natural norms; sharp maps were seen at 20 to 100
+
+// The first norm of a rising series at which these directions reach the peak, or the one with the highest peak.
+double norm_for_peak(NormedObjective& f, const std::vector<double>& x, double peak, double natural) {
+  double best_norm = natural, best_peak = 0;
+  for (double norm = natural; norm <= kLargestNorm * natural && best_peak < peak; norm *= 1.4) {
+    f.weight_norm = norm;
     f(x);
-    (f.metrics.peak < peak ? low : high) = middle;
+    if (f.metrics.peak > best_peak) {
+      best_norm = norm;
+      best_peak = f.metrics.peak;
+    } else if (f.metrics.peak < 0.7 * best_peak) {
+      break;  // too sharp for these directions: what follows is worse
+    }
   }
-  return std::exp(high);
+  return best_norm;
 }
 
 // Corrects the norm between short descents until the optimum's peak is the wanted one. The logit of the peak is nearly
 // linear in the logarithm of the norm, so each correction is a secant step. Upwards it is kept small: a map that turns
 // sharp too early saturates, wrong rows included, and a saturated softmax has no gradient to mend them.
-void solve_for_peak(NormedObjective& f, std::vector<double>& x, double peak, const QKSolverOptions& options,
-                    QKSolution& solution) {
+// Leaves x and f.weight_norm at the wanted peak, or at the closest one met.
+void solve_for_peak(NormedObjective& f, std::vector<double>& x, double peak, double natural,
+                    const QKSolverOptions& options, QKSolution& solution) {
   constexpr double kClose = 2e-3;
   Lbfgs minimiser;
   const LbfgsOptions descent{.max_iterations = 12, .tolerance = options.tolerance};
+  std::vector<double> closest = x;
+  double closest_norm = f.weight_norm, closest_miss = INFINITY;
   double slope = 4.5;  // d logit(peak) / d log(norm); 3 to 6 were measured on sin-cos and learned embeddings
   double last_norm = 0, last_logit = 0;
   int fruitless = 0;
-  while (solution.iterations < 3 * options.max_iterations) {
+  while (solution.iterations < 3 * options.max_iterations && fruitless < 3) {
     f.rescale(x, 1.0);
     const LbfgsResult result = minimiser.minimise(f, x, descent);
     solution.iterations += std::max<int64_t>(result.iterations, 1);
     f(x);
     const double reached = f.metrics.peak, change = std::log(f.weight_norm / last_norm);
     if (std::fabs(reached - peak) < kClose && result.converged) return;
+    if (std::fabs(reached - peak) <= closest_miss) {
+      closest = x;
+      closest_norm = f.weight_norm;
+      closest_miss = std::fabs(reached - peak);
+    }
     if (last_norm > 0 && std::fabs(change) > 0.02) {
       const double measured = (logit(reached) - last_logit) / change;
       slope = std::clamp(measured, 2.0, 9.0);
-      if (change > 0.1) fruitless = measured < 0.2 ? fruitless + 1 : 0;
-      if (fruitless >= 3) return;  // more norm no longer helps: the rank allows no more
+      if (change > 0.1) fruitless = measured < 0.2 ? fruitless + 1 : 0;  // the rank may allow no more
     }
-    if (reached < peak && f.weight_norm >= kLargestNorm) return;
     last_norm = f.weight_norm;
     last_logit = logit(reached);
     const double correction = std::clamp((logit(peak) - last_logit) / slope, -0.5, 0.15);
-    f.weight_norm = std::clamp(f.weight_norm * std::exp(correction), kSmallestNorm, kLargestNorm);
+    f.weight_norm = std::min(f.weight_norm * std::exp(correction), kLargestNorm * natural);
+    if (f.weight_norm == last_norm) break;
     if (std::fabs(correction) > 0.05) minimiser.forget();
   }
+  x = std::move(closest);
+  f.weight_norm = closest_norm;
 }
 
 }  // namespace
@@ -131,13 +151,14 @@ void solve_for_peak(NormedObjective& f, std::vector<double>& x, double peak, con
 QKSolution solve_qk(const QKBasis& basis, const int64_t* target, const std::vector<QKStart>& starts,
                     std::optional<double> weight_norm, std::optional<double> peak, const QKSolverOptions& options) {
   NormedObjective f(basis, target);
+  const double natural = natural_norm(basis);
   QKSolution solution;
   std::vector<double> x;
   double best = INFINITY;
   for (const QKStart& start : starts) {  // the most promising start: lowest loss, or lowest norm for the peak
     std::vector<double> candidate = pack(basis, start);
     f.weight_norm = weight_norm.value_or(0);
-    const double score = peak ? norm_for_peak(f, candidate, std::min(*peak, kFirstPeak)) : f(candidate);
+    const double score = peak ? norm_for_peak(f, candidate, std::min(*peak, kFirstPeak), natural) : f(candidate);
     if (x.empty() || score < best) {
       best = score;
       x = std::move(candidate);
@@ -145,7 +166,7 @@ QKSolution solve_qk(const QKBasis& basis, const int64_t* target, const std::vect
   }
   if (peak) {
     f.weight_norm = best;
-    solve_for_peak(f, x, *peak, options, solution);
+    solve_for_peak(f, x, *peak, natural, options, solution);
   } else {
     f.rescale(x, 1.0);
     const LbfgsOptions descent{.max_iterations = options.max_iterations, .tolerance = options.tolerance};

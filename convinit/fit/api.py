@@ -48,10 +48,10 @@ def fit_qk(
         method: "newton" (ours), "adam" (arXiv 2401.12511, 2404.01139), "svd" (arXiv 2505.19985), or one of
             `convinit.fit.Newton`, `Adam`, `SVD` with options.
         weight_norm: "newton" only: the Frobenius norm of W_q and of W_k, one number or [B]; more is sharper.
-        peak: "newton" only: the wanted mean attention on the target, in (0, 1); the norm follows. If neither is
-            given, peak = 0.9. A map too sharp is hard to unlearn.
-        padding_mode: where rows look whose target leaves the grid: "zeros" (nowhere), "replicate", "circular",
-            "reflect".
+        peak: "newton" only: the wanted mean attention on the target, in (0, 1); the norm follows. If
+            neither is given, peak = 0.9. A map too sharp is hard to unlearn.
+        padding_mode: where rows look whose target leaves the grid: "zeros" (nowhere), "replicate",
+            "circular", "reflect".
         generator: CPU generator for all draws.
 
     Returns:
@@ -64,19 +64,20 @@ def fit_qk(
     Warns:
         UserWarning: the wanted peak is out of reach; the best map is returned.
 
-    Source: arXiv 2401.12511, section 4, states the problem (mse of the maps). Method "newton" departs from it: it
-    solves in the row space of P, once per distinct offset, under an exact weight norm.
+    Source: arXiv 2401.12511, section 4, states the problem (mse of the maps). Method "newton" departs from
+    it: it solves in the row space of P, once per distinct offset, under an exact weight norm.
     """
     height, width = check_grid_size(grid_size)
     offsets = check_offsets(offsets)
     reach = torch.tensor([height, width], device=offsets.device)
-    if (offsets.abs() > reach).any():
-        worst = tuple(offsets[(offsets.abs() > reach).any(dim=1)][0].tolist())
+    outside = ((offsets < -reach) | (offsets > reach)).any(dim=1)
+    if outside.any():
+        worst = tuple(offsets[outside][0].tolist())
         raise ValueError(f"offsets must lie in [-H, H] x [-W, W] of the {height} x {width} grid, got {worst}")
     _check_pos_embed(pos_embed)
     if pos_embed.shape[0] != height * width:
         raise ValueError(
-            f"pos_embed must have a row for each of the {height} x {width} tokens, [{height * width}, D], got "
+            f"pos_embed must have a row for each of {height} x {width} tokens, [{height * width}, D], got "
             f"{list(pos_embed.shape)}; leave class and register tokens out"
         )
     targets = impulse_targets(offsets, (height, width), padding_mode=padding_mode)
@@ -183,7 +184,9 @@ def _measure(wq: Tensor, wk: Tensor, P: Tensor, targets: Tensor, scale: float) -
         )
         for b in range(len(targets))
     ]
-    mse, peak, hit_rate = (torch.cat(column).double() for column in zip(*rows, strict=True))
+    mse, peak, hit_rate = (
+        torch.cat([torch.stack(row) for row in rows], dim=1) if rows else torch.empty(3, 0).double()
+    )
     weight_norm = (wq.double().norm(dim=(1, 2)) * wk.double().norm(dim=(1, 2))).sqrt()
     return {"mse": mse, "peak": peak, "hit_rate": hit_rate, "weight_norm": weight_norm}
 

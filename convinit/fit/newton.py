@@ -144,7 +144,7 @@ def _solve(Xq, Xk, targets, wq_starts, wk_starts, scale, weight_norm, peak, meth
     """`qk_solver` a few problems at a time, so that a long fit shows its progress and can be interrupted."""
     chunk = 4 * torch.get_num_threads()
     results = []
-    for i in progress(range(0, len(targets), chunk), "fitting queries and keys"):
+    for i in progress(range(0, max(len(targets), 1), chunk), "fitting queries and keys"):
         here = slice(i, i + chunk)
         results.append(
             qk_solver(

@@ -67,7 +67,7 @@ def qk_solver_reference(
     *,
     scale: float,
     weight_norm: Tensor,
-    max_iterations: int = 400,
+    max_iterations: int = 150,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`qk_solver` at a given weight norm in plain PyTorch: autograd and torch.optim.LBFGS; one start."""
     mask = (targets >= 0)[:, :, None]
@@ -75,7 +75,7 @@ def qk_solver_reference(
     target_map.scatter_(2, targets.clamp(min=0)[:, :, None], mask.to(xq.dtype))
     solutions = []
     for b in range(targets.shape[0]):
-        factors = [w[0, b].clone().div_(w[0, b].norm()).requires_grad_() for w in (wq_starts, wk_starts)]
+        factors = [(w[0, b] / w[0, b].norm()).contiguous().requires_grad_() for w in (wq_starts, wk_starts)]
 
         def weights(factors=factors, norm=weight_norm[b]):
             return [w * (norm / w.norm()) for w in factors]

@@ -1,0 +1,165 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from convinit.fit.newton import ridge_starts, row_space
+from convinit.fit.result import attention_maps, map_metrics
+from convinit.offsets import impulse_targets
+from convinit.ops.qk_solver import DIAGNOSTICS, qk_solver, qk_solver_reference
+
+
+def problem(grid_size=(6, 7), dim=24, rank=12, offsets=((0, 1), (-1, 2), (0, 0)), seed=0):
+    """Basis, targets and starts for a random embedding, as the fit makes them."""
+    generator = torch.Generator().manual_seed(seed)
+    P = torch.randn(grid_size[0] * grid_size[1], dim, dtype=torch.float64, generator=generator)
+    _, xq = row_space(P)
+    _, xk = row_space(P - P.mean(0))
+    targets = impulse_targets(torch.tensor(offsets), grid_size)
+    return xq, xk, targets, *ridge_starts(xq, xk, targets, min(rank, xk.shape[1]))
+
+
+def metrics_in_float64(xq, xk, targets, wq, wk, scale):
+    logits = scale * (xq @ wq) @ (xk @ wk).mT
+    return torch.stack(map_metrics(torch.softmax(logits, -1), targets), dim=1)
+
+
+def norms(weights, value):
+    return torch.full((len(weights[2]),), value, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("scale", [0.05, 0.3, 1.0])
+def test_reaches_the_optimum_of_the_reference(scale):
+    inputs = problem()
+    weight_norm = norms(inputs, 1.2 / scale**0.5)
+    wq, wk, diagnostics = qk_solver(*inputs, scale=scale, weight_norm=weight_norm, tolerance=1e-4)
+    _, _, best = qk_solver_reference(*inputs, scale=scale, weight_norm=weight_norm)
+    assert (diagnostics[:, 0] <= 1.02 * best).all()
+    for w in (wq, wk):
+        torch.testing.assert_close(w.norm(dim=(1, 2)), weight_norm, rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("weight_norm", [0.5, 3.0, 8.0])
+def test_diagnostics_are_those_of_the_returned_weights(weight_norm):
+    xq, xk, targets, *starts = problem()
+    targets[0, ::3] = -1
+    wq, wk, diagnostics = qk_solver(
+        xq, xk, targets, *starts, scale=0.3, weight_norm=norms((0, 0, targets), weight_norm)
+    )
+    expected = metrics_in_float64(xq, xk, targets, wq, wk, 0.3)
+    torch.testing.assert_close(diagnostics[:, :3], expected, rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("tokens", [(1, 2), (3, 5), (4, 4), (1, 17), (8, 8), (5, 13), (14, 14)])
+def test_value_at_the_start_for_every_size_of_tail(tokens):
+    """Vector loops and row blocks have tails; no iterations, so that the value is that of a known point."""
+    xq, xk, targets, wq, wk = problem(tokens, dim=9, rank=5, offsets=((0, 1), (0, -1)))
+    out_q, out_k, diagnostics = qk_solver(
+        xq, xk, targets, wq[:1], wk[:1], scale=0.5, weight_norm=norms((0, 0, targets), 2.0), max_iterations=0
+    )
+    torch.testing.assert_close(out_q, 2 * wq[0] / wq[0].norm(dim=(1, 2), keepdim=True))
+    torch.testing.assert_close(out_k, 2 * wk[0] / wk[0].norm(dim=(1, 2), keepdim=True))
+    expected = metrics_in_float64(xq, xk, targets, out_q, out_k, 0.5)
+    torch.testing.assert_close(diagnostics[:, :3], expected, rtol=1e-5, atol=1e-9)
+
+
+def test_sharp_logits_stay_finite():
+    inputs = problem()
+    _, _, diagnostics = qk_solver(*inputs, scale=1.0, weight_norm=norms(inputs, 300.0))
+    assert diagnostics.isfinite().all()
+    assert (diagnostics[:, 1] <= 1).all()
+
+
+def test_takes_the_most_promising_start():
+    xq, xk, targets, wq, wk = problem()
+    noise = torch.randn(wq.shape, dtype=wq.dtype, generator=torch.Generator().manual_seed(1))
+    arguments = {"scale": 0.3, "weight_norm": norms((0, 0, targets), 3.0), "max_iterations": 0}
+    alone = qk_solver(xq, xk, targets, wq[:1], wk[:1], **arguments)
+    both = qk_solver(
+        xq, xk, targets, torch.cat([noise[:1], wq[:1]]), torch.cat([wk[:1], wk[:1]]), **arguments
+    )
+    assert torch.equal(alone[0], both[0])
+
+
+@pytest.mark.parametrize("peak", [0.2, 0.5, 0.9, 0.99])
+def test_meets_a_peak(peak):
+    inputs = problem(dim=40, rank=20)
+    _, _, diagnostics = qk_solver(*inputs, scale=0.3, peak=peak)
+    assert (diagnostics[:, DIAGNOSTICS.index("peak")] - peak).abs().max() < 0.01
+
+
+def test_result_does_not_depend_on_threads():
+    inputs = problem(offsets=tuple((i % 3 - 1, i // 3 - 1) for i in range(9)))
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            results.append(qk_solver(*inputs, scale=0.3, peak=0.8))
+    finally:
+        torch.set_num_threads(threads)
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], result, strict=True))
+
+
+def test_strided_inputs():
+    xq, xk, targets, wq, wk = problem()
+    strided = (
+        xq.T.contiguous().T, xk.repeat(1, 2)[:, : xk.shape[1]], targets.repeat_interleave(2, 1)[:, ::2],
+        wq.mT.contiguous().mT, wk.flip(0).flip(0),
+    )  # fmt: skip
+    arguments = {"scale": 0.3, "weight_norm": norms((0, 0, targets), 3.0)}
+    for a, b in zip(
+        qk_solver(xq, xk, targets, wq, wk, **arguments), qk_solver(*strided, **arguments), strict=True
+    ):
+        assert torch.equal(a, b)
+
+
+def test_no_problems():
+    xq, xk, targets, wq, wk = problem()
+    out = qk_solver(xq, xk, targets[:0], wq[:, :0], wk[:, :0], scale=0.3, peak=0.5)
+    assert [list(t.shape) for t in out] == [[0, xq.shape[1], 12], [0, xk.shape[1], 12], [0, 6]]
+
+
+def test_opcheck():
+    inputs = problem(grid_size=(3, 3), rank=4)
+    arguments = (*inputs, 0.3, norms(inputs, 2.0), 0.0, 5, 1e-2)
+    torch.library.opcheck(torch.ops.convinit.qk_solver.default, arguments)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda a: a.__setitem__(0, a[0].float()),
+        lambda a: a.__setitem__(1, a[1][:-1]),
+        lambda a: a.__setitem__(2, a[2] + 10**6),
+        lambda a: a.__setitem__(2, a[2] - 10),
+        lambda a: a.__setitem__(2, a[2].int()),
+        lambda a: a.__setitem__(3, a[3][:, :, :-1]),
+        lambda a: a.__setitem__(4, a[4][:0]),
+        lambda a: a.__setitem__(6, None),
+        lambda a: a.__setitem__(6, a[6][:1]),
+        lambda a: a.__setitem__(7, 0.5),
+    ],
+)
+def test_direct_calls_with_bad_arguments_are_refused(change):
+    inputs = problem(grid_size=(3, 3), rank=4)
+    arguments = [*inputs, 0.3, norms(inputs, 2.0), 0.0, 5, 1e-2]
+    change(arguments)
+    with pytest.raises(RuntimeError, match="convinit"):
+        torch.ops.convinit.qk_solver(*arguments)
+
+
+def test_map_metrics_of_known_maps():
+    targets = torch.tensor([[1, -1, 0]])
+    attention = torch.tensor([[[0.2, 0.7, 0.1], [1 / 3, 1 / 3, 1 / 3], [0.4, 0.4, 0.2]]])
+    mse, peak, hit_rate = map_metrics(attention, targets)
+    squares = 0.2**2 + 0.3**2 + 0.1**2 + 3 / 9 + 0.6**2 + 0.4**2 + 0.2**2
+    torch.testing.assert_close(mse, torch.tensor([squares / 9]))
+    torch.testing.assert_close(peak, torch.tensor([0.55]))
+    torch.testing.assert_close(hit_rate, torch.tensor([0.5]))  # a tie is no hit
+    assert attention_maps(torch.zeros(2, 4, 3), torch.zeros(2, 4, 3), torch.ones(5, 4), 1.0).shape == (
+        2,
+        5,
+        5,
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -75,14 +76,14 @@ class ConvMixer(nn.Module):
         self.share_layers = share_layers
 
         # Made on the meta device, so that nothing is drawn twice.
-        factory = {"device": "meta", "dtype": dtype}
+        factory: dict[str, Any] = {"device": "meta", "dtype": dtype}
         patch = pair("patch_size", patch_size)
         self.patch_embed = nn.Sequential(
             nn.Conv2d(channels, dim, patch, stride=patch, **factory),
             nn.GELU(),
             nn.BatchNorm2d(dim, **factory),
         )
-        self.blocks = nn.ModuleList()
+        self.blocks: list[Block] = nn.ModuleList()  # type: ignore[assignment]
         for layer in range(depth):
             spatial = SpatialConv(
                 dim,
@@ -142,7 +143,7 @@ class Block(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        factory = {"device": device, "dtype": dtype}
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         dim = spatial.dim
         self.spatial = spatial
         self.spatial_norm = nn.Sequential(nn.GELU(), nn.BatchNorm2d(dim, **factory))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +57,8 @@ class SimpleViT(nn.Module):
     attention has a bias.
     """
 
+    pos_embed: Tensor
+
     def __init__(
         self,
         image_size: int | Sequence[int],
@@ -90,19 +93,20 @@ class SimpleViT(nn.Module):
         super().__init__()
         check_int("num_classes", num_classes)
         check_int("depth", depth, minimum=0)
+        self.dim = dim
         self.patch_size = pair("patch_size", patch_size)
         self.grid_size = patch_grid(image_size, patch_size)
         self.entry_alpha = alpha if variant == "vanilla" else None
 
         # Made on the meta device, so that nothing is drawn twice.
-        factory = {"device": "meta", "dtype": dtype}
+        factory: dict[str, Any] = {"device": "meta", "dtype": dtype}
         patch_dim = channels * self.patch_size[0] * self.patch_size[1]
         self.patch_embed = nn.Sequential(
-            nn.LayerNorm(patch_dim, **factory),
+            nn.LayerNorm(patch_dim, **factory) if patch_dim > 1 else nn.Identity(),  # of one number it is 0
             nn.Linear(patch_dim, dim, **factory),
             nn.LayerNorm(dim, **factory),
         )
-        self.blocks = nn.ModuleList()
+        self.blocks: list[Block] = nn.ModuleList()  # type: ignore[assignment]
         for _ in range(depth):
             attn = ConvInitAttention(
                 dim,
@@ -144,7 +148,7 @@ class SimpleViT(nn.Module):
         Args:
             generator: CPU generator. The same seed gives the same model.
         """
-        self.pos_embed.copy_(sincos_2d(self.grid_size, self.pos_embed.shape[1]))
+        self.pos_embed.copy_(sincos_2d(self.grid_size, self.dim))
         layers = [block.attn for block in self.blocks]
         reset_mixing_(layers, generator)  # one fit for all layers
         for layer in layers:
@@ -205,7 +209,7 @@ class Block(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        factory = {"device": device, "dtype": dtype}
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.norm = nn.LayerNorm(attn.dim, **factory)
         self.attn = attn
         self.mlp = nn.Sequential(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -81,6 +82,12 @@ class ConvInitAttention(nn.Module):
     Source: arXiv 2401.12511, Models I to III. The position term (1−α) P W is made once a step and not once an
     image; the result is the same.
     """
+
+    pos_embed: Tensor
+    offsets: Tensor
+    qkv: nn.Linear | None
+    qk: nn.Linear | None
+    v: nn.Linear | None
 
     def __init__(
         self,
@@ -161,7 +168,7 @@ class ConvInitAttention(nn.Module):
         self.trainable_mixing = trainable_mixing
 
         device = torch.get_default_device() if device is None else torch.device(device)
-        factory = {"device": device, "dtype": dtype}
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         tokens, inner = height * width, num_heads * head_dim
         self.qkv = self.qk = self.v = None
         if variant in ("vanilla", "I") and value and trainable_mixing:
@@ -210,19 +217,20 @@ class ConvInitAttention(nn.Module):
     def reset_values(self, generator: torch.Generator | None = None) -> None:
         """The part of :meth:`reset_parameters` that leaves the maps alone: value and output layer."""
         inner = self.num_heads * self.head_dim
+        parts: list[tuple[Tensor, Tensor | None]] = []  # weight and bias of W_v and W_o, where there are such
         layer = self.v if self.qkv is None else self.qkv
-        v_weight = None if layer is None else layer.weight[-inner:]
-        v_bias = None if layer is None or layer.bias is None else layer.bias[-inner:]
-        if self.values == "mimetic":
-            init_.mimetic_vo_(v_weight.mT, self.proj.weight.mT, generator=generator)
-            for bias in (v_bias, self.proj.bias):
-                if bias is not None:
-                    bias.zero_()
-            return
-        if v_weight is not None:
-            init_.default_(v_weight, v_bias, generator=generator)
+        if layer is not None:
+            parts.append((layer.weight[-inner:], None if layer.bias is None else layer.bias[-inner:]))
         if isinstance(self.proj, nn.Linear):
-            init_.default_(self.proj.weight, self.proj.bias, generator=generator)
+            parts.append((self.proj.weight, self.proj.bias))
+        if self.values == "mimetic":
+            (wv, _), (wo, _) = parts
+            init_.mimetic_vo_(wv.mT, wo.mT, generator=generator)
+        for weight, bias in parts:
+            if self.values == "default":
+                init_.default_(weight, bias, generator=generator)
+            elif bias is not None:
+                bias.zero_()
 
     @torch.no_grad()
     def set_qk_(self, wq: Tensor, wk: Tensor, offsets: Tensor | None = None) -> ConvInitAttention:
@@ -281,15 +289,16 @@ class ConvInitAttention(nn.Module):
         return weight[0], weight[1]
 
     def _qk_weight(self) -> Tensor:
-        if self.variant == "III":
+        layer = self.qk if self.qkv is None else self.qkv
+        if layer is None:
             raise ValueError('variant "III" has no query and key weights: its parameters are q_map and k_map')
-        return self.qk.weight if self.qkv is None else self.qkv.weight[: 2 * self.num_heads * self.head_dim]
+        return layer.weight[: 2 * self.num_heads * self.head_dim]
 
     def _qk_bias(self) -> Tensor | None:
         layer = self.qk if self.qkv is None else self.qkv
-        return (
-            None if layer is None or layer.bias is None else layer.bias[: 2 * self.num_heads * self.head_dim]
-        )
+        if layer is None or layer.bias is None:
+            return None
+        return layer.bias[: 2 * self.num_heads * self.head_dim]
 
     # --- forward ------------------------------------------------------------------------------------------
 
@@ -300,11 +309,7 @@ class ConvInitAttention(nn.Module):
         self._check_input(x)
         dropout_p = self.attn_drop if self.training else 0.0
         if self.variant in ("vanilla", "I"):
-            if self.qkv is not None:
-                q, k, v = self._split_heads(self.qkv(x), 3)
-            else:
-                q, k = self._split_heads(self.qk(x), 2)
-                v = self._values(x)
+            q, k, v = self._project(x)
             alpha, q_pos, k_pos = self._position_term()
             out = positional_attention(
                 q, k, v, q_pos, k_pos, scale=self.scale, alpha=alpha, dropout_p=dropout_p
@@ -333,9 +338,16 @@ class ConvInitAttention(nn.Module):
             raise ValueError(f'x must be given: the maps of variant "{self.variant}" depend on the tokens')
         q, k = self._split_heads(F.linear(x, self._qk_weight(), self._qk_bias()), 2)
         alpha, q_pos, k_pos = self._position_term()
-        if q_pos is not None:
+        if q_pos is not None and k_pos is not None:
             q, k = alpha * q + q_pos, alpha * k + k_pos
         return (self.scale * q @ k.mT).softmax(dim=-1)
+
+    def _project(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Queries, keys and values of x, each [B, heads, N, r]; one product where the weights are packed."""
+        if self.qkv is not None:
+            return self._split_heads(self.qkv(x), 3)
+        assert self.qk is not None  # only Model III has neither
+        return *self._split_heads(self.qk(x), 2), self._values(x)
 
     def _position_term(self) -> tuple[float, Tensor | None, Tensor | None]:
         """α and (1−α) P W of queries and keys, each [heads, N, r]; nothing in the vanilla variant.
@@ -406,16 +418,16 @@ def reset_mixing_(layers: Sequence[ConvInitAttention], generator: torch.Generato
 
     # Queries and keys see (1−α) P in Model I, and P itself in the others.
     pos_embed = first.pos_embed.cpu() * (1 - first.alpha if first.variant == "I" else 1)
-    scale, weight_norm = first.scale, first.weight_norm
+    weight_norm: float | Tensor | None = first.weight_norm
     if first.init == "impulse" or weight_norm is None:  # a control takes its weight norm from the impulse fit
         fit = fit_qk(
             pos_embed,
             offsets,
             first.grid_size,
             first.head_dim,
-            scale=scale,
+            scale=first.scale,
             method=first.method,
-            weight_norm=weight_norm,
+            weight_norm=first.weight_norm,
             peak=first.peak,
             padding_mode=first.padding_mode,
             generator=generator,
@@ -426,7 +438,9 @@ def reset_mixing_(layers: Sequence[ConvInitAttention], generator: torch.Generato
     if first.init == "norm_matched":
         init_.norm_matched_qk_(wq, wk, weight_norm, generator=generator)
     elif first.init == "scrambled":
-        init_.scrambled_qk_(wq, wk, pos_embed, scale=scale, weight_norm=weight_norm, generator=generator)
+        init_.scrambled_qk_(
+            wq, wk, pos_embed, scale=first.scale, weight_norm=weight_norm, generator=generator
+        )
     weights = (wq.split(first.num_heads), wk.split(first.num_heads), parts)
     for layer, own_wq, own_wk, own_offsets in zip(layers, *weights, strict=True):
         layer.set_qk_(own_wq, own_wk, own_offsets)

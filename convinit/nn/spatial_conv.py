@@ -55,6 +55,8 @@ class SpatialConv(nn.Module):
     Source: the ConvMixer of arXiv 2401.12511, section 3. Its bias in matrix form is U(±1/C).
     """
 
+    assignment: Tensor | None
+
     def __init__(
         self,
         dim: int,
@@ -97,6 +99,7 @@ class SpatialConv(nn.Module):
         self.num_cells = num_cells
         self.variance = variance
 
+        shape: tuple[int, ...]
         if self.grid_size is None:
             shape = (self.num_filters, 1, kernel_size, kernel_size)
         else:
@@ -147,7 +150,7 @@ class SpatialConv(nn.Module):
             init_.random_filter_(self.weight, generator=generator)
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight
+        weight: Tensor = self.weight
         if self.init == "softmax":
             weight = weight.flatten(1).softmax(dim=1).view_as(weight)
         if self.assignment is not None:

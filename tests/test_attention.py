@@ -34,31 +34,26 @@ def split_heads(x):
 
 def papers_attention(module, x):
     """The formulas of the papers: mix first, then one projection each for queries, keys and values."""
-    w = dict(module.named_parameters())
-    inner = HEADS * module.head_dim
-    if "qkv.weight" in w:
-        weights, biases = (
-            w["qkv.weight"].split(inner),
-            w.get("qkv.bias", torch.zeros(3 * inner).to(x)).split(inner),
+
+    def projection(layer, start, stop):
+        inner = HEADS * module.head_dim
+        rows = slice(start * inner, stop * inner)
+        return lambda y: split_heads(
+            F.linear(y, layer.weight[rows], None if layer.bias is None else layer.bias[rows])
         )
-    else:
-        weights, biases = ([None] * 2, [None] * 2)
-        if "qk.weight" in w:
-            weights, biases = (
-                w["qk.weight"].split(inner),
-                w.get("qk.bias", torch.zeros(2 * inner).to(x)).split(inner),
-            )
-        weights, biases = [*weights, w.get("v.weight")], [*biases, w.get("v.bias")]
+
     if module.variant == "III":
-        logits = w["q_map"] @ w["k_map"]
+        logits = module.q_map @ module.k_map
     else:
+        layer = module.qk if module.qkv is None else module.qkv
         share = {"vanilla": 1.0, "I": module.alpha, "II": 0.0}[module.variant]
         y = share * x + (1 - share) * module.pos_embed
-        q, k = (split_heads(F.linear(y, weights[i], biases[i])) for i in range(2))
-        logits = q @ k.mT
-    v = split_heads(x if weights[2] is None else F.linear(x, weights[2], biases[2]))
-    out = ((module.scale * logits).softmax(dim=-1) @ v).transpose(1, 2).flatten(2)
-    return F.linear(out, w["proj.weight"], w.get("proj.bias")) if "proj.weight" in w else out
+        logits = projection(layer, 0, 1)(y) @ projection(layer, 1, 2)(y).mT
+    if module.qkv is not None:
+        v = projection(module.qkv, 2, 3)(x)
+    else:
+        v = split_heads(x) if module.v is None else projection(module.v, 0, 1)(x)
+    return module.proj(((module.scale * logits).softmax(dim=-1) @ v).transpose(1, 2).flatten(2))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -103,7 +98,7 @@ def test_gradcheck():
 def test_impulse_maps_look_at_their_offset(variant):
     module = make(variant, init="impulse", peak=0.9, kernel_size=3)
     targets = impulse_targets(module.offsets, GRID)
-    # What the fit saw: P in the vanilla variant, where the model mixes it in at its entry; else P's own share.
+    # What the fit saw: P in the vanilla variant, where the model mixes it in at its entry; else P alone.
     position = module.pos_embed if variant == "vanilla" else torch.zeros(TOKENS, DIM)
     attention = module.attention_map(position.unsqueeze(0))[0]
     for head, target in zip(attention, targets, strict=True):
@@ -233,7 +228,7 @@ def test_copies(variant):
         assert torch.equal(other.offsets, module.offsets)
 
 
-def test_global_generator_and_default_device_leave_no_trace():
+def test_draws_come_from_the_given_generator_alone():
     torch.manual_seed(0)
     module = ConvInitAttention(DIM, HEADS, GRID, init="random")
     expected = make(init="random")

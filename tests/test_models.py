@@ -1,0 +1,251 @@
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import convinit.nn.attention
+from convinit import impulse_targets
+from convinit.models import ConvMixer, SimpleViT
+from convinit.nn import SpatialConv
+
+VARIANTS = ["vanilla", "I", "II", "III"]
+VIT = {"dim": 32, "depth": 2, "num_heads": 4, "head_dim": 8, "mlp_dim": 24, "kernel_size": 3}
+MIXER = {"dim": 12, "depth": 3, "kernel_size": 3}
+KINDS = [
+    {},
+    {"init": "impulse", "trainable_mixing": False},
+    {"init": "box", "num_cells": 4, "num_filters": 5},
+    {"init": "gaussian", "variance": 0.5, "share_layers": True},
+    {"init": "softmax", "num_filters": 4, "share_layers": True, "trainable_mixing": False},
+    {"init": "impulse", "matrix_form": True},
+    {"init": "permutation", "matrix_form": True, "num_filters": 3, "trainable_mixing": False},
+    {"init": "full_permutation", "matrix_form": True, "num_filters": 3, "share_layers": True},
+]
+
+
+def vit(seed=0, **options):
+    return SimpleViT((8, 12), 2, 5, generator=torch.Generator().manual_seed(seed), **VIT | options)
+
+
+def mixer(seed=0, **options):
+    return ConvMixer((8, 12), 2, 5, generator=torch.Generator().manual_seed(seed), **MIXER | options)
+
+
+def images(batch=3):
+    return torch.randn(batch, 3, 8, 12, generator=torch.Generator().manual_seed(1))
+
+
+MODELS = [*((vit, {"variant": v}) for v in VARIANTS), *((mixer, kind) for kind in KINDS)]
+
+
+@pytest.mark.parametrize(("make", "options"), MODELS)
+def test_trains_copies_and_resets(make, options):
+    model = make(**options)
+    fresh = copy.deepcopy(model)
+    assert model(images()).shape == (3, 5)
+
+    frozen = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
+    assert bool(frozen) == (not options.get("trainable_mixing", True))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
+    losses = []
+    for _ in range(15):
+        loss = F.cross_entropy(model(images()), torch.tensor([0, 1, 2]))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    assert all(torch.equal(value, model.get_parameter(name)) for name, value in frozen.items())
+
+    model.eval()
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), make(seed=9, **options).eval()):
+        other.load_state_dict(model.state_dict())
+        assert torch.equal(other(images()), model(images()))
+
+    model.reset_parameters(torch.Generator().manual_seed(0))
+    assert all(torch.equal(value, fresh.state_dict()[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(("make", "options"), [MODELS[1], (mixer, KINDS[3]), (mixer, KINDS[7])])
+def test_meta_then_to_empty_then_reset(make, options):
+    model = make(device="meta", **options).to_empty(device="cpu")
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data.fill_(77)
+    model.reset_parameters(torch.Generator().manual_seed(0))
+    expected = make(**options)
+    assert torch.equal(model(images()), expected(images()))
+    assert len(list(model.parameters())) == len(list(expected.parameters()))
+
+
+def test_seeds_and_the_global_generator():
+    state = torch.get_rng_state()
+    for make in (vit, mixer):
+        one, same, other = make(0).state_dict(), make(0).state_dict(), make(1).state_dict()
+        assert all(torch.equal(one[key], same[key]) for key in one)
+        assert not all(torch.equal(one[key], other[key]) for key in one)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+# --- SimpleViT --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("init", ["impulse", "scrambled", "norm_matched"])
+def test_one_fit_serves_all_layers(init, monkeypatch):
+    calls = []
+
+    def spy(pos_embed, offsets, *args, **kwargs):
+        calls.append(len(offsets))
+        return fit_qk(pos_embed, offsets, *args, **kwargs)
+
+    fit_qk = convinit.nn.attention.fit_qk
+    monkeypatch.setattr(convinit.nn.attention, "fit_qk", spy)
+    model = vit(init=init)
+    assert calls == [8]
+    assert not torch.equal(model.blocks[0].attn.qkv.weight, model.blocks[1].attn.qkv.weight)
+
+
+def test_position_enters_where_the_variant_says():
+    for variant in VARIANTS:
+        model = vit(variant=variant, depth=1, alpha=0.3, init="random")
+        content = model.patch_embed(model.patchify(images()))
+        entry = 0.3 * content + 0.7 * model.pos_embed if variant == "vanilla" else content
+        torch.testing.assert_close(model.embed(images()), entry)
+        attn = model.blocks[0].attn
+        torch.testing.assert_close(
+            model.attention_maps(images())[0],
+            attn.attention_map(model.blocks[0].norm(entry)).expand(3, -1, -1, -1),
+        )
+
+
+def test_attention_maps_of_model_two_are_the_impulses():
+    model = vit(variant="II", peak=0.9)
+    maps = model.attention_maps(images(2))  # [depth, B, heads, N, N]
+    assert maps.shape == (2, 2, 4, 24, 24)
+    for layer, block in zip(maps, model.blocks, strict=True):
+        targets = impulse_targets(block.attn.offsets, (4, 6))
+        assert (layer[0].argmax(dim=2) == targets)[targets >= 0].all()
+
+
+def test_patches_are_row_major():
+    model = SimpleViT((4, 6), (2, 3), 2, channels=1, dim=8, depth=0)
+    patches = model.patchify(torch.arange(24.0).view(1, 1, 4, 6))[0]
+    assert patches.tolist()[1] == [3, 4, 5, 9, 10, 11]
+    assert patches.tolist()[2] == [12, 13, 14, 18, 19, 20]
+
+
+def test_a_patch_of_one_number_is_not_normalised_away():
+    model = SimpleViT(4, 1, 2, channels=1, dim=8, depth=1, num_heads=2, head_dim=4, kernel_size=3)
+    one, other = model(torch.rand(2, 1, 4, 4))
+    assert not torch.allclose(one, other)
+
+
+def test_parameters_of_the_papers_model():
+    model = SimpleViT(32, 2, 10, init="default", device="meta")
+    attention, mlp, norms = 4 * 512 * 512, 2 * 512 * 512 + 2 * 512, 4 * 512
+    patch = 24 + (12 + 1) * 512 + 1024
+    assert sum(p.numel() for p in model.parameters()) == 6 * (attention + mlp + norms) + patch + 1024 + 5130
+
+
+# --- ConvMixer --------------------------------------------------------------------------------------------
+
+
+def test_learned_mixer_is_made_of_torch_layers():
+    model = mixer(depth=1).eval()
+    block = model.blocks[0]
+    x = model.patch_embed(images())
+    conv = F.conv2d(x, block.spatial.weight, block.spatial.bias, padding=1, groups=12)
+    x = x + block.spatial_norm[1](F.gelu(conv))
+    x = block.pointwise[2](F.gelu(block.pointwise[0](x)))
+    torch.testing.assert_close(model(images()), model.head(x.mean(dim=(2, 3))))
+
+
+def test_shared_layers_have_one_weight_and_their_own_assignment():
+    model = mixer(init="impulse", num_filters=4, share_layers=True)
+    first, second, _ = (block.spatial for block in model.blocks)
+    assert first.weight is second.weight and first.weight.shape == (4, 1, 3, 3)
+    assert not torch.equal(first.assignment, second.assignment)
+    assert first.bias is not second.bias
+
+
+def test_matrix_form_of_the_impulse_is_the_filter():
+    options = {"bias": True, "generator": torch.Generator().manual_seed(0)}
+    matrix = SpatialConv(6, 3, init="impulse", grid_size=(4, 5), **options)
+    filters = SpatialConv(6, 3, init="impulse")
+    with torch.no_grad():
+        filters.bias.copy_(matrix.bias)
+        filters.weight.zero_()
+        for channel in range(6):  # row of an inner pixel: its impulse's place relative to the pixel
+            dy, dx = divmod(int(matrix.weight[channel, 6].argmax()), 5)
+            filters.weight[channel, 0, dy, dx] = math.sqrt(1 / 3)
+    x = torch.randn(2, 6, 4, 5)
+    torch.testing.assert_close(matrix(x), filters(x))
+
+
+def test_channels_take_their_assigned_filter():
+    x = torch.randn(2, 6, 4, 5)
+    for options in ({"init": "softmax"}, {"init": "permutation", "grid_size": (4, 5)}):
+        shared = SpatialConv(6, 3, num_filters=2, **options)
+        own = SpatialConv(6, 3, **options)
+        with torch.no_grad():
+            own.weight.copy_(shared.weight[shared.assignment])
+            own.bias.copy_(shared.bias)
+        torch.testing.assert_close(shared(x), own(x))
+
+
+def test_softmax_filters_stay_distributions():
+    conv = SpatialConv(3, 3, init="softmax", bias=False)
+    torch.nn.init.normal_(conv.weight, std=3.0)
+    torch.testing.assert_close(conv(torch.ones(1, 3, 5, 5))[:, :, 1:-1, 1:-1], torch.ones(1, 3, 3, 3))
+
+
+def test_spatial_conv_gradcheck():
+    conv = SpatialConv(2, 3, init="full_permutation", grid_size=(2, 2), num_filters=1, dtype=torch.float64)
+    x = torch.randn(2, 2, 2, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(
+        lambda x, w, b: torch.func.functional_call(conv, {"weight": w, "bias": b}, x),
+        (x, conv.weight, conv.bias),
+    )
+
+
+def test_compiles_into_one_graph():
+    for model in (vit(variant="vanilla"), mixer(init="softmax", num_filters=3).eval()):
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(images()), model(images()))
+
+
+# --- bad input --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: SimpleViT(32, 5, 10), "image_size must be divisible by patch_size"),
+        (lambda: ConvMixer((32, 30), 4, 10), "image_size must be divisible by patch_size"),
+        (lambda: SimpleViT(8, 2, 10, dim=30, num_heads=5, head_dim=8), "dim must be a multiple of 4"),
+        (
+            lambda: SimpleViT(8, 2, 10, dim=32, num_heads=5, head_dim=None),
+            "dim must be divisible by num_heads",
+        ),
+        (lambda: vit(init="implus"), "init must be one of"),
+        (lambda: vit()(torch.zeros(1, 3, 8, 8)), r"images must be \[B, channels, 8, 12\]"),
+        (lambda: mixer()(torch.zeros(1, 3, 8, 8)), r"images must be \[B, channels, 8, 12\]"),
+        (lambda: mixer(init="permutation"), "init must in filter form"),
+        (lambda: mixer(init="box", matrix_form=True), "init must in matrix form"),
+        (lambda: mixer(num_filters=13), "num_filters must be at most dim = 12"),
+        (lambda: mixer(init="box", num_cells=10), "num_cells must be at most 9"),
+        (lambda: SpatialConv(6, 3, weight=torch.nn.Parameter(torch.zeros(5, 1, 3, 3))), "weight must be"),
+        (
+            lambda: SpatialConv(6, 3, init="permutation", grid_size=(2, 2))(torch.zeros(1, 6, 4, 1)),
+            r"x must be \[B, 6, 2, 2\]",
+        ),
+    ],
+)
+def test_bad_input(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

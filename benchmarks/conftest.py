@@ -97,10 +97,13 @@ def compare(rows: list[dict[str, Any]], pytestconfig: pytest.Config) -> Callable
         competitors: {name: function without arguments}. Each is called once, and its result checked, before
             anything is timed.
         baseline: the competitor whose time, divided by a competitor's own, is its `ratio`.
-        check: called with (name, result); raises if the result is wrong.
+        check: called with (name, result); raises if the result is wrong. May return facts about the result,
+            for the competitor's row.
         dtype: what the competitors compute in.
         bytes_written: size of the result, from which each row's "gb_per_s" follows.
         extra: more facts about the problem, for the row's JSON column.
+        extrapolate: {name: factor} for competitors of which only a part is run; their times are multiplied,
+            and the rows say so.
     """
 
     def compare(
@@ -109,15 +112,16 @@ def compare(rows: list[dict[str, Any]], pytestconfig: pytest.Config) -> Callable
         competitors: dict[str, Callable[[], Any]],
         *,
         baseline: str,
-        check: Callable[[str, Any], None],
+        check: Callable[[str, Any], dict[str, Any] | None],
         dtype: torch.dtype = torch.float32,
         bytes_written: int | None = None,
         extra: dict[str, Any] | None = None,
+        extrapolate: dict[str, float] | None = None,
     ) -> dict[str, float]:
         if baseline not in competitors:
             raise ValueError(f"baseline must be one of {', '.join(competitors)}, got {baseline!r}")
-        for name, fn in competitors.items():
-            check(name, fn())
+        extrapolate = extrapolate or {}
+        found = {name: check(name, fn()) or {} for name, fn in competitors.items()}
         first = {name: sample(fn, 1) for name, fn in competitors.items()}
         number = {name: max(1, round(MIN_SAMPLE_S / seconds)) for name, seconds in first.items()}
         round_s = sum(first[name] * number[name] for name in competitors)
@@ -125,14 +129,16 @@ def compare(rows: list[dict[str, Any]], pytestconfig: pytest.Config) -> Callable
         times: dict[str, list[float]] = {name: [] for name in competitors}
         for _ in range(rounds):
             for name, fn in competitors.items():
-                times[name].append(1e3 * sample(fn, number[name]))
+                times[name].append(1e3 * sample(fn, number[name]) * extrapolate.get(name, 1))
 
         medians = {name: float(np.median(values)) for name, values in times.items()}
         print(f"\n{op}: {problem}, {str(dtype).removeprefix('torch.')}, {rounds} rounds")
         for name, values in times.items():
             median, q20, q80 = medians[name], *np.quantile(values, [0.2, 0.8])
             ratio = medians[baseline] / median
-            facts = dict(extra or {})
+            facts = {**(extra or {}), **found[name]}
+            if name in extrapolate:
+                facts["extrapolated_by"] = extrapolate[name]
             if bytes_written is not None:
                 facts["gb_per_s"] = round(bytes_written / median / 1e6, 2)
             line = f"  {name:<24} {median:10.4f} ms  ({q20:.4f} to {q80:.4f})  {ratio:9.3f}x {baseline}"

@@ -10,8 +10,10 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from convinit import fit_qk, fit_targets, impulse_matrix, sample_offsets
+from convinit import fit_qk, fit_targets, impulse_matrix, impulse_targets, sample_offsets
 from convinit.fit import SVD, Adam, Newton
+from convinit.fit.api import _grid_symmetries
+from convinit.fit.newton import distinct_problems, row_space, true_symmetries
 from convinit.fit.papers import fit_adam
 
 OFFICIAL = json.loads((Path(__file__).parent / "data" / "official_fit.json").read_text())
@@ -157,6 +159,24 @@ def test_one_seed_one_result(method):
     assert not torch.equal(first.wq, other.wq)
 
 
+def test_mirrored_offsets_are_one_problem_for_sincos_alone():
+    def count(P, grid_size):
+        _, xq = row_space(P.double())
+        _, xk = row_space((P - P.mean(0)).double())
+        symmetries, *turns = true_symmetries(_grid_symmetries(*grid_size), xq, xk)
+        targets = impulse_targets(window(5), grid_size)
+        problems, _, problem_of_head, symmetry_of_head = distinct_problems(targets, None, symmetries)
+        for b in range(25):  # the symmetry takes each head's targets to its problem's
+            permutation = symmetries[symmetry_of_head[b]]
+            image = torch.where(targets[b] < 0, -1, permutation[targets[b]])
+            assert torch.equal(problems[problem_of_head[b]][permutation], image)
+        return len(problems)
+
+    assert count(sincos((9, 9), 64), (9, 9)) == 6
+    assert count(sincos((9, 8), 64), (9, 8)) == 9
+    assert count(learned(81, 64), (9, 9)) == 25
+
+
 def test_weight_norm_per_head():
     offsets = torch.tensor([[0, 1], [0, 1], [1, 1]])
     norms = torch.tensor([3.0, 5.0, 4.0])
@@ -294,7 +314,7 @@ GOOD = {"pos_embed": P44, "offsets": torch.tensor([[0, 1]]), "grid_size": (4, 4)
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"pos_embed": torch.full((16, 16), float("nan"))}, ValueError, r"pos_embed must be finite, got 256 NaN"),
+        ({"pos_embed": torch.full((16, 16), float("nan"))}, ValueError, "must be finite, got 256 NaN"),
         ({"pos_embed": P44[None]}, ValueError, r"shape \[N, D\].*got \[1, 16, 16\]"),
         ({"pos_embed": P44[:15]}, ValueError, r"a row for each of 4 x 4 tokens.*got \[15, 16\]"),
         ({"pos_embed": P44.long()}, TypeError, "pos_embed must be a floating-point tensor.*int64"),

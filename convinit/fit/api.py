@@ -87,7 +87,8 @@ def fit_qk(
             f"offsets must leave some target on the {height} x {width} grid, but "
             f"{tuple(offsets[empty][0].tolist())} leaves none with padding_mode='zeros'"
         )
-    return _fit(pos_embed, targets, rank, scale, method, weight_norm, peak, generator, offsets)
+    symmetries = _grid_symmetries(height, width)
+    return _fit(pos_embed, targets, rank, scale, method, weight_norm, peak, generator, offsets, symmetries)
 
 
 @torch.no_grad()
@@ -132,10 +133,20 @@ def fit_targets(
         raise ValueError(
             "targets must have at least one row with a target in each head, got a head of -1 alone"
         )
-    return _fit(pos_embed, targets, rank, scale, method, weight_norm, peak, generator, None)
+    identity = torch.arange(n)[None]
+    return _fit(pos_embed, targets, rank, scale, method, weight_norm, peak, generator, None, identity)
 
 
-def _fit(pos_embed, targets, rank, scale, method, weight_norm, peak, generator, offsets) -> QKFit:
+def _grid_symmetries(height: int, width: int) -> Tensor:
+    """The token permutations [G, N] that mirror the grid, and where it is square also transpose it."""
+    grid = torch.arange(height * width).view(height, width)
+    images = [grid, grid.flip(0), grid.flip(1), grid.flip(0, 1)]
+    if height == width:
+        images += [image.T for image in images]
+    return torch.stack([image.flatten() for image in images])
+
+
+def _fit(pos_embed, targets, rank, scale, method, weight_norm, peak, generator, offsets, symmetries) -> QKFit:
     start = time.perf_counter()
     method = _check_method(method)
     check_generator(generator)
@@ -148,15 +159,9 @@ def _fit(pos_embed, targets, rank, scale, method, weight_norm, peak, generator, 
     if isinstance(method, newton.Newton):
         weight_norm, peak = _check_goal(weight_norm, peak, len(targets))
         wq, wk, metrics = newton.fit(
-            P,
-            targets,
-            rank,
-            scale=scale,
-            method=method,
-            weight_norm=weight_norm,
-            peak=peak,
-            generator=generator,
-        )
+            P, targets, rank, scale=scale, method=method, weight_norm=weight_norm, peak=peak,
+            symmetries=symmetries, generator=generator,
+        )  # fmt: skip
     else:
         if weight_norm is not None or peak is not None:
             raise ValueError(

@@ -1,16 +1,14 @@
 """Our fit: a reduced basis, one problem per distinct target, a closed-form start, and a quasi-Newton polish.
 
 1. Reduced basis. Only directions in which P varies can carry a map, and a constant added to a row of logits
-changes
-   nothing. So queries live in the row space of P, keys in that of the centred P: a 512-dimensional sin-cos
-   embedding of a 16 × 16 grid leaves 19 and 20 unknowns a column. Weights outside these spaces would only add
-   norm.
-2. One problem per distinct target: heads that share one get the same map from different weights, (W_q R, W_k
-R) with R
-   a random rotation of the head's space.
+   changes nothing. So queries live in the row space of P, keys in that of the centred P: a 512-dimensional
+   sin-cos embedding of a 16 × 16 grid leaves 19 and 20 unknowns a column. Weights outside these spaces would
+   only add norm.
+2. One problem per distinct target. Heads that share one get the same map from other weights, (W_q R, W_k R)
+   with R a random rotation of the head's space. Where mirroring the grid merely turns P, as it does sin-cos
+   embeddings, mirrored targets are one problem too: the 25 offsets of a 5 × 5 window are 6 on a square grid.
 3. Start. Ridge least squares of the logits to the centred target, C = argmin ‖Xq C Xkᵀ − M‖² + λ‖C‖², is
-elementwise in
-   the two bases; the balanced factors of its rank-r truncation are the start.
+   elementwise in the two bases; the balanced factors of its rank-r truncation are the start.
 4. Polish: `convinit.ops.qk_solver`.
 """
 
@@ -31,6 +29,7 @@ _SMALLEST_DIRECTION = 1e-4
 # embeddings), the second steep ones (sin-cos); the solver takes the better start.
 _RIDGES = (1.0, 1e-2)
 _PEAK_TOLERANCE = 0.02
+_SYMMETRY_TOLERANCE = 1e-3
 _EXACT_SVD = 256  # matrices up to this size are decomposed exactly
 
 
@@ -56,21 +55,29 @@ def fit(
     method: Newton,
     weight_norm: Tensor | None,
     peak: float | None,
+    symmetries: Tensor,
     generator: torch.Generator | None,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """W_q, W_k [B, D, r] and metrics [B]; arguments as checked by `convinit.fit.api`, all on the CPU."""
+    """W_q, W_k [B, D, r] and metrics [B]; arguments as checked by `convinit.fit.api`, all on the CPU.
+
+    symmetries [G, N]: permutations of the tokens that may leave P's Gram matrix as it is; the identity first.
+    """
     P = pos_embed.double()
-    distinct_targets, distinct_norms, problem_of_head = _distinct(targets, weight_norm)
     Vq, Xq = row_space(P)
     Vk, Xk = row_space(P - P.mean(dim=0))
-    starts = ridge_starts(Xq, Xk, distinct_targets, min(rank, Xq.shape[1], Xk.shape[1]))
-    wq, wk, diagnostics = _solve(Xq, Xk, distinct_targets, *starts, scale, distinct_norms, peak, method)
+    symmetries, turns_q, turns_k = true_symmetries(symmetries, Xq, Xk)
+    problems, norms, problem_of_head, symmetry_of_head = distinct_problems(targets, weight_norm, symmetries)
+    starts = ridge_starts(Xq, Xk, problems, min(rank, Xq.shape[1], Xk.shape[1]))
+    wq, wk, diagnostics = _solve(Xq, Xk, problems, *starts, scale, norms, peak, method)
     if peak is not None:
         _warn_if_missed(peak, diagnostics[problem_of_head, DIAGNOSTICS.index("peak")], rank)
 
     dtype = torch.promote_types(pos_embed.dtype, torch.float32)
-    rotation = random_rotations(len(targets), rank, wq.shape[2], generator).to(dtype)  # [B, k, r]
-    wq, wk = ((V @ w).to(dtype)[problem_of_head] @ rotation for V, w in ((Vq, wq), (Vk, wk)))
+    rotation = random_rotations(len(targets), rank, wq.shape[2], generator)  # [B, k, r]
+    wq, wk = (
+        V.to(dtype) @ (turns[symmetry_of_head] @ w[problem_of_head] @ rotation).to(dtype)
+        for V, turns, w in ((Vq, turns_q, wq), (Vk, turns_k, wk))
+    )
     metrics = {name: diagnostics[problem_of_head, i] for i, name in enumerate(DIAGNOSTICS[:4])}
     return wq, wk, metrics
 
@@ -128,16 +135,55 @@ def random_rotations(count: int, size: int, rows: int, generator: torch.Generato
     return (Q * R.diagonal(dim1=1, dim2=2).sign()[:, None]).mT
 
 
-def _distinct(targets: Tensor, weight_norm: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Distinct problems among heads: their targets [U, N] and norms [U], and the problem of each head [B]."""
-    if weight_norm is None:
-        distinct, problem_of_head = torch.unique(targets, dim=0, return_inverse=True)
-        return distinct, None, problem_of_head
-    norms, norm_index = torch.unique(weight_norm, return_inverse=True)
-    keys, problem_of_head = torch.unique(
-        torch.cat([targets, norm_index[:, None]], dim=1), dim=0, return_inverse=True
+def true_symmetries(permutations: Tensor, *bases: Tensor) -> tuple[Tensor, ...]:
+    """The permutations [G, N] that merely turn each basis X [N, ρ], X[permutation] = X T, and T [G, ρ, ρ]."""
+    turns = [(X / X.square().sum(dim=0)).T @ X[permutations] for X in bases]  # least squares
+    kept = torch.ones(len(permutations), dtype=torch.bool)
+    for X, T in zip(bases, turns, strict=True):
+        missed = (X @ T - X[permutations]).abs().amax(dim=(1, 2)) / X.abs().max()
+        unequal = (T @ T.mT - torch.eye(T.shape[1], dtype=T.dtype)).abs().amax(dim=(1, 2))
+        kept &= torch.maximum(missed, unequal) < _SYMMETRY_TOLERANCE
+    return permutations[kept], *(T[kept] for T in turns)
+
+
+def distinct_problems(
+    targets: Tensor, weight_norm: Tensor | None, symmetries: Tensor
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """Problems that differ by more than a symmetry, and how heads map to them.
+
+    Returns their targets [U, N] and norms [U], and for each head [B] its problem and the symmetry that takes
+    the head's targets to the problem's.
+    """
+    norms, norm_of_head = None, targets.new_zeros(len(targets))
+    if weight_norm is not None:
+        norms, norm_of_head = torch.unique(weight_norm, return_inverse=True)
+    keys = torch.cat([targets, norm_of_head[:, None]], dim=1)
+    keys, key_of_head = torch.unique(keys, dim=0, return_inverse=True)
+    keys, problem_of_key, symmetry_of_key = _canonical(keys, symmetries)
+    problems = keys[:, :-1].contiguous()
+    return (
+        problems,
+        None if norms is None else norms[keys[:, -1]],
+        problem_of_key[key_of_head],
+        symmetry_of_key[key_of_head],
     )
-    return keys[:, :-1].contiguous(), norms[keys[:, -1]], problem_of_head
+
+
+def _canonical(keys: Tensor, symmetries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Each key [U, N + 1] stands for its images under the symmetries: for the first of them in lexical order.
+
+    Returns the distinct ones, and for each key which of them it is and by which symmetry.
+    """
+    targets, norm = keys[:, :-1], keys[:, -1:]
+    images = []
+    for permutation in symmetries:  # token n goes to permutation[n], and so does its target
+        image = torch.empty_like(targets)
+        image[:, permutation] = torch.where(targets < 0, -1, permutation[targets.clamp(min=0)])
+        images.append(torch.cat([image, norm], dim=1))
+    distinct, which = torch.unique(torch.cat(images), dim=0, return_inverse=True)
+    first, symmetry = which.view(len(symmetries), len(keys)).min(dim=0)
+    used, problem = torch.unique(first, return_inverse=True)
+    return distinct[used], problem, symmetry
 
 
 def _solve(Xq, Xk, targets, wq_starts, wk_starts, scale, weight_norm, peak, method: Newton):

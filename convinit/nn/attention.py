@@ -79,8 +79,10 @@ class ConvInitAttention(nn.Module):
     Raises:
         ValueError, TypeError: an argument is out of range, or the input is not on this grid.
 
-    Source: arXiv 2401.12511, Models I to III. The position term (1−α) P W is made once a step and not once an
-    image; the result is the same.
+    Source: arXiv 2401.12511, Models I to III. Two departures: the position term (1−α) P W is made once a step
+    and not once an image, with the same result; and the fit of Model I sees (1−α) P, as its queries and keys
+    do, so that ``peak`` is what the layer starts with. The papers fit P, which the layer then softens: their
+    result is a ``set_qk_`` away.
     """
 
     pos_embed: Tensor

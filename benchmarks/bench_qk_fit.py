@@ -21,7 +21,7 @@ from convinit import QKFit, fit_qk, impulse_matrix, sample_offsets
 from convinit.nn.position import sincos_2d
 
 OFFICIAL = json.loads((Path(__file__).parent.parent / "tests" / "data" / "official_fit.json").read_text())
-ADAM_STEPS = 2
+ADAM_STEPS = 10
 
 
 def learned(tokens: int, dim: int) -> Tensor:

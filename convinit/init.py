@@ -84,7 +84,7 @@ def impulse_qk_(
     Raises:
         ValueError: the shapes do not agree, or :func:`convinit.fit_qk` refuses its input.
 
-    Source: arXiv 2401.12511, section 4.
+    Source: arXiv 2401.12511.
     """
     heads, _, rank = _check_qk(wq, wk, pos_embed)
     if offsets.dim() != 2 or offsets.shape[0] != heads:
@@ -203,7 +203,7 @@ def mimetic_qk_(
     Returns:
         (wq, wk).
 
-    Source: arXiv 2305.09828, section 4 (normal); the code of arXiv 2401.12511 draws uniformly.
+    Source: arXiv 2305.09828 (normal); the code of arXiv 2401.12511 draws uniformly.
     """
     heads, dim, rank = _check_qk(wq, wk)
     if rank > dim:
@@ -261,7 +261,7 @@ def mimetic_vo_(
     Returns:
         (wv, wo).
 
-    Source: arXiv 2305.09828, section 4.
+    Source: arXiv 2305.09828.
     """
     if wv.dim() != 2 or wo.dim() != 2 or wv.shape != wo.shape[::-1]:
         raise ValueError(

@@ -81,7 +81,7 @@ def sample_offsets(num_heads: int, kernel_size: int, *, generator: torch.Generat
         TypeError, ValueError: an argument is not a positive int, kernel_size is even, or generator is not a
             CPU generator.
 
-    Source: arXiv 2401.12511, section 4: each head is given a random impulse filter of an f x f kernel.
+    Source: arXiv 2401.12511: each head is given a random impulse filter of an f x f kernel.
     """
     check_int("num_heads", num_heads)
     check_int("kernel_size", kernel_size)
@@ -111,7 +111,7 @@ def impulse_targets(offsets: Tensor, grid_size: Sequence[int], *, padding_mode: 
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape or value.
 
-    Source: arXiv 2401.12511, section 4, which has "zeros" alone.
+    Source: arXiv 2401.12511, which has "zeros" alone.
     """
     offsets = check_offsets(offsets)
     height, width = check_grid_size(grid_size)

@@ -64,7 +64,7 @@ def fit_qk(
     Warns:
         UserWarning: the wanted peak is out of reach; the best map is returned.
 
-    Source: arXiv 2401.12511, section 4, states the problem (mse of the maps). Method "newton" departs from
+    Source: arXiv 2401.12511, states the problem (mse of the maps). Method "newton" departs from
     it: it solves in the row space of P, once per distinct offset, under an exact weight norm.
     """
     height, width = check_grid_size(grid_size)

@@ -44,7 +44,7 @@ class ConvMixer(nn.Module):
     Raises:
         ValueError: the image is not divisible into patches, or the filter options do not fit together.
 
-    Source: arXiv 2201.09792 (ConvMixer); arXiv 2401.12511, section 3.
+    Source: arXiv 2201.09792 (ConvMixer); arXiv 2401.12511.
     """
 
     def __init__(

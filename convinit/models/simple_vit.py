@@ -53,7 +53,7 @@ class SimpleViT(nn.Module):
     Raises:
         ValueError: the image is not divisible into patches, dim not by 4 or not by num_heads.
 
-    Source: arXiv 2205.01580 (SimpleViT); arXiv 2401.12511, section 5. As there, no projection of the
+    Source: arXiv 2205.01580 (SimpleViT); arXiv 2401.12511. As there, no projection of the
     attention has a bias.
     """
 

@@ -52,7 +52,7 @@ class SpatialConv(nn.Module):
 
     Shape: [B, C, H, W] → [B, C, H, W].
 
-    Source: the ConvMixer of arXiv 2401.12511, section 3. Its bias in matrix form is U(±1/C).
+    Source: the ConvMixer of arXiv 2401.12511. Its bias in matrix form is U(±1/C).
     """
 
     assignment: Tensor | None

@@ -47,7 +47,7 @@ def impulse_matrix(
         TypeError, ValueError: an argument has the wrong type, shape or value, or the result would be larger
             than 2**63 - 1 bytes.
 
-    Source: arXiv 2401.12511, section 4, which has "zeros" alone.
+    Source: arXiv 2401.12511, which has "zeros" alone.
     """
     offsets = check_offsets(offsets)
     height, width = check_grid_size(grid_size)

@@ -51,7 +51,7 @@ def qk_solver(
     Raises:
         RuntimeError: shapes or dtypes do not fit (`convinit.fit_qk` checks its arguments and explains them).
 
-    Source: the loss is that of arXiv 2401.12511, section 4; the constraint and the method are ours.
+    Source: the loss is that of arXiv 2401.12511; the constraint and the method are ours.
     """
     return torch.ops.convinit.qk_solver(
         xq, xk, targets, wq_starts, wk_starts, scale, weight_norm, peak or 0.0, max_iterations, tolerance

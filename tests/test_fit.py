@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from convinit import fit_qk, fit_targets, impulse_matrix, impulse_targets, sample_offsets
 from convinit.fit import SVD, Adam, Newton
 from convinit.fit.api import DEFAULT_PEAK, _grid_symmetries
-from convinit.fit.newton import distinct_problems, row_space, true_symmetries
+from convinit.fit.newton import distinct_problems, reduced_bases, true_symmetries
 from convinit.fit.papers import fit_adam
 
 OFFICIAL = json.loads((Path(__file__).parent / "data" / "official_fit.json").read_text())
@@ -121,6 +121,23 @@ def test_unreachable_peak_warns_and_returns_the_best_map():
     assert (fit.mse < 1.05 / 64).all()  # no worse than a uniform map
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda P: P + 1e4,  # one direction far stronger than those that carry the map
+        lambda P: 1e4 * P,
+        lambda P: 1e-4 * P,
+        lambda P: torch.cat([P, torch.zeros_like(P) + 3], dim=1),
+    ],
+    ids=["large mean", "large", "small", "constant columns"],
+)
+def test_embeddings_of_any_size_and_mean(change):
+    fit = fit_qk(change(sincos((8, 8), 64, torch.float64)), window(3), (8, 8), 16, scale=0.25)
+    assert (fit.peak - DEFAULT_PEAK).abs().max() < 0.01
+    assert (fit.hit_rate == 1).all()
+    check_reported_figures(fit)
+
+
 def test_more_norm_gives_a_closer_map():
     fits = [
         fit_qk(sincos((8, 8), 64), window(3), (8, 8), 16, scale=0.25, weight_norm=w) for w in (2.0, 5.0, 10.0)
@@ -161,8 +178,7 @@ def test_one_seed_one_result(method):
 
 def test_mirrored_offsets_are_one_problem_for_sincos_alone():
     def count(P, grid_size):
-        _, xq = row_space(P.double())
-        _, xk = row_space((P - P.mean(0)).double())
+        (_, xq), (_, xk) = reduced_bases(P.double())
         symmetries, *turns = true_symmetries(_grid_symmetries(*grid_size), xq, xk)
         targets = impulse_targets(window(5), grid_size)
         problems, _, problem_of_head, symmetry_of_head = distinct_problems(targets, None, symmetries)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from convinit.fit.newton import ridge_starts, row_space
+from convinit.fit.newton import reduced_bases, ridge_starts
 from convinit.fit.result import attention_maps, map_metrics
 from convinit.offsets import impulse_targets
 from convinit.ops.qk_solver import DIAGNOSTICS, qk_solver, qk_solver_reference
@@ -13,8 +13,7 @@ def problem(grid_size=(6, 7), dim=24, rank=12, offsets=((0, 1), (-1, 2), (0, 0))
     """Basis, targets and starts for a random embedding, as the fit makes them."""
     generator = torch.Generator().manual_seed(seed)
     P = torch.randn(grid_size[0] * grid_size[1], dim, dtype=torch.float64, generator=generator)
-    _, xq = row_space(P)
-    _, xk = row_space(P - P.mean(0))
+    (_, xq), (_, xk) = reduced_bases(P)
     targets = impulse_targets(torch.tensor(offsets), grid_size)
     return xq, xk, targets, *ridge_starts(xq, xk, targets, min(rank, xk.shape[1]))
 

@@ -2,7 +2,7 @@
 
 1. Reduced basis. Only directions in which P varies can carry a map, and a constant added to a row of logits
    changes nothing. So queries live in the row space of P, keys in that of the centred P: a 512-dimensional
-   sin-cos embedding of a 16 × 16 grid leaves 19 and 20 unknowns a column. Weights outside these spaces would
+   sin-cos embedding of a 16 × 16 grid leaves 21 and 20 unknowns a column. Weights outside these spaces would
    only add norm.
 2. One problem per distinct target. Heads that share one get the same map from other weights, (W_q R, W_k R)
    with R a random rotation of the head's space. Where mirroring the grid merely turns P, as it does sin-cos
@@ -63,8 +63,7 @@ def fit(
     symmetries [G, N]: permutations of the tokens that may leave P's Gram matrix as it is; the identity first.
     """
     P = pos_embed.double()
-    Vq, Xq = row_space(P)
-    Vk, Xk = row_space(P - P.mean(dim=0))
+    (Vq, Xq), (Vk, Xk) = reduced_bases(P)
     symmetries, turns_q, turns_k = true_symmetries(symmetries, Xq, Xk)
     problems, norms, problem_of_head, symmetry_of_head = distinct_problems(targets, weight_norm, symmetries)
     starts = ridge_starts(Xq, Xk, problems, min(rank, Xq.shape[1], Xk.shape[1]))
@@ -82,16 +81,27 @@ def fit(
     return wq, wk, metrics
 
 
-def row_space(P: Tensor) -> tuple[Tensor, Tensor]:
-    """An orthonormal basis V [D, ρ] of the row space of P [N, D], strongest first, and X = P V [N, ρ]."""
+def reduced_bases(P: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Orthonormal bases V [D, ρ] for queries and for keys, each with the tokens in it, X = P V [N, ρ].
+
+    Keys: the row space of the centred P, and the centred P in it. Queries: the same and the mean of P, which they
+    do feel; turned so that the columns of X are orthogonal, strongest first.
+    """
+    mean = P.mean(dim=0)
+    centred = P - mean
     n, dim = P.shape
     # Squaring P halves the digits of the small singular values; those kept have plenty left in float64.
-    energy, V = torch.linalg.eigh(P @ P.T if n < dim else P.T @ P)
-    kept = energy > _SMALLEST_DIRECTION**2 * energy[-1]
-    energy, V = energy[kept].flip(0), V[:, kept].flip(1)
-    if n < dim:
-        V = (P.T @ V) / energy.sqrt()
-    return V, P @ V
+    energy, V = torch.linalg.eigh(centred @ centred.T if n < dim else centred.T @ centred)
+    floor = _SMALLEST_DIRECTION**2 * energy[-1]
+    energy, V = energy[energy > floor].flip(0), V[:, energy > floor].flip(1)
+    Vk = (centred.T @ V) / energy.sqrt() if n < dim else V
+
+    beside = mean - Vk @ (Vk.T @ mean)
+    Vq = (
+        torch.cat([Vk, (beside / beside.norm())[:, None]], dim=1) if n * beside.square().sum() > floor else Vk
+    )
+    Vq = Vq @ torch.linalg.eigh((P @ Vq).T @ (P @ Vq)).eigenvectors.flip(1)
+    return (Vq, P @ Vq), (Vk, centred @ Vk)
 
 
 def ridge_starts(Xq: Tensor, Xk: Tensor, targets: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -136,13 +146,19 @@ def random_rotations(count: int, size: int, rows: int, generator: torch.Generato
 
 
 def true_symmetries(permutations: Tensor, *bases: Tensor) -> tuple[Tensor, ...]:
-    """The permutations [G, N] that merely turn each basis X [N, ρ], X[permutation] = X T, and T [G, ρ, ρ]."""
+    """The permutations [G, N] that merely turn each basis X [N, ρ], X[permutation] = X T, and T [G, ρ, ρ].
+
+    The first must be the identity.
+    """
     turns = [(X / X.square().sum(dim=0)).T @ X[permutations] for X in bases]  # least squares
     kept = torch.ones(len(permutations), dtype=torch.bool)
     for X, T in zip(bases, turns, strict=True):
         missed = (X @ T - X[permutations]).abs().amax(dim=(1, 2)) / X.abs().max()
         unequal = (T @ T.mT - torch.eye(T.shape[1], dtype=T.dtype)).abs().amax(dim=(1, 2))
         kept &= torch.maximum(missed, unequal) < _SYMMETRY_TOLERANCE
+    kept[0] = True
+    for T in turns:  # the identity, whatever rounding makes of it
+        T[0] = torch.eye(T.shape[1], dtype=T.dtype)
     return permutations[kept], *(T[kept] for T in turns)
 
 

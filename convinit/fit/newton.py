@@ -84,8 +84,8 @@ def fit(
 def reduced_bases(P: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """Orthonormal bases V [D, ρ] of queries and of keys, each with the tokens in it, X = P V [N, ρ].
 
-    Keys: the row space of the centred P, and the centred P in it. Queries: the same and the mean of P, which they
-    do feel; turned so that the columns of X are orthogonal, strongest first.
+    Keys: the row space of the centred P, and the centred P in it. Queries: the same and the mean of P, which
+    they do feel; turned so that the columns of X are orthogonal, strongest first.
     """
     mean = P.mean(dim=0)
     centred = P - mean

@@ -1,0 +1,49 @@
+"""The application: its commands and what they have in common."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from convinit import __version__
+from convinit.cli import errors
+from convinit.cli.demo import demo
+from convinit.cli.fit import fit
+from convinit.cli.info import info
+
+app = typer.Typer(
+    name="convinit",
+    help=(
+        "Convolutional initialization for Vision Transformers: attention heads that start as random impulse "
+        "convolutions (arXiv 2401.12511)."
+    ),
+    epilog="Start with: convinit demo --quick",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"convinit {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+    traceback: Annotated[
+        bool, typer.Option("--traceback", help="On an error, show where in the code it arose.")
+    ] = False,
+) -> None:
+    errors.show_traceback = traceback
+
+
+app.command()(errors.explained(demo))
+app.command()(errors.explained(fit))
+app.command()(errors.explained(info))

@@ -1,0 +1,62 @@
+"""Reading a tensor from a file without running code that the file may hold."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def load_tensor(path: Path, key: str | None = None) -> Tensor:
+    """A tensor from .npy, .safetensors, .pt or .pth.
+
+    Args:
+        path: the file.
+        key: its name in a file that holds several; needless if there is one, or one called pos_embed.
+
+    Raises:
+        ValueError: another kind of file, not the format its name says, no such tensor, or several and no key.
+        OSError: the file cannot be read.
+    """
+    if not path.is_file():
+        raise ValueError(f"pos_embed must be sincos, learned or a file, got {str(path)!r}, which is no file")
+    try:
+        content = _read(path)
+    except (ValueError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path} cannot be read as {path.suffix}: {reason}") from error
+    if isinstance(content, Tensor):
+        if key is not None:
+            raise ValueError(f"{path} holds a single tensor without a name, got key {key!r}; leave it out")
+        return content.detach()
+    tensors = {name: value for name, value in content.items() if isinstance(value, Tensor)}
+    if key is None:
+        key = next(iter(tensors)) if len(tensors) == 1 else "pos_embed"
+    if key not in tensors:
+        names = ", ".join(sorted(tensors)[:10]) + (", …" if len(tensors) > 10 else "")
+        raise ValueError(
+            f"{path} has no tensor {key!r}; choose one with --pos-embed-key: {names or 'it has none'}"
+        )
+    return tensors[key].detach()
+
+
+def _read(path: Path) -> Tensor | dict[str, object]:
+    if path.suffix == ".npy":
+        return torch.from_numpy(np.load(path, allow_pickle=False))
+    if path.suffix == ".safetensors":
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            return dict(load_file(path))
+        except SafetensorError as error:
+            raise ValueError(str(error)) from error
+    if path.suffix in (".pt", ".pth"):
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        if isinstance(content, Tensor | dict):
+            return content
+        raise ValueError(f"it holds a {type(content).__name__}, neither a tensor nor a dict of tensors")
+    raise ValueError("not a .npy, .safetensors, .pt or .pth file")

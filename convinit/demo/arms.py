@@ -1,0 +1,71 @@
+"""What the demo compares: initial weights, on one small Vision Transformer, and a ConvMixer beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from convinit.models import ConvMixer, SimpleViT
+
+GRID_SIZE = (8, 8)  # one token a pixel
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One line of the table.
+
+    Attributes:
+        label: how it is named in the table and the figures.
+        model: SimpleViT or ConvMixer.
+        options: what sets it apart; keyword arguments of the model.
+    """
+
+    label: str
+    model: type[nn.Module]
+    options: Mapping[str, Any]
+
+
+_VIT = {
+    "dim": 64,
+    "depth": 4,
+    "num_heads": 4,
+    "head_dim": 16,
+    "mlp_dim": 128,
+    "variant": "I",
+    "alpha": 0.2,
+    "kernel_size": 3,
+    "peak": 0.94,
+}
+_CONVMIXER = {"dim": 64, "depth": 4, "kernel_size": 3}
+
+ARMS = {
+    "default": Arm("default", SimpleViT, {**_VIT, "init": "default"}),
+    "mimetic": Arm("mimetic", SimpleViT, {**_VIT, "init": "mimetic"}),
+    "impulse": Arm("impulse", SimpleViT, {**_VIT, "init": "impulse"}),
+    "impulse-vo": Arm("impulse + V·proj", SimpleViT, {**_VIT, "init": "impulse", "values": "mimetic"}),
+    "scrambled-vo": Arm(
+        "control: scrambled + V·proj", SimpleViT, {**_VIT, "init": "scrambled", "values": "mimetic"}
+    ),
+    "random-vo": Arm(
+        "control: random + V·proj",
+        SimpleViT,
+        {**_VIT, "init": "norm_matched", "values": "mimetic"},
+    ),
+    "convmixer": Arm(
+        "ConvMixer, frozen impulse filters",
+        ConvMixer,
+        {**_CONVMIXER, "init": "impulse", "trainable_mixing": False},
+    ),
+}
+QUICK = ("default", "mimetic", "impulse-vo", "scrambled-vo")
+OURS = "impulse-vo"  # its maps are drawn
+
+
+def build_model(arm: Arm, num_classes: int, seed: int) -> nn.Module:
+    """The model of an arm. One seed gives all Vision Transformers the same offsets."""
+    generator = torch.Generator().manual_seed(seed)
+    return arm.model(GRID_SIZE, 1, num_classes, channels=1, generator=generator, **arm.options)

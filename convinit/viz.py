@@ -201,17 +201,17 @@ def learning_curves(
     for index, (label, values) in enumerate(curves.items()):
         color, dash = _LINES[index % len(_LINES)]
         epochs = range(1, values.shape[1] + 1)
-        mean, low, high = (
-            v.double().cpu().numpy() for v in (values.mean(dim=0), values.amin(dim=0), values.amax(dim=0))
-        )
+        values = values.double().cpu()
+        mean, low, high = values.mean(dim=0).numpy(), values.amin(dim=0).numpy(), values.amax(dim=0).numpy()
         axes.fill_between(epochs, low, high, color=color, alpha=0.13, lw=0)
         axes.plot(epochs, mean, color=color, linestyle=dash, lw=2, marker="o" if len(mean) == 1 else None)
-        ends.append((float(mean[-1]), len(mean), label, color, dash))
+        ends.append((float(mean[-1]), label, color, dash))
     longest = max(values.shape[1] for values in curves.values())
     axes.set_xlim(1, max(longest, 2))
-    low, high = min(float(v.min()) for v in curves.values()), max(float(v.max()) for v in curves.values())
-    margin = 0.04 * max(high - low, 1e-3)
-    axes.set_ylim(low - margin, high + margin)
+    lowest = min(float(values.min()) for values in curves.values())
+    highest = max(float(values.max()) for values in curves.values())
+    margin = 0.04 * max(highest - lowest, 1e-3)
+    axes.set_ylim(lowest - margin, highest + margin)
     if goal is not None:
         axes.axhline(goal, color="0.55", lw=0.8, zorder=0)
     axes.set_xlabel("epoch")
@@ -226,25 +226,23 @@ def learning_curves(
     return figure
 
 
-def _label_ends(axes: Any, ends: list[tuple[float, int, str, str, Any]]) -> None:
-    """Each curve's name beside its end, in the order of the ends, moved apart where they are close."""
-    low, high = axes.get_ylim()
-    gap = 0.068
-    heights, floor = [], -1.0
-    for value, *_ in sorted(ends):
-        floor = max(floor + gap, (value - low) / (high - low))
-        heights.append(floor)
-    excess = max(heights[-1] - 1.0, 0.0)
-    heights = [h - excess for h in heights]  # down as a block; the leader lines still show what is what
-    for below in range(len(heights) - 1, 0, -1):
-        heights[below - 1] = min(heights[below - 1], heights[below] - gap) if excess else heights[below - 1]
-    for height, (value, _, label, color, dash) in zip(heights, sorted(ends), strict=True):
-        end = (value - low) / (high - low)
-        axes.plot(
-            [1.0, 1.03, 1.09], [end, height, height], transform=axes.transAxes, color=color, lw=1.8,
-            linestyle=dash, clip_on=False,
-        )  # fmt: skip
-        axes.text(1.1, height, f"{label}  {value:.1f}", transform=axes.transAxes, va="center", fontsize=9.5)
+def _label_ends(axes: Any, ends: Sequence[tuple[float, str, str, Any]]) -> None:
+    """The name of each curve (value, label, color, dash) beside its end, moved apart where ends are close."""
+    bottom, top = axes.get_ylim()
+    gap = 0.068  # of the height of the axes: a line of text
+    ends = sorted(ends, key=lambda end: end[0])
+    heights = [(value - bottom) / (top - bottom) for value, *_ in ends]
+    labels = list(heights)
+    for i in range(1, len(labels)):
+        labels[i] = max(labels[i], labels[i - 1] + gap)
+    labels[-1] = min(labels[-1], 1.0)
+    for i in range(len(labels) - 2, -1, -1):
+        labels[i] = min(labels[i], labels[i + 1] - gap)
+    across = axes.transAxes
+    for (value, name, color, dash), end, label in zip(ends, heights, labels, strict=True):
+        line = {"color": color, "linestyle": dash, "lw": 1.8, "clip_on": False}
+        axes.plot([1.0, 1.03, 1.09], [end, label, label], transform=across, **line)
+        axes.text(1.1, label, f"{name}  {value:.1f}", transform=across, va="center", fontsize=9.5)
 
 
 def _targets(offsets: Tensor, grid_size: Sequence[int], like: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ from convinit.demo.summary import (
 )
 from convinit.offsets import check_int
 
-_FULL, _QUICK = (3, 8), (1, 6)  # seeds, epochs
+_FULL, _QUICK = (3, 10), (1, 6)  # seeds, epochs
 
 
 def demo(
@@ -57,7 +57,7 @@ def demo(
         typer.Option(help="Seeds 0, 1, … of initial weights and image order.", show_default="3; --quick 1"),
     ] = None,
     epochs: Annotated[
-        int | None, typer.Option(help="Passes over the training images.", show_default="8; --quick 6")
+        int | None, typer.Option(help="Passes over the training images.", show_default="10; --quick 6")
     ] = None,
     arm: Annotated[
         list[str] | None,
@@ -101,7 +101,7 @@ def demo(
         num_test=test_images,
     )
     start = time.perf_counter()
-    runs, fresh = _run(out, arms, range(number), settings, jobs or _cpus(), resume)
+    runs, fresh = _run(out, arms, range(number), settings, _cpus() if jobs is None else jobs, resume)
     rows = summarize(runs)
     text = conclusions(rows, settings.epochs)
     if quick:

@@ -38,7 +38,6 @@ _VIT = {
     "variant": "I",
     "alpha": 0.2,
     "kernel_size": 3,
-    "peak": 0.94,
 }
 _CONVMIXER = {"dim": 64, "depth": 4, "kernel_size": 3}
 

@@ -60,8 +60,8 @@ class Row:
 
 
 def early_epoch(epochs: int) -> int:
-    """The epoch of the column "early": a third of the training, when speed of learning shows."""
-    return max(1, round(epochs / 3))
+    """The epoch of the column "early": half way, when speed of learning shows."""
+    return max(1, epochs // 2)
 
 
 def summarize(runs: Sequence[Run]) -> list[Row]:
@@ -127,10 +127,10 @@ def setting(runs: Sequence[Run]) -> str:
             "the same split for all.",
             _count(seeds, "seed") + (" (mean ± standard deviation)," if seeds > 1 else ","),
             f"{_count(settings['epochs'], 'epoch')} of AdamW at {settings['lr']:g} in batches of",
-            f"{settings['batch_size']}. “+ V·proj”: values and output layer start mimetic too; otherwise they",
-            "start as nn.Linear does. Controls: fitted to random permutations, or random, at the same weight norm.",
-            f"Shifted: the test images moved by one pixel ({', '.join(SHIFTS)}), zeros coming in, mean of the",
-            "four; no network was trained on shifted images.",
+            f"{settings['batch_size']}. “+ V·proj”: values and output layer start mimetic too, else as",
+            "nn.Linear does. Controls: heads fitted to random permutations, or random heads, at the weight",
+            f"norm of ours. Shifted: the test images moved by one pixel ({', '.join(SHIFTS)}), zeros",
+            "coming in, mean of the four; no network was trained on shifted images.",
         ]
     )
 
@@ -167,9 +167,11 @@ def conclusions(rows: Sequence[Row], epochs: int) -> list[str]:
                 f"Shifted images: {name} is {_join(found)}. {_what_controls_say(ours, by_arm, controls)}"
             )
         if ours.peak_start is not None and ours.peak_trained is not None:
+            left = ours.peak_start.mean - ours.peak_trained.mean > 5
+            verb = "left" if left else "kept"
             text.append(
-                f"The prior is left as the network learns: heads of {name} start with {ours.peak_start} % of "
-                f"their attention on the impulse and end with {ours.peak_trained} %."
+                f"The prior is {verb} as the network learns: heads of {name} start with {ours.peak_start} % "
+                f"of their attention on the impulse and end with {ours.peak_trained} %."
             )
     if "convmixer" in by_arm and len(rows) > 1:
         sizes = [by_arm["convmixer"].parameters, next(r for r in rows if r.arm != "convmixer").parameters]

@@ -1,0 +1,232 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+import convinit
+from convinit.cli.app import app
+from convinit.fit.result import attention_maps
+from convinit.nn import sincos_2d
+
+SMALL_FIT = ["--grid", "4x5", "--dim", "16", "--heads", "2", "--layers", "3", "-f", "3"]
+SMALL_DEMO = ["--train-images", "40", "--test-images", "30", "--epochs", "1", "--seeds", "1", "--jobs", "1"]
+
+
+def invoke(*arguments: object):
+    return CliRunner().invoke(app, [str(a) for a in arguments], env={"COLUMNS": "120", "TERM": "dumb"})
+
+
+def executable() -> str:
+    path = Path(sys.executable).with_name("convinit")
+    assert path.exists(), "the entry point is not installed"
+    return str(path)
+
+
+def test_entry_point_runs():
+    done = subprocess.run([executable(), "--version"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip()) == (0, f"convinit {convinit.__version__}")
+
+
+def test_importing_convinit_leaves_the_extras_alone():
+    code = (
+        "import sys, convinit\n"
+        "print([m for m in ('typer', 'rich', 'accelerate', 'matplotlib', 'sklearn') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_without_the_extra_one_sentence_says_what_to_do():
+    code = "import sys; sys.modules['typer'] = None; from convinit.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.strip() == (
+        "convinit: the command line needs typer, which is not installed; "
+        "get all that it needs with: pip install 'convinit[train]'"
+    )
+
+
+@pytest.mark.parametrize("command", [[], ["demo"], ["fit"], ["info"]])
+def test_help_teaches(command):
+    result = invoke(*command, "--help")
+    assert result.exit_code == 0
+    assert "convinit demo" in result.output or command != [] and f"convinit {command[0]}" in result.output
+
+
+def test_info():
+    result = invoke("info")
+    assert result.exit_code == 0 and f"torch           {torch.__version__}" in result.output
+    assert json.loads(invoke("info", "--json").output) == convinit.build_info()
+
+
+def test_fit_prints_a_table():
+    result = invoke("fit", *SMALL_FIT)
+    assert result.exit_code == 0
+    lines = result.output.splitlines()
+    assert lines[0].split() == ["layer", "head", "offset", "mse", "peak", "hit", "rate", "weight", "norm"]
+    assert len(lines) == 1 + 6 + 1 and lines[-1].startswith("3 × 2 heads in ")
+
+
+def test_fit_writes_weights_that_make_the_maps(tmp_path):
+    result = invoke("fit", *SMALL_FIT, "--peak", "0.6", "--seed", "3", "--out", tmp_path / "new" / "folder")
+    assert result.exit_code == 0, result.output
+    out = tmp_path / "new" / "folder"
+    tensors = load_file(out / "weights.safetensors")
+    assert tensors["wq"].shape == tensors["wk"].shape == (3, 2, 16, 8)
+    P = sincos_2d((4, 5), 16)
+    torch.testing.assert_close(tensors["pos_embed"], P)
+    maps = attention_maps(tensors["wq"].flatten(0, 1), tensors["wk"].flatten(0, 1), P, 8**-0.5)
+    targets = convinit.impulse_targets(tensors["offsets"].flatten(0, 1), (4, 5))
+    for b in range(6):
+        rows = targets[b] >= 0
+        assert maps[b][rows, targets[b][rows]].mean().item() == pytest.approx(0.6, abs=0.03)
+    with safe_open(out / "weights.safetensors", "pt") as file:
+        settings = json.loads(file.metadata()["settings"])
+    record = json.loads((out / "fit.json").read_text())
+    assert record["settings"] == settings and settings["peak"] == 0.6 and settings["seed"] == 3
+    assert record["offsets"] == tensors["offsets"].tolist()
+    assert record["peak"] == tensors["peak"].tolist()
+    assert (out / "filters.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("method", [["adam", "--steps", "5"], ["svd", "--weight-norm", "3"]])
+def test_fit_by_the_papers_methods(method, tmp_path):
+    result = invoke("fit", *SMALL_FIT, "--method", *method, "--pos-embed", "learned", "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    norms = load_file(tmp_path / "weights.safetensors")["weight_norm"]
+    if method[0] == "svd":
+        torch.testing.assert_close(norms, torch.full((3, 2), 3.0, dtype=torch.float64))
+    assert json.loads((tmp_path / "fit.json").read_text())["settings"]["method"] == method[0]
+
+
+def test_fit_reads_position_embeddings_from_files(tmp_path):
+    P = torch.randn(20, 16, generator=torch.Generator().manual_seed(0))
+    torch.save({"pos_embed": P[None], "other": torch.ones(2)}, tmp_path / "p.pt")
+    save_file({"a.pos": P}, tmp_path / "p.safetensors")
+    np.save(tmp_path / "p.npy", P.numpy())
+    for name in ("p.pt", "p.safetensors", "p.npy"):
+        result = invoke("fit", *SMALL_FIT, "--pos-embed", tmp_path / name, "--out", tmp_path / "out")
+        assert result.exit_code == 0, result.output
+        torch.testing.assert_close(load_file(tmp_path / "out" / "weights.safetensors")["pos_embed"], P)
+
+
+def test_files_that_hold_code_are_not_run(tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "sprung"),)
+
+    torch.save({"pos_embed": Trap()}, tmp_path / "trap.pt")
+    np.save(tmp_path / "trap.npy", np.array([Trap()], dtype=object), allow_pickle=True)
+    for name in ("trap.pt", "trap.npy"):
+        result = invoke("fit", *SMALL_FIT, "--pos-embed", tmp_path / name)
+        assert result.exit_code == 2 and "cannot be read" in result.output
+    assert not (tmp_path / "sprung").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["fit", "--grid", "3x"], "grid must be HxW or one number, such as 16x16 or 16, got '3x'"),
+        (["fit", "--heads", "3"], "dim must be divisible by heads, got 512 and 3"),
+        (["fit", "--heads", "0"], "heads must be at least 1, got 0"),
+        (["fit", "-f", "4"], "kernel_size must be odd"),
+        (["fit", "--peak", "0.5", "--weight-norm", "3"], "weight_norm or peak, not both"),
+        (["fit", "--steps", "5"], "steps belongs to method adam, got method newton"),
+        (["fit", "--pos-embed", "nothing.pt"], "'nothing.pt', which is no file"),
+        (["fit", "--pos-embed", __file__], "not a .npy, .safetensors, .pt or .pth file"),
+        (["demo", "--arm", "nix"], "arms must be among default, mimetic, "),
+        (["demo", "--epochs", "0"], "epochs must be at least 1, got 0"),
+        (["demo", "--jobs", "0"], "jobs must be at least 1, got 0"),
+        (["demo", "--train-images", "2000"], "num_train must be below 1797"),
+    ],
+)
+def test_errors_are_one_line_and_code_2(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if arguments[0] == "demo":
+        arguments = [*arguments, "--seeds", "1"] if "--jobs" in arguments else [*arguments, "--jobs", "1"]
+    result = invoke(*arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr and result.stderr.startswith("error: ")
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_traceback_on_request():
+    result = invoke("--traceback", "fit", "--heads", "3")
+    assert isinstance(result.exception, ValueError)
+    assert invoke("fit", "--heads", "3").exit_code == 2  # and not afterwards
+
+
+def test_truncated_files_are_named(tmp_path):
+    for name in ("bad.npy", "bad.safetensors", "bad.pt"):
+        (tmp_path / name).write_bytes(b"\x00\x01")
+        result = invoke("fit", "--pos-embed", tmp_path / name)
+        assert result.exit_code == 2 and f"{name} cannot be read as" in result.stderr.replace("\n", "")
+
+
+def test_warnings_are_one_line():
+    result = invoke("fit", "--grid", "8", "--dim", "16", "--heads", "8", "--layers", "1", "--peak", "0.9")
+    assert result.exit_code == 0
+    assert result.stderr.startswith("warning: ") and len(result.stderr.strip().splitlines()) == 1
+
+
+def test_unwritable_folder_is_code_1(tmp_path):
+    (tmp_path / "file").write_text("")
+    for arguments in (["fit", *SMALL_FIT], ["demo", *SMALL_DEMO]):
+        result = invoke(*arguments, "--out", tmp_path / "file" / "folder")
+        assert result.exit_code == 1 and result.stderr.startswith("error: ")
+
+
+def test_demo_writes_everything_and_goes_on(tmp_path):
+    arguments = ["demo", *SMALL_DEMO, "--arm", "impulse-vo", "--arm", "convmixer", "--out", tmp_path]
+    result = invoke(*arguments)
+    assert result.exit_code == 0, result.output
+    written = {path.name for path in tmp_path.iterdir()}
+    assert {"results.json", "table.md", "curves.png", "attention.png", "maps.png"} <= written
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert [run["identity"]["arm"] for run in results["runs"]] == ["impulse-vo", "convmixer"]
+    assert len(results["summary"]) == 2
+    assert all(sentence in (tmp_path / "table.md").read_text() for sentence in results["text"])
+    assert "impulse + V·proj" in result.stdout and "2 of 2 runs made now" in result.stdout
+    again = invoke(*arguments)
+    assert "0 of 2 runs made now" in again.stdout and "2 of 2 runs are in" in again.stderr
+    assert json.loads((tmp_path / "results.json").read_text()) == results
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Ctrl-C is another matter on Windows")
+def test_ctrl_c_keeps_finished_runs_and_leaves_no_process(tmp_path):
+    command = [executable(), "demo", "--arm", "convmixer", "--seeds", "40", "--epochs", "2", "--jobs", "2"]
+    command += ["--train-images", "40", "--test-images", "30", "--out", str(tmp_path)]
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and process.poll() is None:
+            results = tmp_path / "results.json"
+            if results.exists() and json.loads(results.read_text())["runs"]:
+                break
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does it: to all processes of the group
+        _, stderr = process.communicate(timeout=60)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 130, stderr
+    assert "Traceback" not in stderr and "To go on: convinit demo" in stderr
+    assert 0 < len(json.loads((tmp_path / "results.json").read_text())["runs"]) < 40
+    with pytest.raises(ProcessLookupError):  # nobody of the group is left
+        for _ in range(100):
+            os.killpg(process.pid, 0)
+            time.sleep(0.1)

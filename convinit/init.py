@@ -27,7 +27,7 @@ from torch import Tensor
 
 from convinit.fit import QKFit, fit_qk, fit_targets
 from convinit.fit.api import Method
-from convinit.offsets import check_generator, check_grid_size, check_int, sample_offsets
+from convinit.offsets import check_generator, check_grid_size, check_int, check_offsets, sample_offsets
 from convinit.ops.impulse_matrix import impulse_matrix
 
 __all__ = [
@@ -87,7 +87,8 @@ def impulse_qk_(
     Source: arXiv 2401.12511.
     """
     heads, _, rank = _check_qk(wq, wk, pos_embed)
-    if offsets.dim() != 2 or offsets.shape[0] != heads:
+    offsets = check_offsets(offsets)
+    if offsets.shape[0] != heads:
         raise ValueError(
             f"offsets must be [{heads}, 2], one row for each head of wq, got {list(offsets.shape)}"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -14,11 +15,12 @@ _OFFSET_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8
 
 def check_int(name: str, value: object, *, minimum: int = 1) -> int:
     """`value` as an int; TypeError or ValueError that names the argument otherwise."""
-    if not isinstance(value, int) or isinstance(value, bool):
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise TypeError(f"{name} must be an int, got {value!r} of type {type(value).__name__}")
-    if value < minimum:
-        raise ValueError(f"{name} must be at least {minimum}, got {value}")
-    return value
+    number = operator.index(value)  # NumPy's integers too
+    if number < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {number}")
+    return number
 
 
 def check_grid_size(grid_size: Sequence[int]) -> tuple[int, int]:

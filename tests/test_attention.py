@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from convinit import impulse_targets
+from convinit.fit import Adam
 from convinit.nn import ConvInitAttention, sincos_2d
+from convinit.nn.attention import reset_mixing_
 
 DIM, HEADS, GRID, TOKENS = 32, 4, (4, 5), 20
 VARIANTS = ["vanilla", "I", "II", "III"]
@@ -98,8 +100,10 @@ def test_gradcheck():
 def test_impulse_maps_look_at_their_offset(variant):
     module = make(variant, init="impulse", peak=0.9, kernel_size=3)
     targets = impulse_targets(module.offsets, GRID)
-    # What the fit saw: P in the vanilla variant, where the model mixes it in at its entry; else P alone.
-    position = module.pos_embed if variant == "vanilla" else torch.zeros(TOKENS, DIM)
+    # What the fit saw: LayerNorm(P) in the vanilla variant, whose tokens come out of a norm; else P alone.
+    position = torch.zeros(TOKENS, DIM)
+    if variant == "vanilla":
+        position = F.layer_norm(module.pos_embed, (DIM,))
     attention = module.attention_map(position.unsqueeze(0))[0]
     for head, target in zip(attention, targets, strict=True):
         inside = target >= 0
@@ -238,9 +242,10 @@ def test_draws_come_from_the_given_generator_alone():
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.parametrize("value", [True, False])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_autocast(variant):
-    module, x = make(variant, qkv_bias=True), tokens()
+def test_autocast(variant, value):
+    module, x = make(variant, qkv_bias=True, value=value), tokens()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = module(x)
         out.square().sum().backward()
@@ -249,7 +254,7 @@ def test_autocast(variant):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in module.parameters())
 
 
-@pytest.mark.parametrize("variant", ["I", "II"])
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_compiles_into_one_graph(variant):
     module = make(variant, qkv_bias=True)
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
@@ -257,6 +262,53 @@ def test_compiles_into_one_graph(variant):
     (ours,) = torch.autograd.grad(compiled(x).sin().sum(), x)
     (expected,) = torch.autograd.grad(module(x).sin().sum(), x)
     torch.testing.assert_close(ours, expected)
+
+
+def test_given_offsets_are_kept():
+    offsets = torch.tensor([[0, 1], [1, 0], [-1, 0], [0, 0]])
+    module = make("II", init="impulse", offsets=offsets)
+    module.reset_parameters(torch.Generator().manual_seed(5))
+    assert torch.equal(module.offsets, offsets)
+    targets = impulse_targets(offsets, GRID)
+    assert (module.attention_map()[0].argmax(-1) == targets)[targets >= 0].all()
+    with pytest.raises(ValueError, match=r"offsets must be \[4, 2\]"):
+        make("II", init="impulse", offsets=offsets[:3])
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_state_loads_into_a_module_that_was_on_the_meta_device(variant):
+    source = make(variant, init="impulse")
+    with torch.device("meta"):
+        module = make(variant, init="impulse")
+    module.to_empty(device="cpu")
+    module.pos_embed.fill_(float("nan"))
+    module.load_state_dict(source.state_dict())
+    assert torch.equal(module.pos_embed, source.pos_embed)
+    assert torch.equal(module(tokens()), source(tokens()))
+
+
+def test_papers_adam_is_fitted_layer_by_layer():
+    """Its first weights depend on the heads of a layer, and so not on how many layers are drawn together."""
+    layers = [make(init="impulse", method=Adam(steps=1)) for _ in range(6)]
+    alone = layers[0].qk_weights()[0].norm()
+    reset_mixing_(layers, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(layers[0].qk_weights()[0].norm(), alone, rtol=0.05, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"attn_drop": 1.5}, "attn_drop must be at least 0 and below 1"),
+        ({"head_dim": 64, "init": "impulse"}, "head_dim must be at most dim = 32"),
+        (
+            {"head_dim": 24, "init": "mimetic", "variant": "III"},
+            "head_dim must be at most tokens of grid_size = 20",
+        ),
+    ],
+)
+def test_option_errors(options, message):
+    with pytest.raises(ValueError, match=message):
+        make(**options)
 
 
 def test_dropout_in_training_alone():

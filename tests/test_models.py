@@ -249,3 +249,38 @@ def test_compiles_into_one_graph():
 def test_bad_input(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_offsets_for_all_layers_alike_or_each():
+    options = {"dim": 16, "depth": 2, "num_heads": 2, "head_dim": 8, "mlp_dim": 16}
+    two, four = torch.tensor([[0, 1], [1, 0]]), torch.tensor([[0, 1], [1, 0], [0, 0], [-1, 0]])
+    for offsets in (two, four):
+        model = SimpleViT(4, 1, 3, offsets=offsets, **options)
+        expected = two if offsets is two else four[2:]
+        assert torch.equal(model.blocks[1].attn.offsets, expected)
+    with pytest.raises(ValueError, match=r"offsets must be \[2, 2\].*or \[4, 2\], got \[3, 2\]"):
+        SimpleViT(4, 1, 3, offsets=four[:3], **options)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: SimpleViT(4, 1, 3, dim=16, depth=2, num_heads=2, head_dim=8, mlp_dim=16),
+        lambda: ConvMixer(4, 1, 3, dim=8, depth=2, kernel_size=3, share_layers=True),
+    ],
+)
+def test_state_loads_into_a_model_that_was_on_the_meta_device(make):
+    source = make().eval()
+    with torch.device("meta"):
+        model = make()
+    model.to_empty(device="cpu")
+    model.load_state_dict(source.state_dict())
+    images = torch.randn(2, 3, 4, 4)
+    assert torch.equal(model.eval()(images), source(images))
+    assert len(list(model.parameters())) == len(list(source.parameters()))
+
+
+@pytest.mark.parametrize("size", [(3, 32, 32), 32.0, "32"])
+def test_image_size_errors(size):
+    with pytest.raises(ValueError, match="image_size must be an int or a pair"):
+        SimpleViT(size, 4, 10)

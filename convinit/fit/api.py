@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 import time
 from collections.abc import Sequence
 
@@ -87,8 +88,9 @@ def fit_qk(
             f"offsets must leave some target on the {height} x {width} grid, but "
             f"{tuple(offsets[empty][0].tolist())} leaves none with padding_mode='zeros'"
         )
-    symmetries = _grid_symmetries(height, width)
-    return _fit(pos_embed, targets, rank, scale, method, weight_norm, peak, generator, offsets, symmetries)
+    return _fit(
+        pos_embed, targets, rank, scale, method, weight_norm, peak, generator, offsets, (height, width)
+    )
 
 
 @torch.no_grad()
@@ -133,11 +135,10 @@ def fit_targets(
         raise ValueError(
             "targets must have at least one row with a target in each head, got a head of -1 alone"
         )
-    identity = torch.arange(n)[None]
-    return _fit(pos_embed, targets, rank, scale, method, weight_norm, peak, generator, None, identity)
+    return _fit(pos_embed, targets, rank, scale, method, weight_norm, peak, generator, None, None)
 
 
-def _grid_symmetries(height: int, width: int) -> Tensor:
+def grid_symmetries(height: int, width: int) -> Tensor:
     """The token permutations [G, N] that mirror the grid, and where it is square also transpose it."""
     grid = torch.arange(height * width).view(height, width)
     images = [grid, grid.flip(0), grid.flip(1), grid.flip(0, 1)]
@@ -146,37 +147,40 @@ def _grid_symmetries(height: int, width: int) -> Tensor:
     return torch.stack([image.flatten() for image in images])
 
 
-def _fit(pos_embed, targets, rank, scale, method, weight_norm, peak, generator, offsets, symmetries) -> QKFit:
+def _fit(pos_embed, targets, rank, scale, method, weight_norm, peak, generator, offsets, grid_size) -> QKFit:
     start = time.perf_counter()
     method = _check_method(method)
     check_generator(generator)
     if check_int("rank", rank) > pos_embed.shape[1]:
         raise ValueError(f"rank must be at most D = {pos_embed.shape[1]}, got {rank}")
-    _check_number("scale", scale)
+    scale = _check_number("scale", scale)
     # The work is done on the CPU, where it takes a fraction of a second and draws are the same for every
-    # device.
-    P, targets = pos_embed.detach().cpu(), targets.cpu()
-    if isinstance(method, newton.Newton):
-        weight_norm, peak = _check_goal(weight_norm, peak, len(targets))
-        wq, wk, metrics = newton.fit(
-            P, targets, rank, scale=scale, method=method, weight_norm=weight_norm, peak=peak,
-            symmetries=symmetries, generator=generator,
-        )  # fmt: skip
-    else:
-        if weight_norm is not None or peak is not None:
-            raise ValueError(
-                f"weight_norm and peak belong to method 'newton', got method={method}; "
-                "the papers' methods are steered by their own options"
-            )
-        if isinstance(method, papers.Adam):
-            wq, wk = papers.fit_adam(P, targets, rank, scale=scale, method=method, generator=generator)
+    # device; also where the user has set another default device.
+    with torch.device("cpu"):
+        P, targets = pos_embed.detach().cpu().clone(), targets.cpu().clone()
+        if isinstance(method, newton.Newton):
+            weight_norm, peak = _check_goal(weight_norm, peak, len(targets))
+            symmetries = torch.arange(len(P))[None] if grid_size is None else grid_symmetries(*grid_size)
+            wq, wk, metrics = newton.fit(
+                P, targets, rank, scale=scale, method=method, weight_norm=weight_norm, peak=peak,
+                symmetries=symmetries, generator=generator,
+            )  # fmt: skip
         else:
-            wq, wk = papers.fit_svd(P, targets, rank, method=method, generator=generator)
-        metrics = _measure(wq, wk, P, targets, scale)
+            if weight_norm is not None or peak is not None:
+                raise ValueError(
+                    f"weight_norm and peak belong to method 'newton', got method={method}; "
+                    "the papers' methods are steered by their own options"
+                )
+            if isinstance(method, papers.Adam):
+                wq, wk = papers.fit_adam(P, targets, rank, scale=scale, method=method, generator=generator)
+            else:
+                wq, wk = papers.fit_svd(P, targets, rank, method=method, generator=generator)
+            metrics = _measure(wq, wk, P, targets, scale)
+    device = pos_embed.device
     return QKFit(
-        wq=wq.to(pos_embed), wk=wk.to(pos_embed), **metrics, targets=targets.to(pos_embed.device),
-        offsets=None if offsets is None else offsets.to(pos_embed.device), pos_embed=pos_embed.detach(),
-        scale=scale, method=method, seconds=time.perf_counter() - start,
+        wq=wq.to(pos_embed), wk=wk.to(pos_embed), **metrics, targets=targets.to(device),
+        offsets=None if offsets is None else offsets.to(device), pos_embed=P.to(device), scale=scale,
+        method=method, seconds=time.perf_counter() - start,
     )  # fmt: skip
 
 
@@ -226,7 +230,7 @@ def _check_method(method: str | Method) -> Method:
 
 
 def _check_number(name: str, value: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
     if not (value > 0 and math.isfinite(value)):
         raise ValueError(f"{name} must be positive and finite, got {value}")

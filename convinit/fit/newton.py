@@ -14,13 +14,17 @@
 
 from __future__ import annotations
 
+import math
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from convinit._progress import progress
+from convinit.offsets import check_int
 from convinit.ops.qk_solver import DIAGNOSTICS, qk_solver
 
 # Directions this much weaker than the strongest cannot carry a map at any sensible norm.
@@ -45,6 +49,11 @@ class Newton:
     max_iterations: int = 200
     tolerance: float = 1e-2
 
+    def __post_init__(self) -> None:
+        check_int("max_iterations", self.max_iterations, minimum=0)
+        if not (self.tolerance >= 0 and math.isfinite(self.tolerance)):
+            raise ValueError(f"tolerance must be finite and at least 0, got {self.tolerance}")
+
 
 def fit(
     pos_embed: Tensor,
@@ -63,22 +72,38 @@ def fit(
     symmetries [G, N]: permutations of the tokens that may leave P's Gram matrix as it is; the identity first.
     """
     P = pos_embed.double()
-    (Vq, Xq), (Vk, Xk) = reduced_bases(P)
-    symmetries, turns_q, turns_k = true_symmetries(symmetries, Xq, Xk)
-    problems, norms, problem_of_head, symmetry_of_head = distinct_problems(targets, weight_norm, symmetries)
-    starts = ridge_starts(Xq, Xk, problems, min(rank, Xq.shape[1], Xk.shape[1]))
+    # Where singular values coincide, as those of sin-cos do, rounding chooses their vectors; on one thread
+    # the choice is always the same. The solver does not depend on the number of threads.
+    with _one_thread():
+        (Vq, Xq), (Vk, Xk) = reduced_bases(P)
+        symmetries, turns_q, turns_k = true_symmetries(symmetries, Xq, Xk)
+        problems, norms, problem_of_head, symmetry_of_head = distinct_problems(
+            targets, weight_norm, symmetries
+        )
+        starts = ridge_starts(Xq, Xk, problems, min(rank, Xq.shape[1], Xk.shape[1]))
     wq, wk, diagnostics = _solve(Xq, Xk, problems, *starts, scale, norms, peak, method)
     if peak is not None:
         _warn_if_missed(peak, diagnostics[problem_of_head, DIAGNOSTICS.index("peak")], rank)
 
     dtype = torch.promote_types(pos_embed.dtype, torch.float32)
-    rotation = random_rotations(len(targets), rank, wq.shape[2], generator)  # [B, k, r]
-    wq, wk = (
-        V.to(dtype) @ (turns[symmetry_of_head] @ w[problem_of_head] @ rotation).to(dtype)
-        for V, turns, w in ((Vq, turns_q, wq), (Vk, turns_k, wk))
-    )
+    with _one_thread():
+        rotation = random_rotations(len(targets), rank, wq.shape[2], generator)  # [B, k, r]
+        wq, wk = (
+            V.to(dtype) @ (turns[symmetry_of_head] @ w[problem_of_head] @ rotation).to(dtype)
+            for V, turns, w in ((Vq, turns_q, wq), (Vk, turns_k, wk))
+        )
     metrics = {name: diagnostics[problem_of_head, i] for i, name in enumerate(DIAGNOSTICS[:4])}
     return wq, wk, metrics
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def reduced_bases(P: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
@@ -220,10 +245,16 @@ def _solve(Xq, Xk, targets, wq_starts, wk_starts, scale, weight_norm, peak, meth
 
 def _warn_if_missed(peak: float, reached: Tensor, rank: int) -> None:
     missed = (reached - peak).abs() > _PEAK_TOLERANCE
-    if missed.any():
-        warnings.warn(
-            f"peak={peak} was not reached by {int(missed.sum())} of {len(reached)} heads: they got "
-            f"{reached[missed].min():.3f} to {reached[missed].max():.3f} (QKFit.peak has all). "
-            f"Rank {rank} or this position embedding allows no sharper map; ask for less or raise the rank.",
-            stacklevel=5,
+    if not missed.any():
+        return
+    if (reached < peak).any():
+        reason = (
+            f"Rank {rank} or this position embedding allows no sharper map; ask for less or raise the rank."
         )
+    else:
+        reason = "A uniform map has that much already; ask for more."
+    warnings.warn(
+        f"peak={peak} was not reached by {int(missed.sum())} of {len(reached)} heads: they got "
+        f"{reached[missed].min():.3f} to {reached[missed].max():.3f} (QKFit.peak has all). {reason}",
+        stacklevel=6,  # the caller of fit_qk, past its no_grad decorator
+    )

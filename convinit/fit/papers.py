@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from convinit._progress import progress
+from convinit.offsets import check_int
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,12 @@ class Adam:
     steps: int = 10_000
     norm_interval: int = 100
     heads: int = 0
+
+    def __post_init__(self) -> None:
+        _check_positive("lr", self.lr)
+        check_int("steps", self.steps)
+        check_int("norm_interval", self.norm_interval)
+        check_int("heads", self.heads, minimum=0)
 
 
 @dataclass(frozen=True)
@@ -44,6 +52,17 @@ class SVD:
     noise: float = 3.0
     noise_std: float = 0.6
     weight_norm: float = 7.0
+
+    def __post_init__(self) -> None:
+        for name in ("impulse_logit", "noise_std", "weight_norm"):
+            _check_positive(name, getattr(self, name))
+        if not (self.noise >= 0 and math.isfinite(self.noise)):
+            raise ValueError(f"noise must be finite and at least 0, got {self.noise}")
+
+
+def _check_positive(name: str, value: float) -> None:
+    if not (value > 0 and math.isfinite(value)):
+        raise ValueError(f"{name} must be positive and finite, got {value}")
 
 
 def fit_adam(

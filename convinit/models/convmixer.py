@@ -111,9 +111,7 @@ class ConvMixer(nn.Module):
         Args:
             generator: CPU generator. The same seed gives the same model.
         """
-        if self.share_layers:
-            for block in self.blocks:  # to_empty unties parameters
-                block.spatial.weight = self.blocks[0].spatial.weight
+        self._tie_layers()
         for module in self.modules():
             if isinstance(module, SpatialConv):
                 module.reset_parameters(generator)
@@ -121,6 +119,16 @@ class ConvMixer(nn.Module):
                 module.reset_parameters()
             elif isinstance(module, nn.Linear | nn.Conv2d):
                 default_(module.weight, module.bias, generator=generator)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self._tie_layers()  # before the blocks load: each then fills the one weight
+        super()._load_from_state_dict(*args)
+
+    def _tie_layers(self) -> None:
+        """``to_empty`` unties parameters."""
+        if self.share_layers:
+            for block in self.blocks:
+                block.spatial.weight = self.blocks[0].spatial.weight
 
     def forward(self, images: Tensor) -> Tensor:
         if images.dim() != 4 or images.shape[2:] != self.image_size:

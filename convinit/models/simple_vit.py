@@ -45,6 +45,7 @@ class SimpleViT(nn.Module):
         init, values, kernel_size, scale, padding_mode, method, weight_norm, peak, value, proj,
             trainable_mixing: see :class:`convinit.nn.ConvInitAttention`.
         attn_drop, proj_drop: dropout on attention weights, and on the outputs of attention and MLP.
+        offsets: [depth·heads, 2], or [heads, 2] for all layers alike, (dy, dx) of heads; None draws them.
         generator: CPU generator of the initial values; None means torch's own.
         device, dtype: of parameters and buffers.
 
@@ -81,6 +82,7 @@ class SimpleViT(nn.Module):
         method: str | Method = "newton",
         weight_norm: float | None = None,
         peak: float | None = None,
+        offsets: Tensor | None = None,
         value: bool = True,
         proj: bool = True,
         trainable_mixing: bool = True,
@@ -107,7 +109,13 @@ class SimpleViT(nn.Module):
             nn.LayerNorm(dim, **factory),
         )
         self.blocks: list[Block] = nn.ModuleList()  # type: ignore[assignment]
-        for _ in range(depth):
+        if offsets is not None and offsets.shape not in ((num_heads, 2), (depth * num_heads, 2)):
+            raise ValueError(
+                f"offsets must be [{num_heads}, 2] for all layers alike or [{depth * num_heads}, 2], got "
+                f"{list(offsets.shape)}"
+            )
+        for layer in range(depth):
+            first = 0 if offsets is None or len(offsets) == num_heads else layer * num_heads
             attn = ConvInitAttention(
                 dim,
                 num_heads,
@@ -129,6 +137,7 @@ class SimpleViT(nn.Module):
                 method=method,
                 weight_norm=weight_norm,
                 peak=peak,
+                offsets=None if offsets is None else offsets[first : first + num_heads],
                 **factory,
             )
             self.blocks.append(Block(attn, mlp_dim, proj_drop, **factory))
@@ -160,6 +169,11 @@ class SimpleViT(nn.Module):
                 default_(module.weight, module.bias, generator=generator)
             elif isinstance(module, nn.LayerNorm):
                 module.reset_parameters()
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        with torch.no_grad():  # not saved, and blank after to_empty
+            self.pos_embed.copy_(sincos_2d(self.grid_size, self.dim))
 
     def embed(self, images: Tensor) -> Tensor:
         """Images [B, channels, height, width] → tokens [B, N, D], as they enter the first block."""
@@ -227,7 +241,10 @@ class Block(nn.Module):
 
 def pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
     """One number, or (height, width), as (height, width)."""
-    height, width = (value, value) if isinstance(value, int) else value
+    numbers = (value, value) if hasattr(value, "__index__") else value
+    if not isinstance(numbers, Sequence) or isinstance(numbers, str) or len(numbers) != 2:
+        raise ValueError(f"{name} must be an int or a pair (height, width), got {value!r}")
+    height, width = numbers
     return check_int(name, height), check_int(name, width)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from convinit import init as init_
-from convinit.fit import fit_qk
+from convinit.fit import Adam, fit_qk
 from convinit.fit.api import Method
 from convinit.nn.position import sincos_2d
 from convinit.offsets import check_grid_size, check_int, check_padding_mode, sample_offsets
@@ -62,7 +63,9 @@ class ConvInitAttention(nn.Module):
             those are fitted or norm-matched; the other initialisers are applied to Q and Kᵀ themselves, where
             "default" means "random".
         values: of W_v and W_o: "default", as ``nn.Linear``, or "mimetic".
-        method, weight_norm, peak: of the fit; see :func:`convinit.fit_qk`.
+        offsets: [heads, 2], the (dy, dx) of every head; None draws them.
+        method, weight_norm, peak: of the fit; see :func:`convinit.fit_qk`. The fit sees (1−α) P in Model I,
+            LayerNorm(P) in the vanilla variant, whose tokens come out of a norm, and P in Models II and III.
         pos_embed: P [N, D]; None means the fixed 2-D sin-cos of grid and dim, which needs a D divisible by 4.
             A given P is data: it is saved with the state_dict, and after ``to_empty`` it must be loaded.
         attn_head_dim, dim_out, qk_norm, scale_norm, gated, norm_layer: taken so that the module can stand in
@@ -80,9 +83,9 @@ class ConvInitAttention(nn.Module):
         ValueError, TypeError: an argument is out of range, or the input is not on this grid.
 
     Source: arXiv 2401.12511, Models I to III. Two departures: the position term (1−α) P W is made once a step
-    and not once an image, with the same result; and the fit of Model I sees (1−α) P, as its queries and keys
-    do, so that ``peak`` is what the layer starts with. The papers fit P, which the layer then softens: their
-    result is a ``set_qk_`` away.
+    and not once an image, with the same result; and the fit of Model I sees (1−α) P, the positional part of
+    its queries and keys, so that ``peak`` is what the layer has on zero content; content softens it further.
+    The papers fit P itself: their result is a ``set_qk_`` away.
     """
 
     pos_embed: Tensor
@@ -115,6 +118,7 @@ class ConvInitAttention(nn.Module):
         method: str | Method = "newton",
         weight_norm: float | None = None,
         peak: float | None = None,
+        offsets: Tensor | None = None,
         pos_embed: Tensor | None = None,
         attn_head_dim: int | None = None,
         dim_out: int | None = None,
@@ -136,6 +140,12 @@ class ConvInitAttention(nn.Module):
         _check_choice("init", init, _INITS)
         _check_choice("values", values, _VALUES)
         check_padding_mode(padding_mode)
+        for name, rate in (("attn_drop", attn_drop), ("proj_drop", proj_drop)):
+            if not 0 <= rate < 1:
+                raise ValueError(f"{name} must be at least 0 and below 1, got {rate}")
+        space, size = ("tokens of grid_size", height * width) if variant == "III" else ("dim", dim)
+        if init in (*_FITTED, "mimetic") and head_dim > (dim if init in _FITTED else size):
+            raise ValueError(f"head_dim must be at most {space} = {size} for init={init!r}, got {head_dim}")
         if not 0 <= alpha <= 1:
             raise ValueError(f"alpha must be 0 to 1, the content share of queries and keys, got {alpha}")
         if alpha == 1 and variant == "I" and init in _FITTED:
@@ -193,6 +203,9 @@ class ConvInitAttention(nn.Module):
         )
         self.proj_drop = nn.Dropout(proj_drop)
 
+        if offsets is not None and offsets.shape != (num_heads, 2):
+            raise ValueError(f"offsets must be [{num_heads}, 2], one row a head, got {list(offsets.shape)}")
+        self._given_offsets = None if offsets is None else offsets.detach().cpu().to(torch.int64, copy=True)
         self._sincos = pos_embed is None
         if pos_embed is None:
             pos_embed = sincos_2d((height, width), dim)
@@ -267,6 +280,16 @@ class ConvInitAttention(nn.Module):
             bias.zero_()
         return self
 
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self._fill_position()
+
+    @torch.no_grad()
+    def _fill_position(self) -> None:
+        """The sin-cos P is not saved, and ``to_empty`` leaves it blank."""
+        if self._sincos:
+            self.pos_embed.copy_(sincos_2d(self.grid_size, self.dim))
+
     def init_weights(self) -> None:
         """:meth:`reset_parameters` under the name that timm calls after it has drawn every ``nn.Linear``."""
         self.reset_parameters()
@@ -312,6 +335,7 @@ class ConvInitAttention(nn.Module):
         dropout_p = self.attn_drop if self.training else 0.0
         if self.variant in ("vanilla", "I"):
             q, k, v = self._project(x)
+            v = v.to(q.dtype)  # without W_v, v is x itself, which autocast leaves in its own dtype
             alpha, q_pos, k_pos = self._position_term()
             out = positional_attention(
                 q, k, v, q_pos, k_pos, scale=self.scale, alpha=alpha, dropout_p=dropout_p
@@ -408,18 +432,25 @@ def reset_mixing_(layers: Sequence[ConvInitAttention], generator: torch.Generato
         return
     first = layers[0]
     for layer in layers:
-        if layer._sincos:
-            layer.pos_embed.copy_(sincos_2d(layer.grid_size, layer.dim))
-    offsets = sample_offsets(len(layers) * first.num_heads, first.kernel_size, generator=generator)
-    parts = offsets.split(first.num_heads)
+        layer._fill_position()
+    drawn = sample_offsets(len(layers) * first.num_heads, first.kernel_size, generator=generator)
+    pairs = zip(layers, drawn.split(first.num_heads), strict=True)
+    parts = [own if layer._given_offsets is None else layer._given_offsets for layer, own in pairs]
+    offsets = torch.cat(parts)
     if first.init not in _FITTED:
         for layer, own_offsets in zip(layers, parts, strict=True):
             layer.offsets.copy_(own_offsets)
             layer._draw_qk(generator)
         return
 
-    # Queries and keys see (1−α) P in Model I, and P itself in the others.
-    pos_embed = first.pos_embed.cpu() * (1 - first.alpha if first.variant == "I" else 1)
+    pos_embed = first.pos_embed.cpu()
+    if first.variant == "I":
+        pos_embed = (1 - first.alpha) * pos_embed
+    elif first.variant == "vanilla":
+        pos_embed = F.layer_norm(pos_embed, (first.dim,))
+    method = first.method
+    if method == "adam" or (isinstance(method, Adam) and method.heads == 0):  # the papers fit layer by layer
+        method = replace(Adam() if isinstance(method, str) else method, heads=first.num_heads)
     weight_norm: float | Tensor | None = first.weight_norm
     if first.init == "impulse" or weight_norm is None:  # a control takes its weight norm from the impulse fit
         fit = fit_qk(
@@ -428,7 +459,7 @@ def reset_mixing_(layers: Sequence[ConvInitAttention], generator: torch.Generato
             first.grid_size,
             first.head_dim,
             scale=first.scale,
-            method=first.method,
+            method=method,
             weight_norm=first.weight_norm,
             peak=first.peak,
             padding_mode=first.padding_mode,

@@ -198,9 +198,9 @@ def test_demo_writes_everything_and_goes_on(tmp_path):
     assert [run["identity"]["arm"] for run in results["runs"]] == ["impulse-vo", "convmixer"]
     assert len(results["summary"]) == 2
     assert all(sentence in (tmp_path / "table.md").read_text() for sentence in results["text"])
-    assert "impulse + V·proj" in result.stdout and "2 of 2 runs made now" in result.stdout
+    assert "impulse + V·proj" in result.stdout and "for 2 runs;" in result.stdout
     again = invoke(*arguments)
-    assert "0 of 2 runs made now" in again.stdout and "2 of 2 runs are in" in again.stderr
+    assert "for 0 runs (2 were here already)" in again.stdout and "2 of 2 runs are in" in again.stderr
     assert json.loads((tmp_path / "results.json").read_text()) == results
 
 

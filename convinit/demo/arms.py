@@ -55,7 +55,7 @@ ARMS = {
         {**_VIT, "init": "norm_matched", "values": "mimetic"},
     ),
     "convmixer": Arm(
-        "ConvMixer, frozen impulse filters",
+        "ConvMixer, frozen impulses",
         ConvMixer,
         {**_CONVMIXER, "init": "impulse", "trainable_mixing": False},
     ),

@@ -44,7 +44,7 @@ class Settings:
         batch_size, lr, weight_decay: of AdamW under a one-cycle schedule.
     """
 
-    epochs: int = 10
+    epochs: int = 8
     num_train: int = 1000
     num_test: int | None = None
     split_seed: int = 0

@@ -43,7 +43,7 @@ _CONVMIXER = {"dim": 64, "depth": 4, "kernel_size": 3}
 
 ARMS = {
     "default": Arm("default", SimpleViT, {**_VIT, "init": "default"}),
-    "mimetic": Arm("mimetic", SimpleViT, {**_VIT, "init": "mimetic"}),
+    "mimetic-vo": Arm("mimetic + V·proj", SimpleViT, {**_VIT, "init": "mimetic", "values": "mimetic"}),
     "impulse": Arm("impulse", SimpleViT, {**_VIT, "init": "impulse"}),
     "impulse-vo": Arm("impulse + V·proj", SimpleViT, {**_VIT, "init": "impulse", "values": "mimetic"}),
     "scrambled-vo": Arm(
@@ -60,7 +60,7 @@ ARMS = {
         {**_CONVMIXER, "init": "impulse", "trainable_mixing": False},
     ),
 }
-QUICK = ("default", "mimetic", "impulse-vo", "scrambled-vo")
+QUICK = ("default", "mimetic-vo", "impulse-vo", "scrambled-vo")
 OURS = "impulse-vo"  # its maps are drawn
 
 

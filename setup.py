@@ -15,7 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 
 try:
     import torch
@@ -164,6 +164,9 @@ def extensions() -> list[Extension]:
 
 check_torch()
 setup(
+    # kernels/ is at the top of the tree, for it is read for its own sake; it is installed as convinit.kernels.
+    packages=[*find_packages(include=["convinit", "convinit.*"]), "convinit.kernels"],
+    package_dir={"convinit.kernels": "kernels"},
     ext_modules=extensions(),
     cmdclass={"build_ext": BuildExtension},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},

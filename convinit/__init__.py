@@ -1,5 +1,7 @@
 """Convolutional initialization for Vision Transformers (arXiv 2401.12511)."""
 
+from pathlib import Path
+
 from convinit import init, models, nn
 from convinit._library import build_info
 from convinit.fit import QKFit, fit_qk, fit_targets
@@ -26,3 +28,8 @@ __all__ = [
     "sample_offsets",
     "shared_attention",
 ]
+
+# An installed convinit has kernels/ inside; in a source checkout it lies beside this package.
+_root = Path(__file__).resolve().parent.parent
+if (_root / "kernels" / "tiles.py").is_file():
+    __path__.append(str(_root))

@@ -16,6 +16,7 @@ from convinit.fit import Adam, fit_qk
 from convinit.fit.api import Method
 from convinit.nn.position import sincos_2d
 from convinit.offsets import check_grid_size, check_int, check_padding_mode, sample_offsets
+from convinit.ops.fused import BACKENDS
 from convinit.ops.positional_attention import positional_attention
 from convinit.ops.shared_attention import shared_attention
 
@@ -55,6 +56,9 @@ class ConvInitAttention(nn.Module):
             and on the output.
         value, proj: False leaves out W_v or W_o. Either needs heads·r = D.
         proj_bias: bias of the output layer.
+        backend: of the attention: "auto", "triton", "sdpa" or "eager", as in
+            :func:`~convinit.ops.positional_attention.positional_attention` and
+            :func:`~convinit.ops.shared_attention.shared_attention`. An explicit choice never falls back.
         trainable_mixing: False freezes W_q and W_k, or Q and K.
         padding_mode: of the impulse matrices: "zeros", "replicate", "circular", "reflect".
         init: of queries and keys. "impulse"; the papers' "mimetic" and "random"; "default", as ``nn.Linear``;
@@ -111,6 +115,7 @@ class ConvInitAttention(nn.Module):
         value: bool = True,
         proj: bool = True,
         proj_bias: bool = True,
+        backend: str = "auto",
         trainable_mixing: bool = True,
         padding_mode: str = "zeros",
         init: str = "impulse",
@@ -139,6 +144,7 @@ class ConvInitAttention(nn.Module):
         _check_choice("variant", variant, _VARIANTS)
         _check_choice("init", init, _INITS)
         _check_choice("values", values, _VALUES)
+        _check_choice("backend", backend, BACKENDS)
         check_padding_mode(padding_mode)
         for name, rate in (("attn_drop", attn_drop), ("proj_drop", proj_drop)):
             if not 0 <= rate < 1:
@@ -171,6 +177,7 @@ class ConvInitAttention(nn.Module):
         self.variant = variant
         self.scale = head_dim**-0.5 if scale is None else scale
         self.attn_drop = attn_drop
+        self.backend = backend
         self.padding_mode = padding_mode
         self.init = init
         self.values = values
@@ -338,11 +345,13 @@ class ConvInitAttention(nn.Module):
             v = v.to(q.dtype)  # without W_v, v is x itself, which autocast leaves in its own dtype
             alpha, q_pos, k_pos = self._position_term()
             out = positional_attention(
-                q, k, v, q_pos, k_pos, scale=self.scale, alpha=alpha, dropout_p=dropout_p
+                q, k, v, q_pos, k_pos, scale=self.scale, alpha=alpha, dropout_p=dropout_p, backend=self.backend
             )
         else:
             q_map, k_map = self._map_factors()
-            out = shared_attention(q_map, k_map, self._values(x), scale=self.scale, dropout_p=dropout_p)
+            out = shared_attention(
+                q_map, k_map, self._values(x), scale=self.scale, dropout_p=dropout_p, backend=self.backend
+            )
         return self.proj_drop(self.proj(out))
 
     def attention_map(self, x: Tensor | None = None) -> Tensor:

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from convinit.ops import fused
+
 __all__ = ["positional_attention", "positional_attention_reference"]
 
 
@@ -19,6 +21,7 @@ def positional_attention(
     scale: float | None = None,
     alpha: float = 1.0,
     dropout_p: float = 0.0,
+    backend: str = "auto",
 ) -> Tensor:
     """Attention with queries α q + q_pos and keys α k + k_pos.
 
@@ -33,17 +36,31 @@ def positional_attention(
         scale: softmax temperature; None means r**-0.5.
         alpha: content share α of queries and keys.
         dropout_p: probability that an attention weight is dropped. Pass 0 in evaluation.
+        backend: "triton" (the kernels of `convinit.kernels`: CUDA, r up to 128; no second derivatives),
+            "sdpa" (:func:`torch.nn.functional.scaled_dot_product_attention` on mixed q and k), "eager" (the
+            formula), or "auto": "triton" where committed measurements say that it is faster, else "sdpa". No
+            measurement has been committed yet, so "auto" is "sdpa". An explicit choice never falls back.
 
     Returns:
         [B, N, heads·r], the heads side by side, ready for the output layer.
 
     Raises:
-        ValueError: shapes or dropout_p out of range. TypeError: dtypes.
+        ValueError: shapes, dropout_p or backend out of range; "triton" cannot serve device or shape.
+        TypeError: dtypes. RuntimeError: "triton" without Triton.
 
     Source: Model I of arXiv 2401.12511, with the sum taken after the projection instead of before it.
     """
     _check(q, k, v, q_pos, k_pos, dropout_p)
+    fused.check_backend(backend)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if backend == "eager":
+        return positional_attention_reference(
+            q, k, v, q_pos, k_pos, scale=scale, alpha=alpha, dropout_p=dropout_p
+        )
+    if backend == "triton":
+        fused.check_triton(q)
+    if backend == "triton" or (backend == "auto" and fused.prefers_triton("positional_attention", q)):
+        return fused.fused_positional_attention(q, k, v, q_pos, k_pos, scale, alpha, dropout_p)
     q, k = _mix(q, q_pos, alpha), _mix(k, k_pos, alpha)
     out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, scale=scale)
     return out.transpose(1, 2).flatten(2)
@@ -58,12 +75,15 @@ def positional_attention_reference(
     *,
     scale: float | None = None,
     alpha: float = 1.0,
+    dropout_p: float = 0.0,
 ) -> Tensor:
-    """:func:`positional_attention` without dropout, written out."""
+    """:func:`positional_attention` written out."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    q = alpha * q if q_pos is None else alpha * q + q_pos
-    k = alpha * k if k_pos is None else alpha * k + k_pos
+    q = alpha * q if q_pos is None else alpha * q + q_pos.to(q.dtype)
+    k = alpha * k if k_pos is None else alpha * k + k_pos.to(k.dtype)
     attention = (scale * q @ k.mT).softmax(dim=-1)  # [B, heads, N, N]
+    if dropout_p > 0:
+        attention = F.dropout(attention, dropout_p)
     return (attention @ v).transpose(1, 2).flatten(2)
 
 

@@ -6,11 +6,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from convinit.ops import fused
+
 __all__ = ["shared_attention", "shared_attention_reference"]
 
 
 def shared_attention(
-    q_map: Tensor, k_map: Tensor, v: Tensor, *, scale: float | None = None, dropout_p: float = 0.0
+    q_map: Tensor,
+    k_map: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    backend: str = "auto",
 ) -> Tensor:
     """Apply one attention map to the values of every image.
 
@@ -22,20 +30,37 @@ def shared_attention(
         scale: softmax temperature; None means r'**-0.5.
         dropout_p: probability that an attention weight is dropped, in all images at once: the mask, like the
             map, is shared. Pass 0 in evaluation.
+        backend: how the map meets the values. "triton" (the kernels of `convinit.kernels`: CUDA, r up to 128;
+            no second derivatives); "sdpa" (:func:`torch.nn.functional.scaled_dot_product_attention` with
+            q_map and k_map expanded over the batch: a map, and a dropout mask, an image);
+            "eager" (the formula); or "auto": "triton" where committed measurements say that it is faster,
+            else one tall product a head. No measurement has been committed yet, so "auto" is the product.
+            An explicit choice never falls back.
 
     Returns:
         [B, N, heads·r], the heads side by side, ready for the output layer.
 
     Raises:
-        ValueError: shapes or dropout_p out of range. TypeError: dtypes.
+        ValueError: shapes, dropout_p or backend out of range; "triton" cannot serve device or shape.
+        TypeError: dtypes. RuntimeError: "triton" without Triton.
 
     Source: Models II and III of arXiv 2401.12511, which compute the map anew for every image.
     """
     _check(q_map, k_map, v, dropout_p)
+    fused.check_backend(backend)
     scale = q_map.shape[-1] ** -0.5 if scale is None else scale
+    if backend == "eager":
+        return shared_attention_reference(q_map, k_map, v, scale=scale, dropout_p=dropout_p)
+    if backend == "sdpa":
+        q, k = (x.to(v.dtype).expand(v.shape[0], *x.shape) for x in (q_map, k_map))
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, scale=scale).transpose(1, 2).flatten(2)
+    if backend == "triton":
+        fused.check_triton(v)
     attention = (scale * q_map @ k_map.mT).softmax(dim=-1).to(v.dtype)  # [heads, N, N]
     if dropout_p > 0:
         attention = F.dropout(attention, dropout_p)
+    if backend == "triton" or fused.prefers_triton("shared_attention", v):
+        return fused.apply_map(attention, v)
     batch, heads, tokens, rank = v.shape
     # The images side by side make one tall product a head, and the gradient of the map sums over the batch
     # inside the matrix product instead of through a [B, heads, N, N] tensor. The two copies of v are cheap.
@@ -45,11 +70,13 @@ def shared_attention(
 
 
 def shared_attention_reference(
-    q_map: Tensor, k_map: Tensor, v: Tensor, *, scale: float | None = None
+    q_map: Tensor, k_map: Tensor, v: Tensor, *, scale: float | None = None, dropout_p: float = 0.0
 ) -> Tensor:
-    """:func:`shared_attention` without dropout, written out."""
+    """:func:`shared_attention` written out."""
     scale = q_map.shape[-1] ** -0.5 if scale is None else scale
-    attention = (scale * q_map @ k_map.mT).softmax(dim=-1)  # [heads, N, N], broadcast over the batch
+    attention = (scale * q_map @ k_map.mT).softmax(dim=-1).to(v.dtype)  # [heads, N, N], broadcast over the batch
+    if dropout_p > 0:
+        attention = F.dropout(attention, dropout_p)
     return (attention @ v).transpose(1, 2).flatten(2)
 
 

@@ -1,0 +1,275 @@
+"""The fused kernels as torch ops: schemas, fake kernels, autograd, and a CPU kernel in plain PyTorch.
+
+    convinit::positional_attention   softmax(scale · (α q + q_pos)(α k + k_pos)ᵀ) v   and its backward
+    convinit::apply_map              map · v for every image                          and its backward
+
+On CUDA they run `convinit.kernels`, which imports Triton, so the import waits for the first call. The CPU
+kernels are there for tests and tracing without a GPU: on a CPU the public functions take PyTorch's own kernels.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from convinit.kernels import configs
+from convinit.kernels.layout import image_gradient, split_heads
+
+__all__ = ["BACKENDS", "apply_map", "check_backend", "check_triton", "fused_positional_attention", "prefers_triton"]
+
+BACKENDS = ("auto", "triton", "sdpa", "eager")
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def check_backend(backend: str) -> None:
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+
+
+def check_triton(x: Tensor) -> None:
+    """Raise if backend="triton" cannot serve x [B, heads, N, r]: an explicit request never falls back."""
+    if not HAS_TRITON:
+        raise RuntimeError('backend="triton" needs Triton, which is not installed; use backend="auto"')
+    if x.device.type != "cuda":
+        raise ValueError(f'backend="triton" needs tensors on a CUDA device, got {x.device}; use backend="auto"')
+    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
+    if dtype not in _DTYPES:
+        raise TypeError(f'backend="triton" takes bfloat16, float16 or float32, got {dtype}')
+    if x.shape[2] > configs.MAX_TOKENS or x.shape[3] > configs.MAX_RANK:
+        raise ValueError(
+            f'backend="triton" takes N up to {configs.MAX_TOKENS} and r up to {configs.MAX_RANK}, '
+            f"got [B, heads, N, r] = {list(x.shape)}"
+        )
+
+
+def prefers_triton(op: str, x: Tensor) -> bool:
+    """Whether backend="auto" takes the kernels: where committed measurements say that they are faster."""
+    return HAS_TRITON and x.is_cuda and x.dtype in _DTYPES and configs.measured_faster(op, x)
+
+
+def fused_positional_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_pos: Tensor | None,
+    k_pos: Tensor | None,
+    scale: float,
+    alpha: float,
+    dropout_p: float,
+) -> Tensor:
+    """Positional attention as one op, [B, N, heads·r]; q, k, v are cast under autocast, as for SDPA."""
+    q, k, v = _autocast(q), _autocast(k), _autocast(v)
+    # On the device: a seed from the CPU would be a constant of a captured CUDA graph.
+    seed = torch.randint(2**31 - 1, (), device=q.device) if dropout_p > 0 else None
+    return _positional(q, k, v, q_pos, k_pos, seed, scale, alpha, dropout_p)[0]
+
+
+def apply_map(attention: Tensor, v: Tensor) -> Tensor:
+    """attention [heads, N, N] · v [B, heads, N, r] → [B, N, heads·r]; cast under autocast, as for bmm."""
+    return _apply_map(_autocast(attention), _autocast(v))
+
+
+def _autocast(x: Tensor) -> Tensor:
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+
+
+# --- positional attention ---------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("convinit::positional_attention", mutates_args=(), device_types="cpu")
+def _positional(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_pos: Tensor | None,
+    k_pos: Tensor | None,
+    seed: Tensor | None,
+    scale: float,
+    alpha: float,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor]:
+    q_mixed, k_mixed, values = (
+        _mixed(x, pos, alpha if mix else 1.0) for x, pos, mix in ((q, q_pos, 1), (k, k_pos, 1), (v, None, 0))
+    )
+    logits = scale * q_mixed @ k_mixed.mT  # [B, heads, N, N]
+    lse = logits.logsumexp(-1)
+    weights = (logits - lse.unsqueeze(-1)).exp() * _dropout_factor(logits, seed, dropout_p)
+    out = (weights @ values).transpose(1, 2).flatten(2)
+    return out.to(q.dtype).contiguous(), (lse / math.log(2)).float().contiguous()
+
+
+@torch.library.custom_op("convinit::positional_attention_backward", mutates_args=(), device_types="cpu")
+def _positional_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_pos: Tensor | None,
+    k_pos: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    seed: Tensor | None,
+    scale: float,
+    alpha: float,
+    dropout_p: float,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, q_pos, k_pos; an empty tensor where needs says False."""
+    heads = q.shape[1]
+    q_mixed, k_mixed, values = _mixed(q, q_pos, alpha), _mixed(k, k_pos, alpha), _mixed(v, None, 1.0)
+    dout, out = (split_heads(x, heads).to(values.dtype) for x in (dout, out))  # [B, heads, N, r]
+    weights = (scale * q_mixed @ k_mixed.mT).softmax(-1)  # [B, heads, N, N]
+    factor = _dropout_factor(weights, seed, dropout_p)
+    delta = (dout * out).sum(-1, keepdim=True)
+    dlogits = scale * weights * (dout @ values.mT * factor - delta)
+    dq, dk, dv = dlogits @ k_mixed, dlogits.mT @ q_mixed, (weights * factor).mT @ dout
+    full = (alpha * dq, alpha * dk, dv, dq.sum(0), dk.sum(0))
+    results = _empty_gradients((q, k, v, q_pos, k_pos), needs)
+    for result, gradient, need in zip(results, full, needs, strict=True):
+        if need:
+            result.copy_(gradient)
+    return results
+
+
+def _mixed(x: Tensor, pos: Tensor | None, alpha: float) -> Tensor:
+    """α x + pos, in float32 or float64."""
+    x = alpha * x.to(torch.promote_types(x.dtype, torch.float32))
+    return x if pos is None else x + pos
+
+
+def _dropout_factor(weights: Tensor, seed: Tensor | None, dropout_p: float) -> Tensor | float:
+    if seed is None:
+        return 1.0
+    generator = torch.Generator().manual_seed(int(seed))
+    kept = torch.rand(weights.shape, generator=generator, dtype=weights.dtype) >= dropout_p
+    return kept / (1 - dropout_p)
+
+
+def _empty_gradients(inputs: Sequence[Tensor | None], needs: Sequence[bool]) -> tuple[Tensor, ...]:
+    """Of q, k, v as [B, N, heads, r] in memory, and of q_pos, k_pos."""
+    make = (image_gradient, image_gradient, image_gradient, _empty_position, _empty_position)
+    first = inputs[0]
+    assert first is not None
+    return tuple(
+        f(x) if need and x is not None else first.new_empty(0)
+        for f, x, need in zip(make, inputs, needs, strict=True)
+    )
+
+
+def _empty_position(pos: Tensor) -> Tensor:
+    return pos.new_empty(pos.shape)
+
+
+@_positional.register_fake
+def _(q, k, v, q_pos, k_pos, seed, scale, alpha, dropout_p):  # type: ignore[no-untyped-def]
+    batch, heads, tokens, rank = q.shape
+    lse_dtype = torch.float32
+    return q.new_empty(batch, tokens, heads * rank), q.new_empty(batch, heads, tokens, dtype=lse_dtype)
+
+
+@_positional_backward.register_fake
+def _(dout, q, k, v, q_pos, k_pos, out, lse, seed, scale, alpha, dropout_p, needs):  # type: ignore[no-untyped-def]
+    return _empty_gradients((q, k, v, q_pos, k_pos), needs)
+
+
+@_positional.register_kernel("cuda")
+def _(q, k, v, q_pos, k_pos, seed, scale, alpha, dropout_p):  # type: ignore[no-untyped-def]
+    from convinit.kernels import launch
+
+    with torch.cuda.device(q.device):
+        return launch.positional_forward(q, k, v, q_pos, k_pos, seed, scale, alpha, dropout_p)
+
+
+@_positional_backward.register_kernel("cuda")
+def _(dout, q, k, v, q_pos, k_pos, out, lse, seed, scale, alpha, dropout_p, needs):  # type: ignore[no-untyped-def]
+    from convinit.kernels import launch
+
+    with torch.cuda.device(q.device):
+        gradients = launch.positional_backward(
+            dout, q, k, v, q_pos, k_pos, out, lse, seed, scale, alpha, dropout_p, needs
+        )
+    return tuple(q.new_empty(0) if x is None else x for x in gradients)
+
+
+def _setup_positional(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.scale, ctx.alpha, ctx.dropout_p = inputs
+    ctx.save_for_backward(*tensors, *output)
+    ctx.set_materialize_grads(False)
+
+
+def _backward_positional(ctx: Any, dout: Tensor | None, _dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+    needs = list(ctx.needs_input_grad[:5])
+    if dout is None or not any(needs):
+        return (None,) * 9
+    q, k, v, q_pos, k_pos, seed, out, lse = ctx.saved_tensors
+    gradients = _positional_backward(
+        dout, q, k, v, q_pos, k_pos, out, lse, seed, ctx.scale, ctx.alpha, ctx.dropout_p, needs
+    )
+    return *(x if need else None for x, need in zip(gradients, needs, strict=True)), None, None, None, None
+
+
+_positional.register_autograd(_backward_positional, setup_context=_setup_positional)
+
+
+# --- one map for all images -------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("convinit::apply_map", mutates_args=(), device_types="cpu")
+def _apply_map(attention: Tensor, v: Tensor) -> Tensor:
+    return (attention @ v).transpose(1, 2).flatten(2).contiguous()
+
+
+@torch.library.custom_op("convinit::map_gradient", mutates_args=(), device_types="cpu")
+def _map_gradient(dout: Tensor, v: Tensor) -> Tensor:
+    """Σ over images of dout · vᵀ, [heads, N, N]."""
+    return torch.einsum("bnhr,bhmr->hnm", dout.unflatten(-1, (v.shape[1], -1)), v).contiguous()
+
+
+@_apply_map.register_fake
+def _(attention, v):  # type: ignore[no-untyped-def]
+    batch, heads, tokens, rank = v.shape
+    return v.new_empty(batch, tokens, heads * rank)
+
+
+@_map_gradient.register_fake
+def _(dout, v):  # type: ignore[no-untyped-def]
+    _, heads, tokens, _ = v.shape
+    return v.new_empty(heads, tokens, tokens)
+
+
+@_apply_map.register_kernel("cuda")
+def _(attention, v):  # type: ignore[no-untyped-def]
+    from convinit.kernels import launch
+
+    with torch.cuda.device(v.device):
+        return launch.apply_map(attention, v)
+
+
+@_map_gradient.register_kernel("cuda")
+def _(dout, v):  # type: ignore[no-untyped-def]
+    from convinit.kernels import launch
+
+    with torch.cuda.device(v.device):
+        return launch.map_gradient(dout, v)
+
+
+def _setup_apply_map(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward_apply_map(ctx: Any, dout: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    attention, v = ctx.saved_tensors
+    need_map, need_v = ctx.needs_input_grad
+    dmap = _map_gradient(dout, v) if need_map else None
+    dv = split_heads(_apply_map(attention.mT, split_heads(dout, v.shape[1])), v.shape[1]) if need_v else None
+    return dmap, dv
+
+
+_apply_map.register_autograd(_backward_apply_map, setup_context=_setup_apply_map)

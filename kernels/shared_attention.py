@@ -1,0 +1,95 @@
+"""The products of shared attention: one [N, N] map a head, applied to the values of every image.
+
+    out[b, h] = map[h] · v[b, h]               dv[b, h] = map[h]ᵀ · dout[b, h]
+    dmap[h]   = Σ_b dout[b, h] · v[b, h]ᵀ
+
+The softmax that makes the map, and its backward, are [heads, N, N] once a step: PyTorch's own are good enough.
+What costs is reading v and writing out. torch.bmm wants the images side by side, [heads, N, B·R]: a copy of v
+before and one of out after it, three times the traffic. These kernels read v from its strided view and write
+[B, N, heads·R], and a program keeps its rows of the map on chip while the images pass by.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from convinit.kernels.tiles import head, load_tile, store_tile
+
+
+@triton.jit
+def apply_kernel(
+    p_map,
+    p_v,
+    p_out,
+    stride_map,
+    stride_v,
+    stride_out,
+    B,
+    heads,
+    N,
+    R: tl.constexpr,
+    BM: tl.constexpr,  # rows of the map
+    BN: tl.constexpr,  # columns of the map a step
+    BR: tl.constexpr,
+    WHOLE_ROWS: tl.constexpr,  # BN >= N
+    PRECISION: tl.constexpr,
+):
+    """out = map · v; with the map's row and column strides swapped, dv = mapᵀ · dout.
+
+    Grid (heads · splits, tiles of rows). A program takes every splits-th image.
+    """
+    i_h = tl.program_id(0) % heads
+    i_split = tl.program_id(0) // heads
+    splits = tl.num_programs(0) // heads
+    o_m = tl.program_id(1) * BM + tl.arange(0, BM)
+    o_n = tl.arange(0, BN)
+    o_r = tl.arange(0, BR)
+    p_map = head(p_map, stride_map, 0, i_h)
+    if WHOLE_ROWS:
+        b_map = load_tile(p_map, stride_map, o_m, o_n, N, N)  # [BM, BN]
+
+    for i_b in range(i_split, B, splits):
+        p_image = head(p_v, stride_v, i_b, i_h)
+        if WHOLE_ROWS:
+            b_v = load_tile(p_image, stride_v, o_n, o_r, N, R)  # [BN, BR]
+            b_out = tl.dot(b_map, b_v, input_precision=PRECISION)  # [BM, BR]
+        else:
+            b_out = tl.zeros([BM, BR], tl.float32)
+            for i_n in range(0, N, BN):
+                b_map = load_tile(p_map, stride_map, o_m, i_n + o_n, N, N)  # [BM, BN]
+                b_v = load_tile(p_image, stride_v, i_n + o_n, o_r, N, R)  # [BN, BR]
+                b_out = tl.dot(b_map, b_v, acc=b_out, input_precision=PRECISION)
+        store_tile(head(p_out, stride_out, i_b, i_h), stride_out, o_m, o_r, b_out, N, R)
+
+
+@triton.jit
+def map_gradient_kernel(
+    p_dout,
+    p_v,
+    p_dmap,  # [splits, heads, N, N] float32: one addend a split
+    stride_dout,
+    stride_v,
+    stride_dmap,
+    B,
+    heads,
+    N,
+    R: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BR: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Σ_b dout · vᵀ over the images of a split, in registers. Grid (heads · splits, row tiles, column tiles)."""
+    i_h = tl.program_id(0) % heads
+    i_split = tl.program_id(0) // heads
+    splits = tl.num_programs(0) // heads
+    o_m = tl.program_id(1) * BM + tl.arange(0, BM)
+    o_n = tl.program_id(2) * BN + tl.arange(0, BN)
+    o_r = tl.arange(0, BR)
+    b_dmap = tl.zeros([BM, BN], tl.float32)
+    for i_b in range(i_split, B, splits):
+        b_do = load_tile(head(p_dout, stride_dout, i_b, i_h), stride_dout, o_m, o_r, N, R)  # [BM, BR]
+        b_v = load_tile(head(p_v, stride_v, i_b, i_h), stride_v, o_n, o_r, N, R)  # [BN, BR]
+        b_dmap = tl.dot(b_do, tl.trans(b_v), acc=b_dmap, input_precision=PRECISION)
+    store_tile(head(p_dmap, stride_dmap, i_split, i_h), stride_dmap, o_m, o_n, b_dmap, N, N)

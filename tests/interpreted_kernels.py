@@ -1,0 +1,231 @@
+"""The kernels on CPU tensors, against float64. Collected by test_kernels_interpreted.py, which see."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from convinit.kernels import launch
+from convinit.kernels.configs import Config
+from convinit.ops.positional_attention import positional_attention_reference
+from convinit.ops.shared_attention import shared_attention_reference
+
+ALL = (True, True, True, True, True)  # which of q, k, v, q_pos, k_pos need gradients
+NAMES = ("q", "k", "v", "q_pos", "k_pos")
+
+
+@pytest.fixture(autouse=True)
+def unwritten_memory_is_nan():
+    """`empty` gives NaN: what a kernel forgets to write shows."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def tile(size):
+    return Config(size, size, 4, 1)
+
+
+def problem(tokens, rank, dtype, *, batch=2, heads=2, q_pos=True, k_pos=True, seed=0):
+    """q, k, v as views of one packed product, position terms as views of another, and dout."""
+    g = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype)
+
+    q, k, v = draw(batch, tokens, 3, heads, rank).permute(2, 0, 3, 1, 4)
+    positions = draw(tokens, 2, heads, rank).permute(1, 2, 0, 3)
+    dout = draw(batch, tokens, heads * rank)
+    return (q, k, v, positions[0] if q_pos else None, positions[1] if k_pos else None), dout
+
+
+def differentiate(f, inputs, dout, dtype):
+    """Value and gradients of a reference, in the given dtype."""
+    inputs = [None if x is None else x.detach().to(dtype).requires_grad_() for x in inputs]
+    out = f(*inputs)
+    out.backward(dout.to(dtype))
+    return [out.detach(), *(None if x is None else x.grad for x in inputs)]
+
+
+def assert_as_good_as_eager(ours, eager, exact, factor=2.0):
+    """Errors, in norm, within a small multiple of what the formula itself makes of the dtype."""
+    assert len(ours) == len(eager) == len(exact)
+    for name, a, b, c in zip(("out", *NAMES), ours, eager, exact, strict=False):
+        assert (a is None) == (c is None), name
+        if a is None:
+            continue
+        assert a.shape == c.shape and a.dtype == b.dtype, name
+        limit = factor * (b.double() - c).norm() + 4 * torch.finfo(a.dtype).eps * c.norm()
+        assert (a.double() - c).norm() <= limit, name
+
+
+def check(inputs, dout, config, *, scale, alpha, factor=2.0):
+    needs = [x is not None for x in inputs]
+    out, lse = launch.positional_forward(*inputs, None, scale, alpha, 0.0, config)
+    arguments = (dout, *inputs, out, lse, None, scale, alpha, 0.0, needs, config)
+    ours = [out, *launch.positional_backward(*arguments)]
+
+    def reference(*inputs):
+        return positional_attention_reference(*inputs, scale=scale, alpha=alpha)
+
+    eager = differentiate(reference, inputs, dout, out.dtype)
+    exact = differentiate(reference, inputs, dout, torch.float64)
+    if inputs[0].shape[2] == 1:  # dq and dk of a single token are 0; everybody returns rounding errors
+        for name, a in zip(NAMES, ours[1:], strict=True):
+            assert a is None or name == "v" or a.abs().max() <= 100 * torch.finfo(a.dtype).eps, name
+        keep = (0, 3)
+        ours, eager, exact = ([results[i] for i in keep] for results in (ours, eager, exact))
+    assert_as_good_as_eager(ours, eager, exact, factor)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "rank", "dtype", "positions", "tile_size"),
+    [
+        # all keys in one tile
+        (1, 8, torch.float32, (True, True), 16),
+        (17, 48, torch.float16, (True, False), 32),
+        (17, 32, torch.float32, (False, False), 32),
+        (64, 32, torch.float32, (True, True), 64),
+        (65, 16, torch.float16, (True, True), 128),
+        (196, 64, torch.float16, (True, True), 256),
+        (197, 64, torch.float32, (False, True), 256),
+        (256, 64, torch.float16, (False, False), 256),
+        # several tiles
+        (64, 80, torch.float16, (True, True), 32),
+        (65, 32, torch.float32, (True, True), 32),
+        (197, 32, torch.float32, (True, False), 64),
+        (257, 32, torch.float16, (True, True), 128),
+        (257, 96, torch.float32, (True, True), 128),
+    ],
+)
+def test_positional_attention(tokens, rank, dtype, positions, tile_size):
+    q_pos, k_pos = positions
+    inputs, dout = problem(tokens, rank, dtype, q_pos=q_pos, k_pos=k_pos)
+    check(inputs, dout, tile(tile_size), scale=rank**-0.5, alpha=0.4)
+
+
+@pytest.mark.parametrize("tile_size", [16, 64])
+def test_images_of_a_split_are_summed(tile_size):
+    """More images than programs, and 0 as content share, which makes dq vanish but not dq_pos."""
+    inputs, dout = problem(33, 16, torch.float32, batch=11, heads=2)
+    check(inputs, dout, tile(tile_size), scale=0.25, alpha=0.5)
+    out, lse = launch.positional_forward(*inputs, None, 0.25, 0.0, 0.0, tile(tile_size))
+    gradients = launch.positional_backward(
+        dout, *inputs, out, lse, None, 0.25, 0.0, 0.0, ALL, tile(tile_size)
+    )
+    assert not gradients[0].any() and not gradients[1].any()
+    assert gradients[3].any() and gradients[4].any()
+
+
+@pytest.mark.parametrize("tile_size", [32, 64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_sharp_logits(dtype, tile_size):
+    """Logits up to about 1e4 in size: most rows are one-hot, some are near ties."""
+    inputs, dout = problem(64, 32, dtype)
+    check(inputs, dout, tile(tile_size), scale=350.0, alpha=1.0, factor=3.0)
+
+
+@pytest.mark.parametrize("tile_size", [32, 64])
+def test_one_hot_map_copies_values(tile_size):
+    """Position terms alone, as the initialisation leaves them: row n looks at token target[n] and no other."""
+    tokens = 40
+    (_, _, v, _, _), _ = problem(tokens, 64, torch.float32)
+    target = torch.randperm(tokens, generator=torch.Generator().manual_seed(1))
+    k_pos = torch.eye(tokens, 64).expand(2, -1, -1)  # an expanded view: its head stride is 0
+    content = torch.zeros_like(v)
+    for sign in (1, -1):
+        arguments = (content, content, v, k_pos[:, target], sign * k_pos, None, sign * 1e4, 0.0, 0.0)
+        out, _ = launch.positional_forward(*arguments, tile(tile_size))
+        assert torch.equal(out.unflatten(-1, (2, 64)).transpose(1, 2), v[:, :, target])
+
+
+@pytest.mark.parametrize("tile_size", [16, 32])
+def test_dropout_draws_the_same_mask_in_backward(tile_size):
+    tokens = rank = 32
+    inputs, dout = problem(tokens, rank, torch.float32)
+    seed, p, scale, alpha = torch.tensor(5), 0.3, 0.2, 0.5
+
+    def weights(q, k, v, q_pos, k_pos):
+        return (scale * (alpha * q + q_pos) @ (alpha * k + k_pos).mT).softmax(-1)
+
+    # With the identity as values the output is the map, and the dropped weights are its zeros.
+    identity = torch.eye(tokens).expand_as(inputs[2])
+    out, _ = launch.positional_forward(
+        *inputs[:2], identity, *inputs[3:], seed, scale, alpha, p, tile(tile_size)
+    )
+    factor = (out.unflatten(-1, (2, rank)).transpose(1, 2) != 0).double() / (1 - p)
+    assert abs((factor != 0).double().mean() - (1 - p)) < 0.03
+    assert not torch.equal(factor[0], factor[1]) and not torch.equal(factor[:, 0], factor[:, 1])
+
+    def reference(*inputs):
+        dropped = factor.to(inputs[0].dtype) * weights(*inputs)
+        return (dropped @ inputs[2]).transpose(1, 2).flatten(2)
+
+    out, lse = launch.positional_forward(*inputs, seed, scale, alpha, p, tile(tile_size))
+    ours = [
+        out,
+        *launch.positional_backward(
+            dout, *inputs, out, lse, seed, scale, alpha, p, ALL, tile(tile_size)
+        ),
+    ]
+    exact = differentiate(reference, inputs, dout, torch.float64)
+    assert_as_good_as_eager(ours, differentiate(reference, inputs, dout, torch.float32), exact)
+
+
+@pytest.mark.parametrize("tile_size", [16, 32])
+@pytest.mark.parametrize("wanted", ["q", "k", "v", "q_pos", "k_pos"])
+def test_one_gradient_alone(wanted, tile_size):
+    inputs, dout = problem(20, 16, torch.float32)
+    config = tile(tile_size)
+    out, lse = launch.positional_forward(*inputs, None, 0.3, 0.5, 0.0, config)
+    arguments = (dout, *inputs, out, lse, None, 0.3, 0.5, 0.0)
+    every = launch.positional_backward(*arguments, ALL, config)
+    alone = launch.positional_backward(*arguments, [name == wanted for name in NAMES], config)
+    for name, a, b in zip(NAMES, alone, every, strict=True):
+        assert torch.equal(a, b) if name == wanted else a is None
+
+
+@pytest.mark.parametrize(("batch", "tokens"), [(0, 5), (2, 0)])
+def test_nothing_to_do(batch, tokens):
+    inputs, dout = problem(tokens, 8, torch.float32, batch=batch)
+    out, lse = launch.positional_forward(*inputs, None, 1.0, 1.0, 0.0)
+    gradients = launch.positional_backward(dout, *inputs, out, lse, None, 1.0, 1.0, 0.0, ALL)
+    for x, gradient in zip(inputs, gradients, strict=True):
+        assert gradient.shape == x.shape and not gradient.any()
+    assert launch.apply_map(torch.ones(2, tokens, tokens), inputs[2]).shape == out.shape
+    assert not launch.map_gradient(dout, inputs[2]).any()
+
+
+@pytest.mark.parametrize(
+    ("batch", "tokens", "rank", "dtype", "tile_size"),
+    [
+        (3, 1, 8, torch.float32, 16),
+        (5, 17, 48, torch.float16, 32),
+        (3, 64, 32, torch.float32, 64),
+        (2, 65, 16, torch.float16, 32),
+        (2, 196, 64, torch.float32, 64),
+        (2, 197, 64, torch.float16, 256),
+        (2, 256, 32, torch.float32, 256),
+        (2, 257, 32, torch.float16, 128),
+    ],
+)
+@pytest.mark.parametrize("sharpness", [1.0, 1e3])
+def test_shared_attention(batch, tokens, rank, dtype, tile_size, sharpness):
+    (_, _, v, *positions), dout = problem(tokens, rank, dtype, batch=batch)
+    maps = (sharpness * rank**-0.5 * positions[0].double() @ positions[1].double().mT).softmax(-1)
+    config = tile(tile_size)
+
+    def reference(attention, v):
+        return (attention @ v).transpose(1, 2).flatten(2)
+
+    attention = maps.to(dtype)
+    out = launch.apply_map(attention, v, config)
+    dv = launch.apply_map(attention.mT, dout.unflatten(-1, (2, rank)).transpose(1, 2), config)
+    ours = [out, launch.map_gradient(dout, v, config), dv.unflatten(-1, (2, rank)).transpose(1, 2)]
+    eager = differentiate(reference, (attention, v), dout, dtype)
+    assert_as_good_as_eager(ours, eager, differentiate(reference, (attention, v), dout, torch.float64))
+    whole = shared_attention_reference(
+        *(x.double() for x in positions), v.double(), scale=sharpness * rank**-0.5
+    )
+    assert (out.double() - whole).norm() <= 4 * torch.finfo(dtype).eps * whole.norm()

@@ -164,7 +164,7 @@ def extensions() -> list[Extension]:
 
 check_torch()
 setup(
-    # kernels/ is at the top of the tree, for it is read for its own sake; it is installed as convinit.kernels.
+    # kernels/ lies at the top of the tree, for it is read for its own sake; installed it is convinit.kernels.
     packages=[*find_packages(include=["convinit", "convinit.*"]), "convinit.kernels"],
     package_dir={"convinit.kernels": "kernels"},
     ext_modules=extensions(),

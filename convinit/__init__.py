@@ -1,5 +1,7 @@
 """Convolutional initialization for Vision Transformers (arXiv 2401.12511)."""
 
+# ruff: noqa: E402
+
 from pathlib import Path
 
 from convinit import init, models, nn

@@ -10,7 +10,7 @@
     dS = P ∘ (dP − delta)                 dQ = scale · dS K               dK = scale · dSᵀ Q
     dq = α dQ                             dq_pos = Σ_images dQ            (k likewise)
 
-With dropout D ∘ P stands for P in O and dV, and D ∘ dP for dP, where D is 0 or 1/(1−p). delta stays what it is.
+With dropout D ∘ P stands for P in O and dV, and D ∘ dP for dP, where D is 0 or 1/(1−p). delta stays as it is.
 
 S never leaves the chip. Logits are in base 2: log₂e is part of the scale, and 2^x is one instruction.
 """
@@ -55,9 +55,9 @@ def forward_kernel(
 ):
     """Grid (B · heads, programs a head). Heads run fastest: they are neighbours in a packed product.
 
-    Where all keys fit, K and V are read and mixed once and stay while the queries pass by, and a row's maximum
-    is final when it is seen. Otherwise keys come tile by tile, and what a row has is rescaled whenever its
-    maximum grows.
+    Where all keys fit, K and V are read and mixed once and stay while the queries pass by, and a row's
+    maximum is final once it is seen. Otherwise keys come tile by tile, and what a row has is rescaled
+    when its maximum grows.
     """
     i_bh = tl.program_id(0)
     i_b = i_bh // heads
@@ -152,7 +152,7 @@ def backward_kernel(
     owns. So are dq_pos and dk_pos: the registers are taken by dK and dV. The buffers of all programs together
     are a few megabytes and stay in the L2 cache; nothing is atomic, and there is one order of addition.
 
-    Everything [N, N] is held transposed, keys down: P and dS then enter the products of dV and dK as they are.
+    Everything [N, N] is held transposed, keys down: P and dS enter the products of dV and dK as they are.
     """
     NEED_Q: tl.constexpr = p_dq is not None or p_dq_pos is not None
     NEED_K: tl.constexpr = p_dk is not None or p_dk_pos is not None
@@ -167,7 +167,7 @@ def backward_kernel(
         first_image = i_b == i_split
         for i_n in range(0, N, BN):
             o_n = i_n + tl.arange(0, BN)
-            b_k = load_mixed(p_k, stride_k, p_k_pos, stride_k_pos, i_b, i_h, o_n, o_r, alpha, N, R)  # [BN, BR]
+            b_k = load_mixed(p_k, stride_k, p_k_pos, stride_k_pos, i_b, i_h, o_n, o_r, alpha, N, R)
             b_v = load_tile(head(p_v, stride_v, i_b, i_h), stride_v, o_n, o_r, N, R)  # [BN, BR]
             b_dk = tl.zeros([BN, BR], tl.float32)
             b_dv = tl.zeros([BN, BR], tl.float32)
@@ -197,7 +197,10 @@ def backward_kernel(
                     if NEED_Q:
                         b_dq = tl.dot(tl.trans(b_ds), b_k, input_precision=PRECISION) * scale  # [BM, BR]
                         if not ALL_KEYS:
-                            b_dq = add_to(p_dq_part, stride_split, i_split, i_h, o_m, o_r, b_dq, i_n == 0, N, R)
+                            first_keys = i_n == 0
+                            b_dq = add_to(
+                                p_dq_part, stride_split, i_split, i_h, o_m, o_r, b_dq, first_keys, N, R
+                            )
                         complete = tl.where(i_n + BN >= N, N, 0)  # rows of dQ to store: all, at the last keys
                         if p_dq is not None:
                             b_x = b_dq * alpha if p_q_pos is not None else b_dq

@@ -3,8 +3,8 @@
     python -m convinit.kernels.report                  # all generations
     python -m convinit.kernels.report --generation 90
 
-Each kernel is compiled as a launch of the widest kind would: both position terms, all gradients, r as large as
-the entry allows, and N as large as the entry allows.
+Each kernel is compiled as the widest launch would: both position terms, all gradients, and the largest r of
+its entry.
 """
 
 from __future__ import annotations
@@ -53,18 +53,19 @@ def entries() -> Iterator[tuple[int, configs.Key, configs.Config, str]]:
 def usage(generation: int, key: configs.Key, config: configs.Config, precision: str = "ieee") -> Usage:
     """Compile one kernel for a generation of GPUs and read what the machine code uses."""
     fn = SOURCES[key.kernel]
+    whole = key.tokens is not None and config.BN >= key.tokens
     constants: dict[str, object] = {
         "R": key.rank,
         "BM": config.BM,
         "BN": config.BN,
         "BR": key.rank,
-        "ALL_KEYS": key.tokens is not None,
-        "WHOLE_ROWS": key.tokens is not None,
+        "ALL_KEYS": whole,
+        "WHOLE_ROWS": whole,
         "PRECISION": precision,
     }
     if not key.kernel.endswith("dropout"):
         constants["p_seed"] = None
-    if key.tokens is not None:
+    if whole:
         constants["p_dq_part"] = None
     signature: dict[str, object] = {}
     constexprs: dict[tuple[int, ...], object] = {}

@@ -3,7 +3,7 @@
     out[b, h] = map[h] · v[b, h]               dv[b, h] = map[h]ᵀ · dout[b, h]
     dmap[h]   = Σ_b dout[b, h] · v[b, h]ᵀ
 
-The softmax that makes the map, and its backward, are [heads, N, N] once a step: PyTorch's own are good enough.
+The softmax that makes the map, and its backward, are [heads, N, N] once a step: PyTorch's own will do.
 What costs is reading v and writing out. torch.bmm wants the images side by side, [heads, N, B·R]: a copy of v
 before and one of out after it, three times the traffic. These kernels read v from its strided view and write
 [B, N, heads·R], and a program keeps its rows of the map on chip while the images pass by.
@@ -80,7 +80,10 @@ def map_gradient_kernel(
     BR: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Σ_b dout · vᵀ over the images of a split, in registers. Grid (heads · splits, row tiles, column tiles)."""
+    """Σ_b dout · vᵀ over the images of a split, in registers.
+
+    Grid (heads · splits, tiles of rows, tiles of columns).
+    """
     i_h = tl.program_id(0) % heads
     i_split = tl.program_id(0) // heads
     splits = tl.num_programs(0) // heads

@@ -345,7 +345,15 @@ class ConvInitAttention(nn.Module):
             v = v.to(q.dtype)  # without W_v, v is x itself, which autocast leaves in its own dtype
             alpha, q_pos, k_pos = self._position_term()
             out = positional_attention(
-                q, k, v, q_pos, k_pos, scale=self.scale, alpha=alpha, dropout_p=dropout_p, backend=self.backend
+                q,
+                k,
+                v,
+                q_pos,
+                k_pos,
+                scale=self.scale,
+                alpha=alpha,
+                dropout_p=dropout_p,
+                backend=self.backend,
             )
         else:
             q_map, k_map = self._map_factors()

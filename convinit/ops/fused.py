@@ -4,7 +4,7 @@
     convinit::apply_map              map · v for every image                          and its backward
 
 On CUDA they run `convinit.kernels`, which imports Triton, so the import waits for the first call. The CPU
-kernels are there for tests and tracing without a GPU: on a CPU the public functions take PyTorch's own kernels.
+kernels are there for tests and tracing without a GPU: on a CPU the public functions take PyTorch's own.
 """
 
 from __future__ import annotations
@@ -20,7 +20,14 @@ from torch import Tensor
 from convinit.kernels import configs
 from convinit.kernels.layout import image_gradient, split_heads
 
-__all__ = ["BACKENDS", "apply_map", "check_backend", "check_triton", "fused_positional_attention", "prefers_triton"]
+__all__ = [
+    "BACKENDS",
+    "apply_map",
+    "check_backend",
+    "check_triton",
+    "fused_positional_attention",
+    "prefers_triton",
+]
 
 BACKENDS = ("auto", "triton", "sdpa", "eager")
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -37,7 +44,9 @@ def check_triton(x: Tensor) -> None:
     if not HAS_TRITON:
         raise RuntimeError('backend="triton" needs Triton, which is not installed; use backend="auto"')
     if x.device.type != "cuda":
-        raise ValueError(f'backend="triton" needs tensors on a CUDA device, got {x.device}; use backend="auto"')
+        raise ValueError(
+            f'backend="triton" needs tensors on a CUDA device, got {x.device}; use backend="auto"'
+        )
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
     if dtype not in _DTYPES:
         raise TypeError(f'backend="triton" takes bfloat16, float16 or float32, got {dtype}')
@@ -141,7 +150,7 @@ def _positional_backward(
 def _mixed(x: Tensor, pos: Tensor | None, alpha: float) -> Tensor:
     """α x + pos, in float32 or float64."""
     x = alpha * x.to(torch.promote_types(x.dtype, torch.float32))
-    return x if pos is None else x + pos
+    return x if pos is None else x + pos.to(x.dtype)
 
 
 def _dropout_factor(weights: Tensor, seed: Tensor | None, dropout_p: float) -> Tensor | float:
@@ -152,35 +161,34 @@ def _dropout_factor(weights: Tensor, seed: Tensor | None, dropout_p: float) -> T
     return kept / (1 - dropout_p)
 
 
-def _empty_gradients(inputs: Sequence[Tensor | None], needs: Sequence[bool]) -> tuple[Tensor, ...]:
+def _empty_gradients(
+    inputs: Sequence[Tensor | None], needs: Sequence[bool]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Of q, k, v as [B, N, heads, r] in memory, and of q_pos, k_pos."""
-    make = (image_gradient, image_gradient, image_gradient, _empty_position, _empty_position)
     first = inputs[0]
     assert first is not None
-    return tuple(
-        f(x) if need and x is not None else first.new_empty(0)
-        for f, x, need in zip(make, inputs, needs, strict=True)
+    q, k, v, q_pos, k_pos = (
+        x if x is not None and need else None for x, need in zip(inputs, needs, strict=True)
     )
-
-
-def _empty_position(pos: Tensor) -> Tensor:
-    return pos.new_empty(pos.shape)
+    dq, dk, dv = (first.new_empty(0) if x is None else image_gradient(x) for x in (q, k, v))
+    dq_pos, dk_pos = (first.new_empty(0) if x is None else x.new_empty(x.shape) for x in (q_pos, k_pos))
+    return dq, dk, dv, dq_pos, dk_pos
 
 
 @_positional.register_fake
-def _(q, k, v, q_pos, k_pos, seed, scale, alpha, dropout_p):  # type: ignore[no-untyped-def]
+def _(q, k, v, q_pos, k_pos, seed, scale, alpha, dropout_p):
     batch, heads, tokens, rank = q.shape
     lse_dtype = torch.float32
     return q.new_empty(batch, tokens, heads * rank), q.new_empty(batch, heads, tokens, dtype=lse_dtype)
 
 
 @_positional_backward.register_fake
-def _(dout, q, k, v, q_pos, k_pos, out, lse, seed, scale, alpha, dropout_p, needs):  # type: ignore[no-untyped-def]
+def _(dout, q, k, v, q_pos, k_pos, out, lse, seed, scale, alpha, dropout_p, needs):
     return _empty_gradients((q, k, v, q_pos, k_pos), needs)
 
 
 @_positional.register_kernel("cuda")
-def _(q, k, v, q_pos, k_pos, seed, scale, alpha, dropout_p):  # type: ignore[no-untyped-def]
+def _(q, k, v, q_pos, k_pos, seed, scale, alpha, dropout_p):
     from convinit.kernels import launch
 
     with torch.cuda.device(q.device):
@@ -188,7 +196,7 @@ def _(q, k, v, q_pos, k_pos, seed, scale, alpha, dropout_p):  # type: ignore[no-
 
 
 @_positional_backward.register_kernel("cuda")
-def _(dout, q, k, v, q_pos, k_pos, out, lse, seed, scale, alpha, dropout_p, needs):  # type: ignore[no-untyped-def]
+def _(dout, q, k, v, q_pos, k_pos, out, lse, seed, scale, alpha, dropout_p, needs):
     from convinit.kernels import launch
 
     with torch.cuda.device(q.device):
@@ -233,19 +241,19 @@ def _map_gradient(dout: Tensor, v: Tensor) -> Tensor:
 
 
 @_apply_map.register_fake
-def _(attention, v):  # type: ignore[no-untyped-def]
+def _(attention, v):
     batch, heads, tokens, rank = v.shape
     return v.new_empty(batch, tokens, heads * rank)
 
 
 @_map_gradient.register_fake
-def _(dout, v):  # type: ignore[no-untyped-def]
+def _(dout, v):
     _, heads, tokens, _ = v.shape
     return v.new_empty(heads, tokens, tokens)
 
 
 @_apply_map.register_kernel("cuda")
-def _(attention, v):  # type: ignore[no-untyped-def]
+def _(attention, v):
     from convinit.kernels import launch
 
     with torch.cuda.device(v.device):
@@ -253,7 +261,7 @@ def _(attention, v):  # type: ignore[no-untyped-def]
 
 
 @_map_gradient.register_kernel("cuda")
-def _(dout, v):  # type: ignore[no-untyped-def]
+def _(dout, v):
     from convinit.kernels import launch
 
     with torch.cuda.device(v.device):

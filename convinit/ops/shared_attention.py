@@ -53,7 +53,8 @@ def shared_attention(
         return shared_attention_reference(q_map, k_map, v, scale=scale, dropout_p=dropout_p)
     if backend == "sdpa":
         q, k = (x.to(v.dtype).expand(v.shape[0], *x.shape) for x in (q_map, k_map))
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, scale=scale).transpose(1, 2).flatten(2)
+        out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, scale=scale)
+        return out.transpose(1, 2).flatten(2)
     if backend == "triton":
         fused.check_triton(v)
     attention = (scale * q_map @ k_map.mT).softmax(dim=-1).to(v.dtype)  # [heads, N, N]
@@ -74,7 +75,7 @@ def shared_attention_reference(
 ) -> Tensor:
     """:func:`shared_attention` written out."""
     scale = q_map.shape[-1] ** -0.5 if scale is None else scale
-    attention = (scale * q_map @ k_map.mT).softmax(dim=-1).to(v.dtype)  # [heads, N, N], broadcast over the batch
+    attention = (scale * q_map @ k_map.mT).softmax(dim=-1).to(v.dtype)  # [heads, N, N]
     if dropout_p > 0:
         attention = F.dropout(attention, dropout_p)
     return (attention @ v).transpose(1, 2).flatten(2)

@@ -1,0 +1,135 @@
+"""positional_attention against the eager formula, SDPA and its back ends, torch.compile, FlexAttention.
+
+    python -m pytest benchmarks/bench_positional_attention.py -s --rows rows.csv
+
+On a GPU the paper's shape and its neighbours, in bfloat16 and float16; q, k and v are views of one packed
+product. On a CPU a small shape in float32. Every competitor's output and gradients are checked against
+float64 before anything is timed.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from convinit.ops.fused import HAS_TRITON
+from convinit.ops.positional_attention import positional_attention, positional_attention_reference
+
+CUDA = torch.cuda.is_available()
+SHAPES = (  # [B, heads, N, r]
+    [
+        (512, 8, 256, 64),  # the paper
+        (256, 3, 196, 64),
+        (256, 3, 197, 64),
+        (256, 6, 196, 64),
+        (256, 12, 197, 64),
+        (1024, 4, 64, 32),
+        (128, 6, 576, 64),
+    ]
+    if CUDA
+    else [(8, 4, 64, 32)]
+)
+ALPHA = 0.4
+BACKENDS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+
+
+def flex(q: Tensor, k: Tensor, v: Tensor, q_pos: Tensor, k_pos: Tensor) -> Tensor:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    q, k = torch.add(q_pos, q, alpha=ALPHA), torch.add(k_pos, k, alpha=ALPHA)
+    return flex_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+def competitors() -> dict[str, functools.partial[Tensor]]:
+    """{name: attention of q, k, v, q_pos, k_pos}."""
+    eager = functools.partial(positional_attention_reference, alpha=ALPHA)
+    sdpa = functools.partial(positional_attention, alpha=ALPHA, backend="sdpa")
+    found = {"eager": eager, "sdpa": sdpa}
+    if not CUDA:
+        return found
+    for name, backend in BACKENDS.items():
+        found[f"sdpa {name}"] = functools.partial(with_backend, backend, sdpa)
+    found["compiled eager"] = functools.partial(torch.compile(positional_attention_reference), alpha=ALPHA)
+    compiled = torch.compile(positional_attention)
+    found["compiled sdpa"] = functools.partial(compiled, alpha=ALPHA, backend="sdpa")
+    found["flex"] = functools.partial(torch.compile(flex))
+    if HAS_TRITON:
+        found["convinit"] = functools.partial(positional_attention, alpha=ALPHA, backend="triton")
+    return found
+
+
+def with_backend(backend: SDPBackend, f: functools.partial[Tensor], *inputs: Tensor) -> Tensor:
+    with sdpa_kernel(backend):
+        return f(*inputs)
+
+
+def bytes_moved(shape: tuple[int, ...], dtype: torch.dtype, backward: bool) -> int:
+    """q, k, v in and out; with the backward, these and dout in again, and dq, dk, dv out."""
+    batch, heads, tokens, rank = shape
+    return (4 + (8 if backward else 0)) * batch * heads * tokens * rank * dtype.itemsize
+
+
+@pytest.mark.parametrize("direction", ["forward", "forward+backward"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16] if CUDA else [torch.float32], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def bench_positional_attention(compare, shape, dtype, direction):
+    batch, heads, tokens, rank = shape
+    backward = direction != "forward"
+    device = "cuda" if CUDA else "cpu"
+    g = torch.Generator(device).manual_seed(0)
+    qkv = torch.randn(batch, tokens, 3, heads, rank, device=device, generator=g).to(dtype)
+    pos = torch.randn(2, heads, tokens, rank, device=device, generator=g).to(dtype)
+    dout = torch.randn(batch, tokens, heads * rank, device=device, generator=g).to(dtype)
+
+    def run(f, qkv=qkv, pos=pos, dout=dout):
+        qkv, pos = (x.detach().requires_grad_(backward) for x in (qkv, pos))
+        out = f(*qkv.permute(2, 0, 3, 1, 4), *pos)
+        return (out, *torch.autograd.grad(out, (qkv, pos), dout)) if backward else (out,)
+
+    # float64 on a few images; the position terms' gradients then need those images alone.
+    few = slice(0, 4)
+    eager = functools.partial(positional_attention_reference, alpha=ALPHA)
+    exact = run(eager, qkv[few].double(), pos.double(), dout[few].double())
+
+    def errors(f) -> list[float]:
+        results = run(f, qkv[few], pos, dout[few])
+        return [((a.double() - b).norm() / b.norm()).item() for a, b in zip(results, exact, strict=True)]
+
+    limits = [2 * error + torch.finfo(dtype).eps for error in errors(eager)]
+    usable = {}
+    for name, f in competitors().items():
+        try:
+            run(f)
+        except Exception as error:  # SDPA back ends and FlexAttention refuse shapes each in their own way
+            if name == "convinit":
+                raise
+            print(f"  {name} cannot run {shape}: {str(error).splitlines()[0][:80]}")
+        else:
+            usable[name] = f
+
+    def check(name: str, results: tuple[Tensor, ...]) -> dict[str, float]:
+        assert all(not x.isnan().any() for x in results), name
+        torch.testing.assert_close(results[0][few].double(), exact[0], rtol=5e-2, atol=5e-2)
+        found = errors(usable[name])
+        assert all(error <= limit for error, limit in zip(found, limits, strict=True)), (name, found, limits)
+        return {"error": float(f"{found[0]:.2g}")}
+
+    compare(
+        "positional_attention",
+        f"{list(shape)}, {direction}",
+        {name: functools.partial(run, f) for name, f in usable.items()},
+        baseline="eager",
+        check=check,
+        dtype=dtype,
+        bytes_written=bytes_moved(shape, dtype, backward),
+        extra={"bytes": "read and written"},
+    )

@@ -1,0 +1,159 @@
+"""The fused ops as torch sees them: schema, autograd, fake kernels, compilation. CPU kernels; no Triton."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from convinit.nn.attention import ConvInitAttention
+from convinit.ops import fused
+from convinit.ops.positional_attention import positional_attention, positional_attention_reference
+from convinit.ops.shared_attention import shared_attention, shared_attention_reference
+
+
+def packed(batch=2, heads=2, tokens=5, rank=4, dtype=torch.float64):
+    g = torch.Generator().manual_seed(0)
+    qkv = torch.randn(batch, tokens, 3, heads, rank, generator=g, dtype=torch.float64).to(dtype)
+    pos = torch.randn(2, heads, tokens, rank, generator=g, dtype=torch.float64).to(dtype)
+    return qkv.requires_grad_(), pos.requires_grad_()
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
+def test_gradcheck(dropout_p):
+    seed = torch.tensor(3) if dropout_p else None
+
+    def f(qkv, pos):
+        return fused._positional(*qkv.permute(2, 0, 3, 1, 4), *pos, seed, 0.5, 0.3, dropout_p)[0]
+
+    assert torch.autograd.gradcheck(f, packed())
+    attention, values = torch.rand(2, 4, 4).double(), torch.randn(3, 2, 4, 3).double()
+    assert torch.autograd.gradcheck(fused.apply_map, (attention.requires_grad_(), values.requires_grad_()))
+
+
+@pytest.mark.parametrize("q_pos", [True, False])
+def test_value_and_gradients_match_the_reference(q_pos):
+    def run(f):
+        qkv, pos = packed()
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        out = f(q, k, v, pos[0] if q_pos else None, pos[1])
+        (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
+        return out, qkv.grad, pos.grad
+
+    ours = run(lambda *inputs: fused.fused_positional_attention(*inputs, 0.3, 0.2, 0.0))
+    reference = run(lambda *inputs: positional_attention_reference(*inputs, scale=0.3, alpha=0.2))
+    for a, b in zip(ours, reference, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
+
+
+def test_opcheck():
+    qkv, pos = packed(dtype=torch.float32)
+    q, k, v = (x.detach().requires_grad_() for x in qkv.permute(2, 0, 3, 1, 4))
+    q_pos, k_pos = pos.detach()
+    frozen = k.detach()
+    for arguments in (
+        (q, k, v, q_pos.requires_grad_(), k_pos, None, 0.5, 0.3, 0.0),
+        (q, frozen, v, None, k_pos.double().requires_grad_(), torch.tensor(3), 0.5, 0.3, 0.2),
+        (q[:0], k[:0], v[:0], None, None, None, 0.5, 1.0, 0.0),
+    ):
+        torch.library.opcheck(fused._positional, arguments)
+    torch.library.opcheck(fused._apply_map, (torch.rand(2, 5, 5, requires_grad=True), v))
+    torch.library.opcheck(fused._apply_map, (torch.rand(2, 5, 5).mT, v[:, :, :, ::2]))
+
+
+def test_only_requested_gradients_are_computed(monkeypatch):
+    asked = []
+    backward = fused._positional_backward
+
+    def spy(*arguments):
+        asked.append(arguments[-1])
+        return backward(*arguments)
+
+    monkeypatch.setattr(fused, "_positional_backward", spy)
+    qkv, pos = packed()
+    q, k, v = qkv.detach().permute(2, 0, 3, 1, 4)
+    out = fused.fused_positional_attention(q, k, v, None, pos[1], 1.0, 1.0, 0.0)
+    out.sum().backward()
+    assert asked == [[False, False, False, False, True]]
+
+
+def test_second_derivatives_are_refused():
+    qkv, pos = packed()
+    out = fused.fused_positional_attention(*qkv.permute(2, 0, 3, 1, 4), *pos, 1.0, 1.0, 0.0)
+    (first,) = torch.autograd.grad(out.square().sum(), qkv, create_graph=True)
+    with pytest.raises(RuntimeError, match="positional_attention_backward|does not require grad"):
+        first.sum().backward()
+
+
+def test_compiles_into_one_graph():
+    def f(qkv, pos):
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        out = fused.fused_positional_attention(q, k, v, *pos, 0.5, 0.3, 0.0)
+        return out + fused.apply_map((pos[0] @ pos[1].mT).softmax(-1), v)
+
+    def run(f):
+        qkv, pos = packed()
+        out = f(qkv, pos)
+        out.square().sum().backward()
+        return out, qkv.grad, pos.grad
+
+    compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
+    for a, b in zip(run(compiled), run(f), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_autocast():
+    qkv, pos = packed(dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = fused.fused_positional_attention(*qkv.permute(2, 0, 3, 1, 4), *pos, 0.5, 0.3, 0.0)
+        shared = fused.apply_map(torch.rand(2, 5, 5), qkv[:, :, 2].transpose(1, 2))
+    assert out.dtype == shared.dtype == torch.bfloat16
+    (out.sum() + shared.sum()).backward()
+    assert qkv.grad.dtype == pos.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "eager", "auto"])
+def test_backends_agree(backend):
+    qkv, pos = (x.detach() for x in packed())
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+    torch.testing.assert_close(
+        positional_attention(q, k, v, *pos, alpha=0.3, backend=backend),
+        positional_attention_reference(q, k, v, *pos, alpha=0.3),
+    )
+    torch.testing.assert_close(
+        shared_attention(*pos, v, backend=backend), shared_attention_reference(*pos, v)
+    )
+
+
+def test_explicit_triton_never_falls_back(monkeypatch):
+    qkv, pos = (x.detach() for x in packed(dtype=torch.float32))
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+    monkeypatch.setattr(fused, "HAS_TRITON", True)
+    with pytest.raises(ValueError, match="needs tensors on a CUDA device, got cpu"):
+        positional_attention(q, k, v, backend="triton")
+    with pytest.raises(ValueError, match="needs tensors on a CUDA device, got cpu"):
+        ConvInitAttention(8, 2, (2, 2), init="random", backend="triton")(torch.randn(1, 4, 8))
+    monkeypatch.setattr(fused, "HAS_TRITON", False)
+    with pytest.raises(RuntimeError, match="Triton, which is not installed"):
+        shared_attention(*pos, v, backend="triton")
+    for f in (
+        lambda backend: positional_attention(q, k, v, backend=backend),
+        lambda backend: shared_attention(*pos, v, backend=backend),
+    ):
+        with pytest.raises(ValueError, match="backend must be one of auto, triton, sdpa, eager"):
+            f("flash")
+    with pytest.raises(ValueError, match="backend must be one of"):
+        ConvInitAttention(8, 2, (2, 2), backend="flash")
+
+
+def test_triton_is_imported_by_nothing_but_its_kernels():
+    import subprocess
+    import sys
+
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch, convinit, convinit.models.simple_vit\n"
+        "from convinit.ops.fused import fused_positional_attention as f\n"
+        "q = torch.randn(1, 1, 4, 4); print(f(q, q, q, None, None, 1.0, 1.0, 0.0).shape)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,162 @@
+"""The Triton kernels on a GPU, through the public functions: what the interpreter cannot show."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from convinit.nn.attention import ConvInitAttention
+from convinit.ops.positional_attention import positional_attention, positional_attention_reference
+from convinit.ops.shared_attention import shared_attention, shared_attention_reference
+
+pytestmark = pytest.mark.gpu
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+
+
+def problem(batch, heads, tokens, rank, dtype=torch.bfloat16):
+    torch.manual_seed(0)
+    qkv = torch.randn(batch, tokens, 3, heads, rank, device="cuda").to(dtype).requires_grad_()
+    pos = torch.randn(2, heads, tokens, rank, device="cuda").to(dtype).requires_grad_()
+    dout = torch.randn(batch, tokens, heads * rank, device="cuda").to(dtype)
+    return qkv, pos, dout
+
+
+def positional(f, **options):
+    return lambda qkv, pos: f(*qkv.permute(2, 0, 3, 1, 4), *pos, alpha=0.4, **options)
+
+
+def shared(f, **options):
+    return lambda qkv, pos: f(*pos, qkv[:, :, 2].transpose(1, 2), **options)
+
+
+def differentiate(f, qkv, pos, dout, dtype):
+    qkv, pos = (x.detach().to(dtype).requires_grad_() for x in (qkv, pos))
+    out = f(qkv, pos)
+    out.backward(dout.to(dtype))
+    return out.detach(), qkv.grad, pos.grad
+
+
+PAIRS = [
+    (positional(positional_attention, backend="triton"), positional(positional_attention_reference)),
+    (shared(shared_attention, backend="triton"), shared(shared_attention_reference)),
+]
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids=["positional", "shared"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rank", [16, 32, 48, 64, 80, 96, 128])
+@pytest.mark.parametrize("tokens", [1, 17, 64, 65, 128, 196, 197, 256, 257, 576, 1024])
+def test_value_and_gradients(pair, dtype, rank, tokens):
+    fused, reference = pair
+    qkv, pos, dout = problem(5, 3, tokens, rank, dtype)
+    ours = differentiate(fused, qkv, pos, dout, dtype)
+    eager = differentiate(reference, qkv, pos, dout, dtype)
+    exact = differentiate(reference, qkv, pos, dout, torch.float64)
+    for a, b, c in zip(ours, eager, exact, strict=True):
+        # The floor: with one token the map is 1, and gradients of queries and keys are rounding errors.
+        limit = 2 * (b.double() - c).norm() + 4 * torch.finfo(dtype).eps * max(c.norm(), 1.0)
+        assert a.dtype == dtype and (a.double() - c).norm() <= limit
+
+
+def test_float32_follows_torchs_own_switch():
+    qkv, pos, dout = problem(4, 2, 256, 64, torch.float32)
+    exact = positional(positional_attention_reference)(qkv.double(), pos.double())
+
+    def error():
+        out = positional(positional_attention, backend="triton")(qkv, pos)
+        return ((out.double() - exact).norm() / exact.norm()).item()
+
+    allowed = torch.backends.cuda.matmul.allow_tf32
+    try:
+        torch.backends.cuda.matmul.allow_tf32 = False
+        assert error() < 5e-6
+        torch.backends.cuda.matmul.allow_tf32 = True
+        assert 1e-5 < error() < 5e-3
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = allowed
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids=["positional", "shared"])
+@pytest.mark.parametrize("tokens", [64, 256, 576])
+def test_deterministic(pair, tokens):
+    qkv, pos, dout = problem(300, 4, tokens, 32)
+    first = differentiate(pair[0], qkv, pos, dout, torch.bfloat16)
+    for _ in range(3):
+        for a, b in zip(first, differentiate(pair[0], qkv, pos, dout, torch.bfloat16), strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids=["positional", "shared"])
+def test_compiles_into_one_graph(pair):
+    qkv, pos, dout = problem(4, 2, 64, 32)
+    compiled = torch.compile(pair[0], fullgraph=True)
+    for a, b in zip(
+        differentiate(compiled, qkv, pos, dout, torch.bfloat16),
+        differentiate(pair[0], qkv, pos, dout, torch.bfloat16),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids=["positional", "shared"])
+def test_cuda_graph(pair):
+    qkv, pos, dout = problem(4, 2, 64, 32)
+    differentiate(pair[0], qkv, pos, dout, torch.bfloat16)  # compiles the kernels
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = differentiate(pair[0], qkv, pos, dout, torch.bfloat16)
+    with torch.no_grad():
+        qkv.copy_(torch.randn_like(qkv))
+    graph.replay()
+    for a, b in zip(captured, differentiate(pair[0], qkv, pos, dout, torch.bfloat16), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_autocast():
+    qkv, pos, _ = problem(2, 2, 64, 32, torch.float32)
+    with torch.autocast("cuda", torch.bfloat16):
+        for f, _ in PAIRS:
+            out = f(qkv, pos)
+            assert out.dtype == torch.bfloat16
+            out.sum().backward()
+    assert qkv.grad.dtype == pos.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("tokens", [64, 257])
+def test_dropout_keeps_the_mean_and_its_gradient_is_that_of_its_mask(tokens):
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 8, 2, tokens, 64, device="cuda")
+    v = torch.ones(8, 2, tokens, 64, device="cuda", requires_grad=True)
+    out = positional_attention(q, k, v, dropout_p=0.5, backend="triton")
+    assert out.std() > 0.05 and abs(out.mean() - 1) < 0.02
+    (dv,) = torch.autograd.grad(out.sum(), v)
+    # The output is linear in v, so with v = 1 the sum of the output is that of v · dv.
+    torch.testing.assert_close(dv.sum(), out.sum(), rtol=1e-4, atol=0)
+
+
+def test_more_than_two_to_the_31_elements():
+    batch, heads, tokens, rank = 14000, 4, 256, 64  # q, k and v together: 2.75e9 elements
+    if torch.cuda.mem_get_info()[0] < 40e9:
+        pytest.skip("needs 40 GB of free device memory")
+    qkv = torch.empty(batch, tokens, 3, heads, rank, device="cuda", dtype=torch.bfloat16)
+    assert qkv.numel() > 2**31
+    qkv[-2:] = torch.randn_like(qkv[-2:])
+    qkv[:-2] = 0
+    pos = torch.randn(2, heads, tokens, rank, device="cuda", dtype=torch.bfloat16)
+    for f, reference in PAIRS:
+        torch.testing.assert_close(f(qkv, pos)[-2:], reference(qkv[-2:], pos), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("variant", ["vanilla", "I", "II", "III"])
+def test_module_trains_as_eager_does(variant):
+    def run(backend):
+        g = torch.Generator().manual_seed(0)
+        layer = ConvInitAttention(64, 2, (8, 8), variant=variant, init="random", backend=backend, generator=g)
+        layer.cuda()
+        x = torch.randn(16, 64, 64, generator=torch.Generator().manual_seed(1)).cuda()
+        layer(x).square().mean().backward()
+        return {name: p.grad for name, p in layer.named_parameters()}
+
+    eager = run("eager")
+    for name, gradient in run("triton").items():
+        torch.testing.assert_close(gradient, eager[name], rtol=1e-3, atol=1e-5)

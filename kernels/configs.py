@@ -197,9 +197,14 @@ def generation(device: torch.device) -> int:
 
 def measured_faster(op: str, x: Tensor) -> bool:
     """Whether committed measurements have the kernels of op ahead of PyTorch's for x [B, heads, N, r]."""
+    tokens, rank = x.shape[2:]
     return any(
-        entry[:2] == (op, x.element_size()) and x.shape[3] <= entry[2] and x.shape[2] <= entry[3]
-        for entry in MEASURED_FASTER.get(generation(x.device), ())
+        (op, x.element_size()) == row[:2]
+        and rank <= row[2]
+        and tokens <= row[3]
+        and key == generation(x.device)
+        for key, rows in MEASURED_FASTER.items()
+        for row in rows
     )
 
 

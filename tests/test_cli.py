@@ -146,7 +146,7 @@ def test_files_that_hold_code_are_not_run(tmp_path):
         (["fit", "--steps", "5"], "steps belongs to method adam, got method newton"),
         (["fit", "--pos-embed", "nothing.pt"], "'nothing.pt', which is no file"),
         (["fit", "--pos-embed", __file__], "not a .npy, .safetensors, .pt or .pth file"),
-        (["demo", "--arm", "nix"], "arms must be among default, mimetic, "),
+        (["demo", "--arm", "nix"], "arms must be among default, mimetic-vo, "),
         (["demo", "--epochs", "0"], "epochs must be at least 1, got 0"),
         (["demo", "--jobs", "0"], "jobs must be at least 1, got 0"),
         (["demo", "--train-images", "2000"], "num_train must be below 1797"),

@@ -3,8 +3,7 @@
     python -m pytest benchmarks/bench_qk_fit.py -s --rows rows.csv
 
 "papers' adam" is the loop of arXiv 2401.12511 in eager PyTorch with autograd. A few of its 10,000 steps are
-timed and multiplied; the mse it would end with is the one that the papers' own code reached on this case
-(tests/data/official_fit.json).
+timed and multiplied; what the papers' own code ended with on this case is in tests/data/official_fit.json.
 """
 
 from __future__ import annotations
@@ -45,8 +44,12 @@ def papers_adam(
     M, heads, bound = impulse_matrix(offsets, grid_size), len(offsets), (1 / (rank * len(offsets))) ** 0.5
     wq = torch.empty(heads, P.shape[1], rank).uniform_(-bound, bound).requires_grad_()
     wk = torch.empty(heads, rank, P.shape[1]).uniform_(-bound, bound).requires_grad_()
+    norm = wq.detach().norm(dim=1).mean()
     optimizer = torch.optim.Adam([wq, wk], lr=1e-4)
-    for _ in range(steps):
+    for step in range(steps):
+        if step % 100 == 0:
+            for w in (wq.data, wk.data):
+                w *= norm / w.norm(dim=1, keepdim=True)
         optimizer.zero_grad()
         F.mse_loss(torch.softmax(scale * (P @ wq) @ (wk @ P.T), dim=-1), M).backward()
         optimizer.step()
@@ -70,10 +73,7 @@ def bench_baseline(compare):
 
     def check(name: str, fit: QKFit | None) -> dict[str, float]:
         if fit is None:
-            return {
-                "mse": round(sum(head["mse"] for head in OFFICIAL["heads"]) / 8, 6),
-                "steps_timed": ADAM_STEPS,
-            }
+            return {"steps_timed": ADAM_STEPS}
         assert fit.mse.mean() <= 1.5e-4 and (fit.hit_rate == 1).all()
         return facts(fit)
 

@@ -58,7 +58,9 @@ def revision() -> str:
     commit = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)
     if commit.returncode:
         return "unknown"
-    changed = subprocess.run([*git, "status", "--porcelain", "--", "convinit", "csrc"], capture_output=True)
+    changed = subprocess.run(
+        [*git, "status", "--porcelain", "--", "convinit", "csrc", "kernels"], capture_output=True
+    )
     return commit.stdout.strip() + ("+" if changed.stdout else "")
 
 
@@ -75,12 +77,12 @@ def sample(fn: Callable[[], Any], number: int) -> float:
 
 
 @pytest.fixture(scope="session")
-def rows(pytestconfig: pytest.Config) -> Iterator[list[dict[str, Any]]]:
+def rows(request: pytest.FixtureRequest, pytestconfig: pytest.Config) -> Iterator[list[dict[str, Any]]]:
     """The rows of this run; written at its end, so that a run that fails leaves older results alone."""
     collected: list[dict[str, Any]] = []
     yield collected
     path = pytestconfig.getoption("--rows")
-    if path and collected:
+    if path and collected and not request.session.testsfailed:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         with open(path, "w", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")

@@ -24,7 +24,7 @@ from torch import Tensor
 from convinit.kernels import configs, launch
 from convinit.kernels.configs import Config
 
-SHAPES = [  # [B, heads, N, r]; each tunes the entry of the table that serves it
+SHAPES = [  # [B, heads, N, r]; each tunes the entry of the table that serves it, the first where several share one
     (512, 8, 256, 64),
     (256, 6, 197, 64),
     (1024, 4, 64, 32),
@@ -69,7 +69,7 @@ def tune(kernel: str, call: Callable[[Config], tuple[Tensor, ...]], committed: C
     for config in neighbours(committed):
         try:
             results = call(config)
-        except (triton.OutOfResources, triton.CompilationError):
+        except triton.TritonError:
             continue
         for a, b in zip(results, expected, strict=True):
             assert (a - b).norm() <= 0.02 * b.norm(), f"{kernel} is wrong with {config}"
@@ -85,15 +85,20 @@ def main() -> None:
     file = parser.parse_args().file
     torch.manual_seed(0)
     generation = configs.generation(torch.device("cuda", torch.cuda.current_device()))
-    rows = []
+    rows, tuned = [], set()
     for shape in SHAPES:
         print(list(shape))
         for kernel, call in calls(shape).items():
             key, committed = configs.entry(kernel, generation, 2, *shape[2:])
+            if key in tuned:
+                continue
+            tuned.add(key)
             best = tune(kernel, call, committed)
             if best != committed:
                 rows.append({"generation": generation, "key": key, "config": best})
-    file.write_text(json.dumps(rows, indent=1) + "\n")
+            file.write_text(
+                json.dumps(rows, indent=1) + "\n"
+            )  # after each: a run cut short keeps what it found
     print(f"{len(rows)} entries in {file}; put them to use with CONVINIT_KERNEL_CONFIGS={file}")
 
 

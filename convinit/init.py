@@ -123,8 +123,8 @@ def scrambled_qk_(
 ) -> QKFit:
     """Control: fit every head's map to a random permutation of the tokens instead of a convolution.
 
-    Same solver, same weight norm, one target a row, yet no structure in space: what a network gains over
-    this control, it gains from the convolution.
+    Same solver, one target a row, yet no structure in space. At the same weight norm the maps come out
+    flatter than impulses, for scrambled targets are harder to fit: compare ``peak`` as well.
 
     Args:
         wq, wk: [heads, D, r], written in place.

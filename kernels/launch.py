@@ -220,7 +220,9 @@ def padded(rank: int) -> int:
 
 def precision(x: Tensor) -> str:
     """How float32 products are made; without meaning for 16-bit inputs."""
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    if x.dtype != torch.float32:
+        return "ieee"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def folded_scale(scale: float, alpha: float, q_pos: Tensor | None, k_pos: Tensor | None) -> float:

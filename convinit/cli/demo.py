@@ -178,7 +178,7 @@ def _run(
     except KeyboardInterrupt:
         say(
             f"interrupted: {fresh} finished runs of this call are kept in {out}. To go on: "
-            f"{shlex.join(['convinit', *sys.argv[1:]])}",
+            f"{shlex.join(['convinit', *(word for word in sys.argv[1:] if word != '--no-resume')])}",
             style="yellow",
         )
         raise typer.Exit(130) from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import tempfile
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -133,6 +134,11 @@ def fit(
         options = SVD() if weight_norm is None else SVD(weight_norm=weight_norm)
     else:
         options = Newton()
+    if out is not None:  # what would stop the writing shows before the work, not after it
+        import convinit.viz  # noqa: F401
+
+        out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()
     offsets = convinit.sample_offsets(layers * heads, kernel_size, generator=generator)
     result = convinit.fit_qk(
         P,
@@ -225,7 +231,6 @@ def _write(
     from convinit.viz import attention_filter, fit_filters
 
     assert result.offsets is not None
-    out.mkdir(parents=True, exist_ok=True)
     metrics = {name: getattr(result, name) for name in ("mse", "peak", "hit_rate", "weight_norm")}
     tensors = {"wq": result.wq, "wk": result.wk, "offsets": result.offsets, **metrics}
     by_layer = {name: t.unflatten(0, (layers, -1)).contiguous() for name, t in tensors.items()}

@@ -22,5 +22,8 @@ def info(
         return
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for key, value in build.items():
-        table.add_row(f"[bold]{key}[/bold]", {None: "none", True: "yes", False: "no"}.get(value, str(value)))
+        text = (
+            ("yes" if value else "no") if isinstance(value, bool) else "none" if value is None else str(value)
+        )
+        table.add_row(f"[bold]{key}[/bold]", text)
     Console().print(table, soft_wrap=True)

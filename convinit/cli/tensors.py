@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +24,9 @@ def load_tensor(path: Path, key: str | None = None) -> Tensor:
         raise ValueError(f"pos_embed must be sincos, learned or a file, got {str(path)!r}, which is no file")
     try:
         content = _read(path)
-    except (ValueError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # a broken file breaks its reader in many ways
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"{path} cannot be read as {path.suffix}: {reason}") from error
     if isinstance(content, Tensor):
@@ -36,7 +37,7 @@ def load_tensor(path: Path, key: str | None = None) -> Tensor:
     if key is None:
         key = next(iter(tensors)) if len(tensors) == 1 else "pos_embed"
     if key not in tensors:
-        names = ", ".join(sorted(tensors)[:10]) + (", …" if len(tensors) > 10 else "")
+        names = ", ".join(sorted(map(str, tensors))[:10]) + (", …" if len(tensors) > 10 else "")
         raise ValueError(
             f"{path} has no tensor {key!r}; choose one with --pos-embed-key: {names or 'it has none'}"
         )
@@ -45,7 +46,10 @@ def load_tensor(path: Path, key: str | None = None) -> Tensor:
 
 def _read(path: Path) -> Tensor | dict[str, object]:
     if path.suffix == ".npy":
-        return torch.from_numpy(np.load(path, allow_pickle=False))
+        array = np.load(path, allow_pickle=False)
+        if not isinstance(array, np.ndarray):
+            raise ValueError("it is an archive of several arrays; save the one as .npy")
+        return torch.from_numpy(array)
     if path.suffix == ".safetensors":
         from safetensors import SafetensorError
         from safetensors.torch import load_file

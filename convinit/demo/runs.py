@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import multiprocessing
 import os
@@ -243,7 +244,8 @@ def _key(identity: dict[str, Any]) -> str:
 
 
 def _maps_path(out: Path, identity: dict[str, Any]) -> Path:
-    return out / f"maps-{identity['arm']}-{identity['settings']['epochs']}-epochs.safetensors"
+    digest = hashlib.sha256(_key(identity).encode()).hexdigest()[:8]  # other settings, other maps
+    return out / f"maps-{identity['arm']}-{digest}.safetensors"
 
 
 def _has_maps(out: Path, run: Run) -> bool:

@@ -206,17 +206,23 @@ def _what_controls_say(ours: Row, by_arm: dict[str, Row], controls: Sequence[str
     verdicts = {"early": beaten("early"), "shifted": beaten("shifted")}
     if any(verdict is None for found in verdicts.values() for verdict in found):
         return "Whether the convolution itself matters, one seed cannot say."
+    flatter = (
+        "The controls share the weight norm, not the sharpness: scrambled targets are harder to fit, so their "
+        "maps start flatter, and that may be part of it."
+    )
     shifted = all(verdicts["shifted"])
     early = all(verdicts["early"])
     if shifted and early:
-        return "So the convolution itself is seen to help, with speed and with shifts."
+        return f"So convolutional maps are seen to help, with speed and with shifts. {flatter}"
     if shifted:
         return (
-            "So the convolution itself is seen to help with shifts; the speed of learning it shares with "
-            "a control, and is not shown to come from it."
+            "So convolutional maps are seen to help with shifts; the speed of learning they share with a "
+            f"control, and is not shown to come from the convolution. {flatter}"
         )
     if early:
-        return "So the convolution itself is seen to help with speed, and is not shown to help with shifts."
+        return (
+            f"So convolutional maps are seen to help with speed, and not shown to help with shifts. {flatter}"
+        )
     return "So what it gains here is not shown to come from the convolution itself."
 
 

@@ -56,7 +56,7 @@ def train(
         epochs: passes over the training images.
         lr: the largest learning rate, reached after 30 % of the steps.
         weight_decay: of AdamW, on all parameters.
-        accelerator: device, mixed precision, processes; None means `Accelerator()`, which takes the GPU
+        accelerator: device and mixed precision, of one process; None means `Accelerator()`, which takes the GPU
             where there is one.
 
     Raises:

@@ -24,7 +24,7 @@ from torch import Tensor
 from convinit.kernels import configs, launch
 from convinit.kernels.configs import Config
 
-SHAPES = [  # [B, heads, N, r]; each tunes the entry of the table that serves it, the first where several share one
+SHAPES = [  # [B, heads, N, r]; each tunes the table's entry that serves it, the first of those that share one
     (512, 8, 256, 64),
     (256, 6, 197, 64),
     (1024, 4, 64, 32),

@@ -207,8 +207,8 @@ def _what_controls_say(ours: Row, by_arm: dict[str, Row], controls: Sequence[str
     if any(verdict is None for found in verdicts.values() for verdict in found):
         return "Whether the convolution itself matters, one seed cannot say."
     flatter = (
-        "The controls share the weight norm, not the sharpness: scrambled targets are harder to fit, so their "
-        "maps start flatter, and that may be part of it."
+        "The controls share the weight norm, not the sharpness: scrambled targets are harder to fit, so "
+        "their maps start flatter, and that may be part of it."
     )
     shifted = all(verdicts["shifted"])
     early = all(verdicts["early"])

@@ -56,8 +56,8 @@ def train(
         epochs: passes over the training images.
         lr: the largest learning rate, reached after 30 % of the steps.
         weight_decay: of AdamW, on all parameters.
-        accelerator: device and mixed precision, of one process; None means `Accelerator()`, which takes the GPU
-            where there is one.
+        accelerator: device and mixed precision, of one process; None means `Accelerator()`, which takes the
+            GPU where there is one.
 
     Raises:
         TypeError, ValueError: epochs or a rate is out of range, or there is nothing to train on.

@@ -230,3 +230,21 @@ def test_ctrl_c_keeps_finished_runs_and_leaves_no_process(tmp_path):
         for _ in range(100):
             os.killpg(process.pid, 0)
             time.sleep(0.1)
+
+
+def test_fit_finds_an_unwritable_folder_before_the_work(tmp_path, monkeypatch):
+    blocker = tmp_path / "file"
+    blocker.write_text("not a folder")
+    monkeypatch.setattr("convinit.fit_qk", lambda *_, **__: pytest.fail("fitted before looking at --out"))
+    result = invoke("fit", "--grid", "4", "--dim", "16", "--heads", "2", "--out", str(blocker / "deep"))
+    assert result.exit_code == 1
+    assert str(blocker) in result.stderr
+
+
+@pytest.mark.parametrize(("name", "content"), [("a.npy", b"PK\x03\x04rest"), ("a.pt", b"hello world")])
+def test_broken_embedding_files_are_named(tmp_path, name, content):
+    path = tmp_path / name
+    path.write_bytes(content)
+    result = invoke("fit", "--grid", "4", "--heads", "2", "--pos-embed", str(path))
+    assert result.exit_code == 2
+    assert len(result.stderr.strip().splitlines()) == 1 and name in result.stderr

@@ -163,8 +163,8 @@ def row(arm: str, early: float, shifted: float, sd: float | None = 1.0, n: int =
     "early, shifted, verdict",
     [
         ((90, 80), (70, 50), "seen to help, with speed and with shifts"),
-        ((90, 89.5), (70, 50), "seen to help with shifts; the speed of learning it shares"),
-        ((90, 80), (50, 50), "seen to help with speed, and is not shown to help with shifts"),
+        ((90, 89.5), (70, 50), "seen to help with shifts; the speed of learning they share"),
+        ((90, 80), (50, 50), "seen to help with speed, and not shown to help with shifts"),
         ((80, 90), (50, 60), "not shown to come from the convolution itself"),
     ],
 )

@@ -135,7 +135,7 @@ def fit(
     else:
         options = Newton()
     if out is not None:  # what would stop the writing shows before the work, not after it
-        import convinit.viz  # noqa: F401
+        from convinit import viz  # noqa: F401
 
         out.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=out).close()

@@ -186,8 +186,9 @@ def conclusions(rows: Sequence[Row], epochs: int) -> list[str]:
         )
     text.append(
         f"Not shown: anything about larger images, other data or longer training. This is one small set and "
-        f"{_count(max(row.end.n for row in rows), 'seed')}; the fit's default peak, alpha and the scale "
-        "of the pixels were chosen on these very images, the learning rate was tuned for no arm. "
+        f"{_count(max(row.end.n for row in rows), 'seed')}; the fit's default peak, alpha, the scale "
+        "of the pixels and the epochs were chosen on these very images, the learning rate was tuned for no "
+        "arm. "
         + (
             "“Clearly” means more than two standard errors, a hint rather than a proof at so few seeds."
             if min(row.end.n for row in rows) > 1

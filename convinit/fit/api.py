@@ -17,7 +17,9 @@ from convinit.offsets import check_generator, check_grid_size, check_int, check_
 Method = newton.Newton | papers.Adam | papers.SVD
 
 METHODS: dict[str, Method] = {"newton": newton.Newton(), "adam": papers.Adam(), "svd": papers.SVD()}
-DEFAULT_PEAK = 0.7  # on the digits of `convinit demo`, 0.5 to 0.7 learned faster than 0.8 to 0.94
+# Digits, 20 epochs, 3 seeds: peaks 0.5 and 0.7 kept 72 and 69 % on shifted images, 0.8 and 0.9 kept 64 and
+# 61 %. Speed of learning was not clearly apart.
+DEFAULT_PEAK = 0.7
 
 
 @torch.no_grad()

@@ -4,8 +4,14 @@
 
 from pathlib import Path
 
+# An installed convinit has kernels/ inside; in a source checkout it lies beside this package.
+_root = Path(__file__).resolve().parent.parent
+if (_root / "kernels" / "tiles.py").is_file():
+    __path__.append(str(_root))
+
 from convinit import init, models, nn
 from convinit._library import build_info
+from convinit.adapters import InitReport, init_vit_
 from convinit.fit import QKFit, fit_qk, fit_targets
 from convinit.nn import ConvInitAttention
 from convinit.offsets import impulse_targets, sample_offsets
@@ -17,6 +23,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ConvInitAttention",
+    "InitReport",
     "QKFit",
     "build_info",
     "fit_qk",
@@ -24,14 +31,10 @@ __all__ = [
     "impulse_matrix",
     "impulse_targets",
     "init",
+    "init_vit_",
     "models",
     "nn",
     "positional_attention",
     "sample_offsets",
     "shared_attention",
 ]
-
-# An installed convinit has kernels/ inside; in a source checkout it lies beside this package.
-_root = Path(__file__).resolve().parent.parent
-if (_root / "kernels" / "tiles.py").is_file():
-    __path__.append(str(_root))

@@ -66,14 +66,18 @@ def check_generator(generator: torch.Generator | None) -> None:
         )
 
 
-def sample_offsets(num_heads: int, kernel_size: int, *, generator: torch.Generator | None = None) -> Tensor:
-    """Draws one random offset per head, uniformly and independently, from a square window.
+def sample_offsets(
+    num_heads: int, kernel_size: int, *, stratified: bool = False, generator: torch.Generator | None = None
+) -> Tensor:
+    """Draws one random offset per head, uniformly, from a square window.
 
     Equivalent to `torch.randint(-(kernel_size // 2), kernel_size // 2 + 1, (num_heads, 2))`.
 
     Args:
         num_heads: number of offsets.
         kernel_size: side f of the window in tokens, odd; dy and dx lie in [-(f // 2), f // 2].
+        stratified: instead of independent draws, the f² offsets in random order, over and over: every f²
+            heads in a row have each offset once. So a few heads a layer cover the window over the layers.
         generator: a CPU generator; torch's default one if None.
 
     Returns:
@@ -84,6 +88,7 @@ def sample_offsets(num_heads: int, kernel_size: int, *, generator: torch.Generat
             CPU generator.
 
     Source: arXiv 2401.12511: each head is given a random impulse filter of an f x f kernel.
+    Stratified draws are ours.
     """
     check_int("num_heads", num_heads)
     check_int("kernel_size", kernel_size)
@@ -91,6 +96,11 @@ def sample_offsets(num_heads: int, kernel_size: int, *, generator: torch.Generat
         raise ValueError(f"kernel_size must be odd, so that the window has a centre, got {kernel_size}")
     check_generator(generator)
     reach = kernel_size // 2
+    if stratified:
+        window = kernel_size**2
+        rounds = torch.rand(-(-num_heads // window), window, generator=generator, device="cpu").argsort(dim=1)
+        cells = rounds.flatten()[:num_heads]
+        return torch.stack([cells // kernel_size, cells % kernel_size], dim=1) - reach
     return torch.randint(-reach, reach + 1, (num_heads, 2), generator=generator, device="cpu")
 
 

@@ -1,0 +1,18 @@
+"""Initialises models that are already there: one file for each library, `init_vit_` on top."""
+
+from convinit.adapters.additive import AdditiveLayout
+from convinit.adapters.init_vit import init_vit_
+from convinit.adapters.layout import Layout, Linear, SelfAttention, Slot, packed_qkv
+from convinit.adapters.report import InitReport, LayerRecord
+
+__all__ = [
+    "AdditiveLayout",
+    "InitReport",
+    "LayerRecord",
+    "Layout",
+    "Linear",
+    "SelfAttention",
+    "Slot",
+    "init_vit_",
+    "packed_qkv",
+]

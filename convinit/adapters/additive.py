@@ -1,0 +1,247 @@
+"""Models that add a position embedding to their tokens: queries and keys are fitted to it."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from convinit import init as init_
+from convinit.adapters.layout import Layout, SelfAttention, Slot, apply_norm
+from convinit.adapters.report import LayerRecord, measured
+from convinit.adapters.request import Request
+from convinit.fit import fit_qk
+from convinit.offsets import impulse_targets
+
+_SMALL_SHARE = 0.5  # of P in the norm of a token: below it, logits of positions alone shrink to a quarter
+
+
+def no_prefix() -> None:
+    return None
+
+
+@dataclass(eq=False)
+class AdditiveLayout(Layout):
+    """Tokens are content + P, perhaps behind class and register tokens.
+
+    Attributes:
+        position: P of the patch tokens, [N, D].
+        prefix: returns the class and register tokens [n, D] as they enter the first layer, or None.
+        entry: what all tokens go through before the first layer (CLIP's norm_pre), or None.
+        content: the last module of the patch embedding that has a weight; its weight and bias scale the
+            content. None: unknown.
+    """
+
+    position: Slot | None = None
+    prefix: Callable[[], Tensor | None] = no_prefix
+    entry: nn.Module | None = None
+    content: nn.Module | None = None
+
+    def init_(self, request: Request, layers: Sequence[int], offsets: Tensor) -> list[LayerRecord]:
+        assert self.position is not None
+        chosen = [self.attentions[i] for i in layers]
+        notes = [""] * len(chosen)
+        self.scale_(request)
+        tokens, prefix = self.tokens()
+        of_layer = offsets.split([attention.num_heads for attention in chosen])
+        live = [i for i, attention in enumerate(chosen) if not attention.frozen]
+        targets: dict[int, Tensor | None] = {}
+        for group in _alike([(i, chosen[i], chosen[i].see(tokens)) for i in live]):
+            members = [chosen[i] for i in group]
+            seen = members[0].see(tokens)
+            P = _without(seen[prefix:], seen[:prefix])
+            parts = self._weights(request, members, P, torch.cat([of_layer[i] for i in group]))
+            for i, (wq, wk, own_targets) in zip(group, parts, strict=True):
+                shown = of_layer[i] if own_targets is not None and request.method != "scrambled" else None
+                chosen[i].set_qk_(wq, wk, shown)
+                targets[i] = own_targets
+        records = []
+        for i, (number, attention) in enumerate(zip(layers, chosen, strict=True)):
+            if i not in targets:
+                notes[i] = "queries and keys are frozen: left alone"
+            elif request.target_peak is not None and attention.has_qk_norm and targets[i] is not None:
+                notes[i] = self._set_temperature_(attention, tokens, targets[i], request.target_peak)
+            if request.values == "mimetic" and i in targets:
+                notes[i] = "; ".join(filter(None, (notes[i], attention.set_values_(request.generator))))
+            wq, wk = attention.qk_weights()
+            fitted = targets.get(i) is not None and request.method != "scrambled"
+            records.append(
+                LayerRecord(
+                    number,
+                    attention.name,
+                    of_layer[i] if fitted else None,
+                    targets.get(i),
+                    **measured(attention.position_map(tokens), targets.get(i)),
+                    weight_norm=(wq.double().norm(dim=(1, 2)) * wk.double().norm(dim=(1, 2))).sqrt(),
+                    note=notes[i],
+                )
+            )
+        return records
+
+    def position_maps(self, layer: int) -> Tensor:
+        return self.attentions[layer].position_map(self.tokens()[0])
+
+    def tokens(self) -> tuple[Tensor, int]:
+        """Class and register tokens and P as they enter the first layer, [n + N, D], and n."""
+        assert self.position is not None
+        P, prefix = self.position.read(), self.prefix()
+        tokens = P if prefix is None else torch.cat([prefix.to(P), P])
+        return apply_norm(self.entry, tokens), len(tokens) - len(P)
+
+    # --- content against position -------------------------------------------------------------------------
+
+    def scale_(self, request: Request) -> None:
+        """alpha and pos_embed_gain, into the weights; a warning where P is too small to carry a map."""
+        assert self.position is not None
+        alpha, gain = request.alpha, request.pos_embed_gain
+        if alpha is not None:
+            if self.content is None:
+                raise ValueError(
+                    f"alpha must be None for {type(self.root).__name__}: its patch embedding is unknown"
+                )
+            if alpha == 0:
+                raise ValueError("alpha must be above 0: at 0 the image would never reach the model")
+            weights = [self.content.weight, getattr(self.content, "bias", None)]
+            _rescale_(self.root, "content", [Slot(w) for w in weights if w is not None], alpha)
+        if alpha is not None or gain is not None:
+            factor = (1.0 if gain is None else gain) * (1.0 if alpha is None else 1 - alpha)
+            _rescale_(self.root, "position", [self.position], factor)
+        share = self.position_share()
+        normed = any(attention.norm is not None for attention in self.attentions)
+        if alpha is None and gain is None and normed and share is not None and share < _SMALL_SHARE:
+            needed = math.ceil(_SMALL_SHARE / (1 - _SMALL_SHARE**2) ** 0.5 * (1 - share**2) ** 0.5 / share)
+            warnings.warn(
+                f"the position embedding makes up only {share:.2g} of the norm of a token (estimated for "
+                "standardised pixels), so the content will blur the maps that are fitted to it. Enlarge it, for "
+                f"example with pos_embed_gain={max(needed, 2)} (arXiv 2505.19985 uses 18), or mix with alpha=0.2; "
+                "pass images= to measure the maps that remain",
+                stacklevel=4,
+            )
+
+    def position_share(self) -> float | None:
+        """rms(P) / rms(content + P), the content estimated from its last weight; None where that is unknown."""
+        assert self.position is not None
+        if self.content is None:
+            return None
+        weight = Slot(self.content.weight).read()
+        # A LayerNorm's output has its weight's mean square; a projection of white pixels that of its rows.
+        content = weight.square().mean() if weight.dim() == 1 else weight.flatten(1).square().sum(1).mean()
+        P = self.position.read()
+        position = (P - P.mean(dim=0)).square().mean()
+        return float((position / (position + content)).sqrt())
+
+    # --- queries and keys ---------------------------------------------------------------------------------
+
+    def _weights(
+        self, request: Request, members: Sequence[SelfAttention], P: Tensor, offsets: Tensor
+    ) -> list[tuple[Tensor, Tensor, Tensor | None]]:
+        """wq, wk [heads, D, r] and targets [heads, N] of layers that see the same P."""
+        first, generator = members[0], request.generator
+        heads = [attention.num_heads for attention in members]
+        if request.method == "mimetic":
+            pairs = [torch.empty(2, h, P.shape[1], first.head_dim) for h in heads]
+            return [(*init_.mimetic_qk_(*pair, generator=generator), None) for pair in pairs]
+        # A LayerNorm of queries takes off their mean over r: one direction less, and none of it is wasted.
+        rank = first.head_dim - first.has_qk_norm
+        goal = {"weight_norm": request.weight_norm, "peak": request.peak}
+        if request.method == "norm_matched" and request.weight_norm is not None:
+            wq, wk = torch.empty(2, len(offsets), P.shape[1], rank)
+            weight_norm: float | Tensor = request.weight_norm
+            targets = impulse_targets(offsets, self.grid_size, padding_mode=request.padding_mode)
+        else:
+            fit = fit_qk(
+                P, offsets, self.grid_size, rank, scale=first.scale, method=request.fit_method(heads[0]), **goal,
+                padding_mode=request.padding_mode, generator=generator,
+            )  # fmt: skip
+            wq, wk, weight_norm, targets = fit.wq, fit.wk, fit.weight_norm, fit.targets
+        if request.method == "norm_matched":
+            init_.norm_matched_qk_(wq, wk, weight_norm, generator=generator)
+        elif request.method == "scrambled":
+            fit = init_.scrambled_qk_(
+                wq, wk, P, scale=first.scale, weight_norm=weight_norm, generator=generator
+            )
+            targets = fit.targets
+        if first.has_qk_norm:
+            centred = _zero_mean_basis(first.head_dim).to(wq)
+            wq, wk = wq @ centred, wk @ centred
+        return list(zip(wq.split(heads), wk.split(heads), targets.split(heads), strict=True))
+
+    def _set_temperature_(
+        self, attention: SelfAttention, tokens: Tensor, targets: Tensor, peak: float
+    ) -> str:
+        """With qk_norm the weights' norm is divided out: the norms' own weights set the peak instead."""
+        norms = (attention.query_norm, attention.key_norm)
+        weights = [getattr(norm, "weight", None) for norm in norms]
+        if any(weight is None for weight in weights):
+            return "qk_norm has no weight: how sharp the map is cannot be chosen"
+        if any(not weight.requires_grad for weight in weights):
+            return "qk_norm is frozen: how sharp the map is cannot be chosen"
+
+        def reached(gain: float) -> float:
+            for weight in weights:
+                Slot(weight).write_(torch.full(weight.shape, gain))
+            return float(measured(attention.position_map(tokens), targets)["peak"].mean())
+
+        low, high = 0.1, 10.0
+        if reached(high) < peak:
+            return f"qk_norm: peak {peak} is out of reach"
+        for _ in range(20):  # to 1e-5 of the logarithm of the gain
+            middle = math.sqrt(low * high)
+            low, high = (middle, high) if reached(middle) < peak else (low, middle)
+        reached(high)
+        return f"qk_norm: weight of its norms set to {high:.2f}"
+
+
+def _alike(members: Sequence[tuple[int, SelfAttention, Tensor]]) -> list[list[int]]:
+    """Groups of layers that one fit serves: the same tokens seen, the same rank and scale."""
+    groups: list[tuple[tuple, Tensor, list[int]]] = []
+    for i, attention, seen in members:
+        key = (attention.head_dim, attention.scale, attention.has_qk_norm)
+        for other_key, other, group in groups:
+            if key == other_key and seen.shape == other.shape and torch.equal(seen, other):
+                group.append(i)
+                break
+        else:
+            groups.append((key, seen, [i]))
+    return [group for *_, group in groups]
+
+
+def _without(P: Tensor, prefix: Tensor) -> Tensor:
+    """P [N, D] less what lies in the span of the prefix rows [n, D].
+
+    Weights fitted to it are orthogonal to those rows: class and register tokens get logits of zero, near the
+    middle of those that patches have, and P itself has the same map.
+    """
+    if len(prefix) == 0:
+        return P
+    U, S, _ = torch.linalg.svd(prefix.double().mT, full_matrices=False)
+    basis = U[:, S > 1e-6 * S[:1]]
+    return (P.double() - P.double() @ basis @ basis.mT).to(P)
+
+
+def _zero_mean_basis(rank: int) -> Tensor:
+    """[r − 1, r] with orthonormal rows that sum to zero."""
+    # The discrete cosines without the constant one.
+    k = torch.arange(1, rank, dtype=torch.float64).unsqueeze(1)
+    n = torch.arange(rank, dtype=torch.float64) + 0.5
+    return math.sqrt(2 / rank) * torch.cos(math.pi * k * n / rank)
+
+
+def _rescale_(root: nn.Module, key: str, slots: Sequence[Slot], factor: float) -> None:
+    """Multiplies by `factor`, once: what an earlier call did is undone first, unless values changed since."""
+    record = root.__dict__.setdefault("_convinit_scales", {})
+
+    def size() -> float:
+        return math.sqrt(sum(float(slot.read().double().square().sum()) for slot in slots))
+
+    earlier, left = record.get(key, (1.0, None))
+    if left is None or abs(size() - left) > 1e-3 * left:
+        earlier = 1.0
+    if factor != earlier:
+        for slot in slots:
+            slot.write_(slot.read() * (factor / earlier))
+    record[key] = (factor, size())

@@ -1,0 +1,129 @@
+"""Finds the models that the adapters know inside any module."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor, nn
+
+from convinit.adapters import own, timm, torch_nn, torchvision, transformers, vit_pytorch
+from convinit.adapters.additive import AdditiveLayout
+from convinit.adapters.layout import Layout, SelfAttention, Slot
+
+Adapter = Callable[[nn.Module, str], Layout | None]
+
+# Whole models; the first that knows a module has it, and what is inside is not looked at again.
+MODELS: tuple[Adapter, ...] = (
+    own.layout,
+    timm.layout,
+    torchvision.layout,
+    transformers.layout,
+    vit_pytorch.layout,
+)
+# Single attentions, for models that nobody knows: grid and P come from the caller.
+ATTENTIONS: tuple[Callable[[nn.Module, str], SelfAttention | None], ...] = (
+    timm.attention,
+    transformers.attention,
+    vit_pytorch.attention,
+    torch_nn.attention,
+)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside torch.compile's, DataParallel's and DDP's wrappers."""
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):  # torch.compile
+            model = model._orig_mod
+        else:
+            return model
+
+
+def find_layouts(
+    model: nn.Module,
+    *,
+    grid_size: tuple[int, int] | None,
+    pos_embed: Tensor | None,
+    adapter: Adapter | None,
+) -> list[Layout]:
+    """The layouts of all known models in `model`, in the order of its modules; by hand if P is given."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if (grid_size is None) != (pos_embed is None):
+        raise ValueError("give grid_size and pos_embed together, or neither for a model that is known")
+    if pos_embed is not None:
+        assert grid_size is not None
+        return [_by_hand(model, grid_size, pos_embed)]
+    adapters = MODELS if adapter is None else (adapter, *MODELS)
+    found: list[Layout] = []
+    inside: list[nn.Module] = []
+    for name, module in model.named_modules():
+        if any(module is known for known in inside):
+            continue
+        for adapt in adapters:
+            layout = adapt(module, name)
+            if layout is not None:
+                found.append(layout)
+                inside += module.modules()
+                break
+    if not found:
+        raise ValueError(_unknown(model))
+    return found
+
+
+def _by_hand(model: nn.Module, grid_size: tuple[int, int], pos_embed: Tensor) -> Layout:
+    attentions = _attentions(model)
+    if not attentions:
+        raise ValueError(_unknown(model))
+    dim = attentions[0].query.weight.read().shape[1]
+    height, width = grid_size
+    if pos_embed.dim() == 3 and pos_embed.shape[0] == 1:
+        pos_embed = pos_embed[0]
+    if pos_embed.shape != (height * width, dim):
+        raise ValueError(
+            f"pos_embed must be [{height * width}, {dim}], a row for each token of the {height} x {width} grid "
+            f"without class tokens, got {list(pos_embed.shape)}"
+        )
+    return AdditiveLayout("", model, grid_size, attentions, position=Slot(pos_embed))
+
+
+def _attentions(model: nn.Module) -> Sequence[SelfAttention]:
+    found: list[SelfAttention] = []
+    inside: list[nn.Module] = []
+    for name, module in model.named_modules():
+        if any(module is known for known in inside):
+            continue
+        for adapt in ATTENTIONS:
+            attention = adapt(module, name)
+            if attention is not None:
+                found.append(attention)
+                inside += module.modules()
+                break
+    return found
+
+
+def _unknown(model: nn.Module) -> str:
+    attentions = [
+        f"  {attention.name or '(the module itself)'}: {attention.num_heads} heads of {attention.head_dim}"
+        for attention in _attentions(model)
+    ]
+    positions = [
+        f"  {name}: {list(tensor.shape)}"
+        for name, tensor in (*model.named_parameters(), *model.named_buffers())
+        if "pos" in name.rsplit(".", 1)[-1].lower()
+    ]
+    lines = [
+        f"model must have self-attentions over a token grid that convinit knows, got {type(model).__qualname__} "
+        f"of {type(model).__module__}."
+    ]
+    lines += ["Attentions in it:", *attentions] if attentions else ["No attention in it is known."]
+    if positions:
+        lines += ["These look like position embeddings:", *positions]
+    if attentions:
+        lines.append(
+            "Give the grid and the position embedding yourself: init_vit_(model, grid_size=(H, W), pos_embed=P), "
+            "P [H·W, D] without class tokens; "
+        )
+    lines.append("or write an adapter, see convinit.adapters.layout, and pass it: init_vit_(model, adapter=...).")
+    return "\n".join(lines)

@@ -1,0 +1,188 @@
+"""`init_vit_`: the one door to all initialisations of a model that is already there."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from convinit.adapters.find import find_layouts, unwrapped
+from convinit.adapters.layout import Layout
+from convinit.adapters.measure import measure_on_images_
+from convinit.adapters.report import InitReport, LayerRecord
+from convinit.adapters.request import Request
+from convinit.fit.api import Method
+from convinit.offsets import check_grid_size, check_int, check_offsets, sample_offsets
+
+# The head order of the code of arXiv 2505.19985, as (dy, dx): centre, up, right, left, down, then corners.
+FIXED_ORDER = ((0, 0), (-1, 0), (0, 1), (0, -1), (1, 0), (-1, -1), (-1, 1), (1, -1), (1, 1))
+
+
+@torch.no_grad()
+def init_vit_(
+    model: nn.Module,
+    *,
+    kernel_size: int = 3,
+    method: str | Method = "newton",
+    weight_norm: float | None = None,
+    peak: float | None = None,
+    alpha: float | None = None,
+    values: str = "mimetic",
+    layers: str | int | slice | Sequence[int] = "all",
+    offsets: Tensor | str | None = None,
+    padding_mode: str = "zeros",
+    pos_embed_gain: float | None = None,
+    grid_size: Sequence[int] | None = None,
+    pos_embed: Tensor | None = None,
+    adapter: Callable[[nn.Module, str], Layout | None] | None = None,
+    images: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> InitReport:
+    """Sets every self-attention over a token grid so that its map starts as a random impulse convolution.
+
+    softmax(scale · (P W_q)(P W_k)ᵀ) ≈ impulse_matrix(offset of the head), P as the layer sees it
+
+    In place, before training; the architecture stays. Known are timm's VisionTransformer family, torchvision's,
+    Hugging Face's ViT, DeiT and ViTMAE, vit-pytorch's ViT and SimpleViT, convinit's own, ViTs with rotary
+    position embedding and biases, Swin (its relative position bias) and MLP-Mixer, also inside a larger
+    model, behind torch.compile or DDP, and sharded by FSDP2. For others give `grid_size` and `pos_embed`, or
+    an `adapter`.
+
+    A position embedding is fitted as it is: one that will be loaded or drawn later must be there first.
+    LayerNorm is applied to it where the model does. Class and register tokens keep their rows; the weights
+    are fitted orthogonal to them, so that they attend to everything alike.
+
+    Args:
+        model: in place. Frozen queries and keys are left alone, and the report says so.
+        kernel_size: offsets are drawn from the f×f window; odd.
+        method: "newton", "adam", "svd" or options as in :func:`convinit.fit_qk`; "mimetic" (arXiv 2305.09828);
+            or a control: "scrambled" (a random permutation of the tokens in place of a shift), "norm_matched"
+            (random directions), each with the weight norm of the impulse fit.
+        weight_norm, peak: how sharp, see :func:`convinit.fit_qk`; None means peak = 0.7. With qk_norm the
+            peak is set by the weights of those norms.
+        alpha: share of the content where it meets the position embedding: the patch embedding is multiplied
+            by alpha and P by 1 − alpha, once, in the weights. In convinit's own models the attribute `alpha`.
+            None leaves both as they are.
+        values: "mimetic" sets values and output layer so that their product is 0.4·Z − 0.4·I, biases 0 (arXiv
+            2305.09828); "keep" leaves them.
+        layers: "all", or the numbers of those to set: an int, a slice or several ints.
+        offsets: (dy, dx) of the heads of the chosen layers, [heads of all layers, 2] or [layers, heads, 2].
+            None deals them out so that every f² heads in a row cover the window once (stratified over the
+            layers); "random" draws each by itself, as :func:`convinit.sample_offsets`; "fixed" is the order
+            of arXiv 2505.19985, the same in every layer (f = 3).
+        padding_mode: where tokens look whose target is off the grid, see :func:`convinit.impulse_matrix`.
+        pos_embed_gain: multiplies P (the patches' rows) in place, for learned embeddings that are drawn too
+            small to be seen beside the content. arXiv 2505.19985 multiplies by 18 in the forward pass; here
+            it is done to the weights, so P also learns at its new size. None leaves P as it is.
+        grid_size: (H, W) of the tokens, for models that are not known.
+        pos_embed: P [N, D] as it is added to the tokens, for models that are not known; row-major.
+        adapter: ``adapter(module, name) -> Layout | None``, asked before the known ones; see
+            :mod:`convinit.adapters.layout`.
+        images: a batch as the model takes it; the report then has each head's peak on real activations too.
+        generator: CPU generator. One seed gives the same weights whenever and wherever it is called. On
+            several processes (DDP, FSDP2) give one with the same seed on each.
+
+    Returns:
+        :class:`InitReport`: what every head got.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong, or no attention over a token grid was found; the message
+            lists what was.
+
+    Warns:
+        UserWarning: P is too small beside the content to carry the maps, or the peak is out of reach.
+
+    Source: arXiv 2401.12511 (impulses), 2404.01139 (P behind LayerNorm), 2505.19985 (learned P). Offsets
+    stratified over the layers are ours, and so are weights orthogonal to class tokens.
+    """
+    start = time.perf_counter()
+    request = Request(method, weight_norm, peak, alpha, pos_embed_gain, values, padding_mode, generator)
+    inner = unwrapped(model)
+    _check_ranks(model, inner, generator)
+    if grid_size is not None:
+        grid_size = check_grid_size(grid_size)
+    found = find_layouts(inner, grid_size=grid_size, pos_embed=pos_embed, adapter=adapter)
+    every = [(layout, i) for layout in found for i in range(len(layout.attentions))]
+    numbers = _chosen(layers, len(every))
+    chosen = [every[number] for number in numbers]
+    dealt = _deal(offsets, kernel_size, [layout.attentions[i].num_heads for layout, i in chosen], generator)
+
+    records: list[LayerRecord] = []
+    for layout in found:
+        mine = [j for j, (owner, _) in enumerate(chosen) if owner is layout]
+        if not mine:
+            continue
+        own = layout.init_(request, [chosen[j][1] for j in mine], torch.cat([dealt[j] for j in mine]))
+        for j, record in zip(mine, own, strict=True):
+            record.layer = numbers[j]
+        records += own
+    report = InitReport(
+        records,
+        found[0].grid_size,
+        method if isinstance(method, str) else repr(method),
+        time.perf_counter() - start,
+        attentions=[layout.attentions[i] for layout, i in chosen],
+    )
+    if images is not None:
+        measure_on_images_(report, model, images)
+    return report
+
+
+def _check_ranks(model: nn.Module, inner: nn.Module, generator: torch.Generator | None) -> None:
+    """Processes that draw for themselves would each get another model."""
+    shared = isinstance(model, nn.parallel.DistributedDataParallel) or any(
+        isinstance(parameter, DTensor) for parameter in inner.parameters()
+    )
+    if shared and generator is None:
+        raise ValueError(
+            "generator must be given for a model on several processes: torch.Generator().manual_seed(seed), "
+            "with the same seed on each, so that all of them set the same weights"
+        )
+
+
+def _chosen(layers: str | int | slice | Sequence[int], count: int) -> list[int]:
+    numbers = range(count)
+    if isinstance(layers, str):
+        if layers != "all":
+            raise ValueError(f'layers must be "all", an int, a slice or several ints, got {layers!r}')
+        return list(numbers)
+    if isinstance(layers, slice):
+        picked = list(numbers[layers])
+    else:
+        wanted = [layers] if isinstance(layers, int) else list(layers)
+        if any(isinstance(i, bool) or not isinstance(i, int) or not -count <= i < count for i in wanted):
+            raise ValueError(f"layers must lie in 0 to {count - 1}, the layers of this model, got {layers}")
+        picked = sorted({i % count for i in wanted})
+    if not picked:
+        raise ValueError(f"layers must choose at least one of the {count} layers, got {layers}")
+    return picked
+
+
+def _deal(
+    offsets: Tensor | str | None, kernel_size: int, heads: Sequence[int], generator: torch.Generator | None
+) -> list[Tensor]:
+    """The offsets [heads, 2] of each chosen layer."""
+    total = sum(heads)
+    if offsets is None:
+        return list(sample_offsets(total, kernel_size, stratified=True, generator=generator).split(list(heads)))
+    if isinstance(offsets, str):
+        if offsets == "random":
+            return list(sample_offsets(total, kernel_size, generator=generator).split(list(heads)))
+        if offsets != "fixed":
+            raise ValueError(f'offsets must be None, "random", "fixed" or a tensor, got {offsets!r}')
+        if check_int("kernel_size", kernel_size) != 3:
+            raise ValueError(f'kernel_size must be 3 with offsets="fixed", got {kernel_size}')
+        order = torch.tensor(FIXED_ORDER, device="cpu")
+        return [order[torch.arange(count, device="cpu") % len(order)] for count in heads]
+    if isinstance(offsets, Tensor) and offsets.dim() == 3:
+        offsets = offsets.flatten(0, 1)
+    offsets = check_offsets(offsets).cpu()
+    if len(offsets) != total:
+        raise ValueError(
+            f"offsets must be [{total}, 2], one row for each head of the {len(heads)} layers, got "
+            f"{list(offsets.shape)}"
+        )
+    return list(offsets.split(list(heads)))

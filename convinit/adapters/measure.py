@@ -1,0 +1,56 @@
+"""Attention maps of a model that `init_vit_` has set: of its positions alone, or on images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from convinit.adapters.report import measured
+
+if TYPE_CHECKING:
+    from convinit.adapters.report import InitReport
+
+
+@torch.no_grad()
+def on_images(report: InitReport, model: nn.Module, images: Any, use: Callable[[int, Tensor], None]) -> None:
+    """Runs the model once and calls ``use(i, maps)`` for each record i, maps [B, heads, T, T].
+
+    In evaluation mode; the mode of every module is put back, also after an error.
+    """
+    handles, modes = [], [(module, module.training) for module in model.modules()]
+
+    def watch(i: int, attention: Any) -> None:
+        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            x = args[0] if args else next(iter(kwargs.values()))
+            use(i, attention.attention_map(x.detach()))
+
+        handles.append(attention.reads.register_forward_pre_hook(hook, with_kwargs=True))
+
+    try:
+        for i, attention in enumerate(report.attentions):
+            watch(i, attention)
+        model.eval()
+        model(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, mode in modes:
+            module.training = mode
+
+
+def measure_on_images_(report: InitReport, model: nn.Module, images: Any) -> InitReport:
+    """Fills peak_on_images and prefix_on_images of the report: means over the batch."""
+
+    def use(i: int, maps: Tensor) -> None:
+        record = report.records[i]
+        if record.targets is not None and maps.shape[-1] < record.targets.shape[-1]:
+            return  # some tokens were dropped or masked: rows no longer are places of the grid
+        figures = [measured(one, record.targets) for one in maps]
+        record.peak_on_images = torch.stack([each["peak"] for each in figures]).mean(dim=0)
+        record.prefix_on_images = torch.stack([each["prefix"] for each in figures]).mean(dim=0)
+
+    on_images(report, model, images, use)
+    return report

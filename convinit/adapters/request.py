@@ -1,0 +1,77 @@
+"""What was asked of `init_vit_`, checked once and handed to every layout."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from dataclasses import dataclass, replace
+
+import torch
+
+from convinit.fit import Adam
+from convinit.fit.api import DEFAULT_PEAK, METHODS, Method
+from convinit.offsets import check_generator
+
+UNFITTED = ("mimetic", "norm_matched", "scrambled")
+VALUES = ("mimetic", "keep")
+
+
+@dataclass(frozen=True)
+class Request:
+    """The options of :func:`convinit.init_vit_` that say how attentions are set."""
+
+    method: str | Method
+    weight_norm: float | None
+    peak: float | None
+    alpha: float | None
+    pos_embed_gain: float | None
+    values: str
+    padding_mode: str
+    generator: torch.Generator | None
+
+    def __post_init__(self) -> None:
+        known = (*METHODS, *UNFITTED)
+        if not (isinstance(self.method, Method) or self.method in known):
+            raise ValueError(
+                f"method must be one of {', '.join(known)} or a convinit.fit.Newton, Adam or SVD, "
+                f"got {self.method!r}"
+            )
+        if self.values not in VALUES:
+            raise ValueError(f"values must be one of {', '.join(VALUES)}, got {self.values!r}")
+        if self.weight_norm is not None and self.peak is not None:
+            raise ValueError(
+                "give weight_norm or peak, not both: one follows from the other; "
+                f"got {self.weight_norm} and {self.peak}"
+            )
+        for name, upper in (("weight_norm", math.inf), ("pos_embed_gain", math.inf), ("peak", 1), ("alpha", 1)):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, numbers.Real):
+                raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
+            lowest = value >= 0 if name == "alpha" else value > 0
+            if not (lowest and value < upper):
+                bracket = "[" if name == "alpha" else "("
+                raise ValueError(f"{name} must lie in {bracket}0, {upper}), got {value}")
+        check_generator(self.generator)
+
+    @property
+    def target_peak(self) -> float | None:
+        """The peak that is wanted; None where a weight norm is, or where the papers' methods decide."""
+        if self.weight_norm is not None or self.by_papers or self.method == "mimetic":
+            return None
+        return DEFAULT_PEAK if self.peak is None else float(self.peak)
+
+    @property
+    def by_papers(self) -> bool:
+        return self.method in ("adam", "svd") or not isinstance(self.method, (str, type(METHODS["newton"])))
+
+    def fit_method(self, num_heads: int) -> str | Method:
+        """The method that the fit is made with; the papers' Adam rescales layer by layer of `num_heads`."""
+        if self.method in UNFITTED:
+            return "newton"
+        if self.method == "adam":
+            return Adam(heads=num_heads)
+        if isinstance(self.method, Adam) and self.method.heads == 0:
+            return replace(self.method, heads=num_heads)
+        return self.method

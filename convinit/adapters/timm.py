@@ -1,0 +1,72 @@
+"""timm's VisionTransformer family: ViT, DeiT (also distilled), register tokens, CLIP's pre-norm, qk_norm.
+
+    model = timm.create_model("vit_tiny_patch16_224")
+    report = convinit.init_vit_(model)
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from convinit.adapters.additive import AdditiveLayout
+from convinit.adapters.layout import Layout, Linear, SelfAttention, Slot, packed_qkv
+from convinit.adapters.types import child_name, is_a, learned_norm
+
+
+def layout(module: nn.Module, name: str) -> Layout | None:
+    if not is_a(module, "timm.models.vision_transformer.VisionTransformer") or module.pos_embed is None:
+        return None
+    attentions = [
+        attention(child, child_name(name, f"blocks.{i}.attn"), norm=_norm_before(block))
+        for i, block in enumerate(module.blocks)
+        if (child := getattr(block, "attn", None)) is not None
+    ]
+    known = [each for each in attentions if each is not None]
+    if not known:  # another attention in timm's blocks; its own adapter may know it
+        return None
+    if len(known) < len(module.blocks):
+        raise ValueError(
+            f"model must have timm's Attention in every block, got {len(known)} in {len(module.blocks)} blocks "
+            f"of type {type(module.blocks[0]).__name__}"
+        )
+    prefix = 0 if module.no_embed_class else module.num_prefix_tokens
+    projection = getattr(module.patch_embed, "proj", None)
+    return AdditiveLayout(
+        name,
+        module,
+        tuple(module.patch_embed.grid_size),
+        known,
+        position=Slot(module.pos_embed, (0, slice(prefix, None))),
+        prefix=lambda: _prefix_tokens(module),
+        entry=learned_norm(module.norm_pre),
+        content=learned_norm(getattr(module.patch_embed, "norm", None)) or _weighted(projection),
+    )
+
+
+def attention(module: nn.Module, name: str, norm: nn.Module | None = None) -> SelfAttention | None:
+    if not is_a(module, "timm.layers.attention.Attention"):
+        return None
+    query, key, value = packed_qkv(module.qkv, module.num_heads * module.head_dim)
+    return SelfAttention(
+        name, module, module.num_heads, module.head_dim, float(module.scale), query, key, value,
+        Linear.of(module.proj), norm, learned_norm(module.q_norm), learned_norm(module.k_norm),
+    )  # fmt: skip
+
+
+def _norm_before(block: nn.Module) -> nn.Module | None:
+    """A pre-norm block's norm1; that of a post-norm block comes behind its attention."""
+    return None if is_a(block, "timm.models.vision_transformer.ResPostBlock") else learned_norm(block.norm1)
+
+
+def _weighted(module: nn.Module | None) -> nn.Module | None:
+    return module if isinstance(getattr(module, "weight", None), Tensor) else None
+
+
+def _prefix_tokens(module: nn.Module) -> Tensor | None:
+    tokens = [getattr(module, name, None) for name in ("cls_token", "dist_token", "reg_token")]
+    rows = [Slot(token, 0).read() for token in tokens if token is not None]
+    if not rows:
+        return None
+    prefix = torch.cat(rows)
+    return prefix if module.no_embed_class else prefix + Slot(module.pos_embed, (0, slice(len(prefix)))).read()

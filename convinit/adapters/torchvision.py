@@ -1,0 +1,41 @@
+"""torchvision's VisionTransformer: packed weights of ``nn.MultiheadAttention``, one class token."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from convinit.adapters.additive import AdditiveLayout
+from convinit.adapters.layout import Layout, Slot
+from convinit.adapters.torch_nn import attention
+from convinit.adapters.types import child_name, is_a
+
+
+def layout(module: nn.Module, name: str) -> Layout | None:
+    if not is_a(module, "torchvision.models.vision_transformer.VisionTransformer"):
+        return None
+    side = module.image_size // module.patch_size
+    attentions = [
+        attention(
+            block.self_attention,
+            child_name(name, f"encoder.layers.{child}.self_attention"),
+            norm=block.ln_1,
+        )
+        for child, block in module.encoder.layers.named_children()
+    ]
+    projection = module.conv_proj  # a convolution, or a stem that ends in one
+    if isinstance(projection, nn.Sequential):
+        projection = projection.conv_last
+
+    def prefix() -> Tensor:
+        position = Slot(module.encoder.pos_embedding, (0, slice(1))).read()
+        return Slot(module.class_token, 0).read() + position
+
+    return AdditiveLayout(
+        name,
+        module,
+        (side, side),
+        attentions,
+        position=Slot(module.encoder.pos_embedding, (0, slice(1, None))),
+        prefix=prefix,
+        content=projection,
+    )

@@ -1,0 +1,60 @@
+"""Hugging Face transformers: ViT, DeiT (class and distillation token) and the encoder of ViTMAE."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from convinit.adapters.additive import AdditiveLayout
+from convinit.adapters.layout import Layout, Linear, SelfAttention, Slot
+from convinit.adapters.types import child_name, is_a
+
+_MODELS = {
+    f"transformers.models.{package}.modeling_{package}.{model}": f"{stem}Attention"
+    for package, model, stem in (
+        ("vit", "ViTModel", "ViT"),
+        ("deit", "DeiTModel", "DeiT"),
+        ("vit_mae", "ViTMAEModel", "ViTMAE"),
+    )
+}
+_ATTENTIONS = tuple(f"{path.rpartition('.')[0]}.{name}" for path, name in _MODELS.items())
+
+
+def layout(module: nn.Module, name: str) -> Layout | None:
+    if not is_a(module, *_MODELS) or not hasattr(module, "layers"):  # as of transformers 5
+        return None
+    embeddings = module.embeddings
+    attentions = [
+        attention(layer.attention, child_name(name, f"layers.{i}.attention"), norm=layer.layernorm_before)
+        for i, layer in enumerate(module.layers)
+    ]
+    tokens = [getattr(embeddings, token, None) for token in ("cls_token", "distillation_token")]
+    special = [token for token in tokens if token is not None]
+    position = embeddings.position_embeddings
+    patches = embeddings.patch_embeddings
+    height, width = (patches.image_size[i] // patches.patch_size[i] for i in range(2))
+
+    def prefix() -> Tensor:
+        rows = torch.cat([Slot(token, 0).read() for token in special])
+        return rows + Slot(position, (0, slice(len(special)))).read()
+
+    return AdditiveLayout(
+        name,
+        module,
+        (height, width),
+        attentions,
+        position=Slot(position, (0, slice(len(special), None))),
+        prefix=prefix,
+        content=patches.projection,
+    )
+
+
+def attention(module: nn.Module, name: str, norm: nn.Module | None = None) -> SelfAttention | None:
+    if not is_a(module, *_ATTENTIONS):
+        return None
+    return SelfAttention(
+        name, module, module.num_attention_heads, module.head_dim, float(module.scaling),
+        Linear.of(module.q_proj), Linear.of(module.k_proj), Linear.of(module.v_proj), Linear.of(module.o_proj),
+        norm,
+    )  # fmt: skip
+

@@ -1,0 +1,57 @@
+"""vit-pytorch's ViT (learned P) and SimpleViT (sin-cos P)."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from convinit.adapters.additive import AdditiveLayout
+from convinit.adapters.layout import Layout, Linear, SelfAttention, Slot, packed_qkv
+from convinit.adapters.types import child_name, is_a
+
+
+def layout(module: nn.Module, name: str) -> Layout | None:
+    vit = is_a(module, "vit_pytorch.vit.ViT")
+    if not vit and not is_a(module, "vit_pytorch.simple_vit.SimpleViT"):
+        return None
+    attentions = [
+        attention(attn, child_name(name, f"transformer.layers.{i}.0"))
+        for i, (attn, _) in enumerate(module.transformer.layers)
+    ]
+    position = module.pos_embedding
+    first = module.cls_token.shape[0] if vit else 0
+
+    def prefix() -> Tensor | None:
+        return Slot(module.cls_token).read() + Slot(position, slice(first)).read() if first else None
+
+    return AdditiveLayout(
+        name,
+        module,
+        _grid_size(module, position.shape[0] - first),
+        attentions,
+        position=Slot(position, slice(first, None)),
+        prefix=prefix,
+        content=module.to_patch_embedding[-1],
+    )
+
+
+def attention(module: nn.Module, name: str) -> SelfAttention | None:
+    if not is_a(module, "vit_pytorch.vit.Attention", "vit_pytorch.simple_vit.Attention"):
+        return None
+    inner = module.to_qkv.weight.shape[0] // 3
+    query, key, value = packed_qkv(module.to_qkv, inner)
+    output = module.to_out[0] if isinstance(module.to_out, nn.Sequential) else module.to_out
+    return SelfAttention(
+        name, module.to_qkv, module.heads, inner // module.heads, float(module.scale), query, key, value,
+        Linear.of(output) if isinstance(output, nn.Linear) else None, module.norm,
+    )  # fmt: skip
+
+
+def _grid_size(module: nn.Module, tokens: int) -> tuple[int, int]:
+    """The model does not keep its grid; a square of as many tokens, else a grid given by the user."""
+    side = round(tokens**0.5)
+    if side * side != tokens:
+        raise ValueError(
+            f"grid_size must be given for a vit-pytorch model that is not square: it has {tokens} tokens and does "
+            "not keep their grid; init_vit_(model, grid_size=(H, W), pos_embed=model.pos_embedding[...])"
+        )
+    return side, side

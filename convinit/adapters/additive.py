@@ -17,7 +17,9 @@ from convinit.adapters.request import Request
 from convinit.fit import fit_qk
 from convinit.offsets import impulse_targets
 
-_SMALL_SHARE = 0.5  # of P in the norm of a token: below it, logits of positions alone shrink to a quarter
+# The share s of P in the norm of a token: the logits of the positions shrink by s². With ours at 0.7 in 196
+# tokens, a share of 0.9 leaves a peak of 0.4, and 0.5 leaves 0.02.
+_SMALL_SHARE, _GOOD_SHARE = 0.9, 0.95
 
 
 def no_prefix() -> None:
@@ -49,8 +51,9 @@ class AdditiveLayout(Layout):
         tokens, prefix = self.tokens()
         of_layer = offsets.split([attention.num_heads for attention in chosen])
         live = [i for i, attention in enumerate(chosen) if not attention.frozen]
+        fitted = live if request.method != "keep" else []
         targets: dict[int, Tensor | None] = {}
-        for group in _alike([(i, chosen[i], chosen[i].see(tokens)) for i in live]):
+        for group in _alike([(i, chosen[i], chosen[i].see(tokens)) for i in fitted]):
             members = [chosen[i] for i in group]
             seen = members[0].see(tokens)
             P = _without(seen[prefix:], seen[:prefix])
@@ -61,19 +64,19 @@ class AdditiveLayout(Layout):
                 targets[i] = own_targets
         records = []
         for i, (number, attention) in enumerate(zip(layers, chosen, strict=True)):
-            if i not in targets:
+            if i not in live:
                 notes[i] = "queries and keys are frozen: left alone"
-            elif request.target_peak is not None and attention.has_qk_norm and targets[i] is not None:
+            elif request.target_peak is not None and attention.has_qk_norm:
                 notes[i] = self._set_temperature_(attention, tokens, targets[i], request.target_peak)
-            if request.values == "mimetic" and i in targets:
+            if request.values == "mimetic" and i in live:
                 notes[i] = "; ".join(filter(None, (notes[i], attention.set_values_(request.generator))))
             wq, wk = attention.qk_weights()
-            fitted = targets.get(i) is not None and request.method != "scrambled"
+            shifts = targets.get(i) is not None and request.method != "scrambled"
             records.append(
                 LayerRecord(
                     number,
                     attention.name,
-                    of_layer[i] if fitted else None,
+                    of_layer[i] if shifts else None,
                     targets.get(i),
                     **measured(attention.position_map(tokens), targets.get(i)),
                     weight_norm=(wq.double().norm(dim=(1, 2)) * wk.double().norm(dim=(1, 2))).sqrt(),
@@ -113,12 +116,12 @@ class AdditiveLayout(Layout):
         share = self.position_share()
         normed = any(attention.norm is not None for attention in self.attentions)
         if alpha is None and gain is None and normed and share is not None and share < _SMALL_SHARE:
-            needed = math.ceil(_SMALL_SHARE / (1 - _SMALL_SHARE**2) ** 0.5 * (1 - share**2) ** 0.5 / share)
+            needed = math.ceil(math.sqrt((1 - share**2) / (1 - _GOOD_SHARE**2)) * _GOOD_SHARE / share)
             warnings.warn(
                 f"the position embedding makes up only {share:.2g} of the norm of a token (estimated for "
-                "standardised pixels), so the content will blur the maps that are fitted to it. Enlarge it, for "
-                f"example with pos_embed_gain={max(needed, 2)} (arXiv 2505.19985 uses 18), or mix with alpha=0.2; "
-                "pass images= to measure the maps that remain",
+                "standardised pixels), so the content will blur the maps that are fitted to it, by the square of "
+                f"that. Enlarge it with pos_embed_gain, about {needed} (arXiv 2505.19985 uses 18), or scale the "
+                "content down with alpha; images= measures the maps that remain",
                 stacklevel=4,
             )
 

@@ -60,7 +60,7 @@ def init_vit_(
         kernel_size: offsets are drawn from the f×f window; odd.
         method: "newton", "adam", "svd" or options as in :func:`convinit.fit_qk`; "mimetic" (arXiv 2305.09828);
             or a control: "scrambled" (a random permutation of the tokens in place of a shift), "norm_matched"
-            (random directions), each with the weight norm of the impulse fit.
+            (random directions), each with the weight norm of the impulse fit; "keep" leaves queries and keys.
         weight_norm, peak: how sharp, see :func:`convinit.fit_qk`; None means peak = 0.7. With qk_norm the
             peak is set by the weights of those norms.
         alpha: share of the content where it meets the position embedding: the patch embedding is multiplied

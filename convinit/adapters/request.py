@@ -12,7 +12,7 @@ from convinit.fit import Adam
 from convinit.fit.api import DEFAULT_PEAK, METHODS, Method
 from convinit.offsets import check_generator
 
-UNFITTED = ("mimetic", "norm_matched", "scrambled")
+UNFITTED = ("mimetic", "norm_matched", "scrambled", "keep")
 VALUES = ("mimetic", "keep")
 
 
@@ -58,7 +58,7 @@ class Request:
     @property
     def target_peak(self) -> float | None:
         """The peak that is wanted; None where a weight norm is, or where the papers' methods decide."""
-        if self.weight_norm is not None or self.by_papers or self.method == "mimetic":
+        if self.weight_norm is not None or self.by_papers or self.method in ("mimetic", "keep"):
             return None
         return DEFAULT_PEAK if self.peak is None else float(self.peak)
 

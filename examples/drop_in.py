@@ -73,11 +73,21 @@ def build(settings: Settings) -> nn.Module:
         import timm
 
         timm.layers.set_fused_attn(False)  # faster than PyTorch's fused attention on a CPU in bf16
-        return timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=2, in_chans=1, num_classes=10)
+        return timm.create_model(
+            "vit_tiny_patch16_224", img_size=32, patch_size=2, in_chans=1, num_classes=10
+        )
     from vit_pytorch import SimpleViT
 
     return SimpleViT(
-        image_size=32, patch_size=4, num_classes=10, dim=64, depth=4, heads=4, dim_head=16, mlp_dim=128, channels=1
+        image_size=32,
+        patch_size=4,
+        num_classes=10,
+        dim=64,
+        depth=4,
+        heads=4,
+        dim_head=16,
+        mlp_dim=128,
+        channels=1,
     )
 
 
@@ -164,7 +174,9 @@ def table(settings: Settings, runs: list[dict], command: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model", choices=SETTINGS)
     parser.add_argument("--out", type=Path, required=True, help="folder for runs and table")
     parser.add_argument("--seeds", type=int, default=5)

@@ -119,14 +119,14 @@ class AdditiveLayout(Layout):
             needed = math.ceil(math.sqrt((1 - share**2) / (1 - _GOOD_SHARE**2)) * _GOOD_SHARE / share)
             warnings.warn(
                 f"the position embedding makes up only {share:.2g} of the norm of a token (estimated for "
-                "standardised pixels), so the content will blur the maps that are fitted to it, by the square of "
-                f"that. Enlarge it with pos_embed_gain, about {needed} (arXiv 2505.19985 uses 18), or scale the "
-                "content down with alpha; images= measures the maps that remain",
+                "standardised pixels); the content will blur the maps that are fitted to it by the square of "
+                f"that. Enlarge it with pos_embed_gain, about {needed} (arXiv 2505.19985 uses 18), or scale "
+                "the content down with alpha; images= measures the maps that remain",
                 stacklevel=4,
             )
 
     def position_share(self) -> float | None:
-        """rms(P) / rms(content + P), the content estimated from its last weight; None where that is unknown."""
+        """rms(P) / rms(content + P), the content estimated from its last weight; None: unknown."""
         assert self.position is not None
         if self.content is None:
             return None
@@ -150,15 +150,15 @@ class AdditiveLayout(Layout):
             return [(*init_.mimetic_qk_(*pair, generator=generator), None) for pair in pairs]
         # A LayerNorm of queries takes off their mean over r: one direction less, and none of it is wasted.
         rank = first.head_dim - first.has_qk_norm
-        goal = {"weight_norm": request.weight_norm, "peak": request.peak}
         if request.method == "norm_matched" and request.weight_norm is not None:
             wq, wk = torch.empty(2, len(offsets), P.shape[1], rank)
             weight_norm: float | Tensor = request.weight_norm
             targets = impulse_targets(offsets, self.grid_size, padding_mode=request.padding_mode)
         else:
             fit = fit_qk(
-                P, offsets, self.grid_size, rank, scale=first.scale, method=request.fit_method(heads[0]), **goal,
-                padding_mode=request.padding_mode, generator=generator,
+                P, offsets, self.grid_size, rank, scale=first.scale, method=request.fit_method(heads[0]),
+                weight_norm=request.weight_norm, peak=request.peak, padding_mode=request.padding_mode,
+                generator=generator,
             )  # fmt: skip
             wq, wk, weight_norm, targets = fit.wq, fit.wk, fit.weight_norm, fit.targets
         if request.method == "norm_matched":

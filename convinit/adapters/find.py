@@ -82,8 +82,8 @@ def _by_hand(model: nn.Module, grid_size: tuple[int, int], pos_embed: Tensor) ->
         pos_embed = pos_embed[0]
     if pos_embed.shape != (height * width, dim):
         raise ValueError(
-            f"pos_embed must be [{height * width}, {dim}], a row for each token of the {height} x {width} grid "
-            f"without class tokens, got {list(pos_embed.shape)}"
+            f"pos_embed must be [{height * width}, {dim}], a row for each token of the {height} x {width} "
+            f"grid without class tokens, got {list(pos_embed.shape)}"
         )
     return AdditiveLayout("", model, grid_size, attentions, position=Slot(pos_embed))
 
@@ -114,8 +114,8 @@ def _unknown(model: nn.Module) -> str:
         if "pos" in name.rsplit(".", 1)[-1].lower()
     ]
     lines = [
-        f"model must have self-attentions over a token grid that convinit knows, got {type(model).__qualname__} "
-        f"of {type(model).__module__}."
+        "model must have self-attentions over a token grid that convinit knows, got "
+        f"{type(model).__qualname__} of {type(model).__module__}."
     ]
     lines += ["Attentions in it:", *attentions] if attentions else ["No attention in it is known."]
     if positions:
@@ -125,5 +125,7 @@ def _unknown(model: nn.Module) -> str:
             "Give the grid and the position embedding yourself: init_vit_(model, grid_size=(H, W), pos_embed=P), "
             "P [H·W, D] without class tokens; "
         )
-    lines.append("or write an adapter, see convinit.adapters.layout, and pass it: init_vit_(model, adapter=...).")
+    lines.append(
+        "or write an adapter, see convinit.adapters.layout, and pass it: init_vit_(model, adapter=...)."
+    )
     return "\n".join(lines)

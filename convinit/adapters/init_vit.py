@@ -45,10 +45,10 @@ def init_vit_(
 
     softmax(scale · (P W_q)(P W_k)ᵀ) ≈ impulse_matrix(offset of the head), P as the layer sees it
 
-    In place, before training; the architecture stays. Known are timm's VisionTransformer family, torchvision's,
-    Hugging Face's ViT, DeiT and ViTMAE, vit-pytorch's ViT and SimpleViT, convinit's own, ViTs with rotary
-    position embedding and biases, Swin (its relative position bias) and MLP-Mixer, also inside a larger
-    model, behind torch.compile or DDP, and sharded by FSDP2. For others give `grid_size` and `pos_embed`, or
+    In place, before training; the architecture stays. Known are timm's VisionTransformer family,
+    torchvision's, Hugging Face's ViT, DeiT and ViTMAE, vit-pytorch's ViT and SimpleViT, convinit's own, ViTs
+    with rotary position embedding and biases, Swin (its relative position bias) and MLP-Mixer, also inside a
+    larger model, behind torch.compile or DDP, and sharded by FSDP2. For others give `grid_size` and `pos_embed`, or
     an `adapter`.
 
     A position embedding is fitted as it is: one that will be loaded or drawn later must be there first.
@@ -167,7 +167,9 @@ def _deal(
     """The offsets [heads, 2] of each chosen layer."""
     total = sum(heads)
     if offsets is None:
-        return list(sample_offsets(total, kernel_size, stratified=True, generator=generator).split(list(heads)))
+        return list(
+            sample_offsets(total, kernel_size, stratified=True, generator=generator).split(list(heads))
+        )
     if isinstance(offsets, str):
         if offsets == "random":
             return list(sample_offsets(total, kernel_size, generator=generator).split(list(heads)))

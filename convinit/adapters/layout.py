@@ -53,9 +53,7 @@ class Slot:
         whole = self.tensor.full_tensor()
         whole[self.index] = values.to(whole)
         # src_data_rank=None: every rank cuts its shard from its own copy; all copies are the same.
-        mine = distribute_tensor(
-            whole, self.tensor.device_mesh, self.tensor.placements, src_data_rank=None
-        )
+        mine = distribute_tensor(whole, self.tensor.device_mesh, self.tensor.placements, src_data_rank=None)
         self.tensor.to_local().copy_(mine.to_local())
 
 
@@ -199,8 +197,7 @@ def apply_norm(norm: nn.Module | None, x: Tensor) -> Tensor:
     if norm is None:
         return x
     own = {
-        name: whole_tensor(tensor).to(x)
-        for name, tensor in (*norm.named_parameters(), *norm.named_buffers())
+        name: whole_tensor(tensor).to(x) for name, tensor in (*norm.named_parameters(), *norm.named_buffers())
     }
     return torch.func.functional_call(norm, own, (x,))
 

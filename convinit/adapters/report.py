@@ -26,7 +26,7 @@ class LayerRecord:
         targets: [heads, N] int64, the token that each token is to look at; −1: nowhere. None: no target.
         mse, peak, hit_rate: [heads] float64, of the map that the positions alone make, as written to the
             model; NaN without targets. Class and register tokens compete for the attention there too.
-        weight_norm: [heads] float64, √(‖W_q‖_F · ‖W_k‖_F); of biases or tables where the impulse is in them.
+        weight_norm: [heads] float64, √(‖W_q‖_F · ‖W_k‖_F); of biases or tables where those hold it.
         prefix: [heads] float64, mean attention of the patches on all class and register tokens.
         peak_on_images, prefix_on_images: [heads] float64, the same on a batch of images; None: none was given.
         note: what should be known of this layer, or "".
@@ -110,7 +110,10 @@ class InitReport:
     def to_json(self, *, indent: int | None = 1) -> str:
         """JSON text with the settings and a list of all heads; a figure that does not exist is null."""
         heads = [
-            {key: None if isinstance(value, float) and value != value else value for key, value in row.items()}
+            {
+                key: None if isinstance(value, float) and value != value else value
+                for key, value in row.items()
+            }
             for row in self.rows()
         ]
         content = {
@@ -133,7 +136,9 @@ class InitReport:
             line = f"{row['layer']:>5} {row['head']:>5} {offset:>9} {row['mse']:>10.2e} {row['peak']:>7.3f}"
             line += f" {row['hit_rate']:>9.3f} {row['weight_norm']:>12.2f} {row['prefix']:>10.3f}"
             if on_images:
-                line += f" {row['peak_on_images']:>10.3f}" if row["peak_on_images"] is not None else f" {'-':>10}"
+                line += (
+                    f" {row['peak_on_images']:>10.3f}" if row["peak_on_images"] is not None else f" {'-':>10}"
+                )
             lines.append(line)
         lines.append(self.summary())
         lines += [f"layer {record.layer}: {record.note}" for record in self.records if record.note]

@@ -43,7 +43,12 @@ class Request:
                 "give weight_norm or peak, not both: one follows from the other; "
                 f"got {self.weight_norm} and {self.peak}"
             )
-        for name, upper in (("weight_norm", math.inf), ("pos_embed_gain", math.inf), ("peak", 1), ("alpha", 1)):
+        for name, upper in (
+            ("weight_norm", math.inf),
+            ("pos_embed_gain", math.inf),
+            ("peak", 1),
+            ("alpha", 1),
+        ):
             value = getattr(self, name)
             if value is None:
                 continue

@@ -1,7 +1,7 @@
 """timm's VisionTransformer family: ViT, DeiT (also distilled), register tokens, CLIP's pre-norm, qk_norm.
 
-    model = timm.create_model("vit_tiny_patch16_224")
-    report = convinit.init_vit_(model)
+model = timm.create_model("vit_tiny_patch16_224")
+report = convinit.init_vit_(model)
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ def layout(module: nn.Module, name: str) -> Layout | None:
         return None
     if len(known) < len(module.blocks):
         raise ValueError(
-            f"model must have timm's Attention in every block, got {len(known)} in {len(module.blocks)} blocks "
-            f"of type {type(module.blocks[0]).__name__}"
+            f"model must have timm's Attention in every block, got {len(known)} in {len(module.blocks)} "
+            f"blocks of type {type(module.blocks[0]).__name__}"
         )
     prefix = 0 if module.no_embed_class else module.num_prefix_tokens
     projection = getattr(module.patch_embed, "proj", None)
@@ -69,4 +69,6 @@ def _prefix_tokens(module: nn.Module) -> Tensor | None:
     if not rows:
         return None
     prefix = torch.cat(rows)
-    return prefix if module.no_embed_class else prefix + Slot(module.pos_embed, (0, slice(len(prefix)))).read()
+    return (
+        prefix if module.no_embed_class else prefix + Slot(module.pos_embed, (0, slice(len(prefix)))).read()
+    )

@@ -15,7 +15,9 @@ def attention(module: nn.Module, name: str, norm: nn.Module | None = None) -> Se
     if not isinstance(module, nn.MultiheadAttention):
         return None
     if module.bias_k is not None or module.add_zero_attn:
-        raise ValueError(f"{name} must have neither bias_k nor add_zero_attn: they are tokens outside the grid")
+        raise ValueError(
+            f"{name} must have neither bias_k nor add_zero_attn: they are tokens outside the grid"
+        )
     dim = module.embed_dim
     rows = [slice(i * dim, (i + 1) * dim) for i in range(3)]
     if module.in_proj_weight is not None:

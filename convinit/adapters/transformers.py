@@ -54,7 +54,6 @@ def attention(module: nn.Module, name: str, norm: nn.Module | None = None) -> Se
         return None
     return SelfAttention(
         name, module, module.num_attention_heads, module.head_dim, float(module.scaling),
-        Linear.of(module.q_proj), Linear.of(module.k_proj), Linear.of(module.v_proj), Linear.of(module.o_proj),
-        norm,
+        Linear.of(module.q_proj), Linear.of(module.k_proj), Linear.of(module.v_proj),
+        Linear.of(module.o_proj), norm,
     )  # fmt: skip
-

@@ -51,7 +51,7 @@ def _grid_size(module: nn.Module, tokens: int) -> tuple[int, int]:
     side = round(tokens**0.5)
     if side * side != tokens:
         raise ValueError(
-            f"grid_size must be given for a vit-pytorch model that is not square: it has {tokens} tokens and does "
-            "not keep their grid; init_vit_(model, grid_size=(H, W), pos_embed=model.pos_embedding[...])"
+            f"grid_size must be given for a vit-pytorch model that is not square: it has {tokens} tokens and "
+            "does not keep their grid; init_vit_(model, grid_size=(H, W), pos_embed=model.pos_embedding[...])"
         )
     return side, side

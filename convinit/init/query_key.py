@@ -1,0 +1,207 @@
+"""Query and key weights [heads, D, r]: impulses, mimetic, random, and controls."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from convinit.fit import QKFit, fit_qk, fit_targets
+from convinit.fit.api import Method
+from convinit.init._shared import check_floating, mimetic_svd, rand, uniform
+from convinit.offsets import check_offsets
+
+
+@torch.no_grad()
+def impulse_qk_(
+    wq: Tensor,
+    wk: Tensor,
+    pos_embed: Tensor,
+    offsets: Tensor,
+    grid_size: Sequence[int],
+    *,
+    scale: float,
+    method: str | Method = "newton",
+    weight_norm: float | Tensor | None = None,
+    peak: float | None = None,
+    padding_mode: str = "zeros",
+    generator: torch.Generator | None = None,
+) -> QKFit:
+    """Fit every head's attention map to the impulse convolution of its offset.
+
+    softmax(scale · P wq[h] wk[h]ᵀ Pᵀ) ≈ impulse_matrix(offsets[h])
+
+    Args:
+        wq, wk: [heads, D, r], written in place.
+        pos_embed: P [N, D], as the queries and keys will see it.
+        offsets: [heads, 2] int64 (dy, dx); see :func:`convinit.sample_offsets`.
+        grid_size: (H, W) with H·W = N.
+        scale, method, weight_norm, peak, padding_mode, generator: see :func:`convinit.fit_qk`.
+
+    Returns:
+        The :class:`~convinit.QKFit`: what was reached (mse, peak, hit_rate, weight_norm), head by head.
+
+    Raises:
+        ValueError: the shapes do not agree, or :func:`convinit.fit_qk` refuses its input.
+
+    Source: arXiv 2401.12511.
+    """
+    heads, _, rank = _check_qk(wq, wk, pos_embed)
+    offsets = check_offsets(offsets)
+    if offsets.shape[0] != heads:
+        raise ValueError(
+            f"offsets must be [{heads}, 2], one row for each head of wq, got {list(offsets.shape)}"
+        )
+    fit = fit_qk(
+        pos_embed,
+        offsets,
+        grid_size,
+        rank,
+        scale=scale,
+        method=method,
+        weight_norm=weight_norm,
+        peak=peak,
+        padding_mode=padding_mode,
+        generator=generator,
+    )
+    wq.copy_(fit.wq)
+    wk.copy_(fit.wk)
+    return fit
+
+
+@torch.no_grad()
+def scrambled_qk_(
+    wq: Tensor,
+    wk: Tensor,
+    pos_embed: Tensor,
+    *,
+    scale: float,
+    method: str | Method = "newton",
+    weight_norm: float | Tensor | None = None,
+    peak: float | None = None,
+    generator: torch.Generator | None = None,
+) -> QKFit:
+    """Control: fit every head's map to a random permutation of the tokens instead of a convolution.
+
+    Same solver, one target a row, yet no structure in space. At the same weight norm the maps come out
+    flatter than impulses, for scrambled targets are harder to fit: compare ``peak`` as well.
+
+    Args:
+        wq, wk: [heads, D, r], written in place.
+        pos_embed: P [N, D].
+        scale, method, weight_norm, peak: see :func:`convinit.fit_targets`.
+        generator: CPU generator of the permutations and of the fit.
+
+    Returns:
+        The :class:`~convinit.QKFit`.
+    """
+    heads, _, rank = _check_qk(wq, wk, pos_embed)
+    targets = rand((heads, pos_embed.shape[0]), generator).argsort(dim=1)  # a permutation for each head
+    fit = fit_targets(
+        pos_embed,
+        targets,
+        rank,
+        scale=scale,
+        method=method,
+        weight_norm=weight_norm,
+        peak=peak,
+        generator=generator,
+    )
+    wq.copy_(fit.wq)
+    wk.copy_(fit.wk)
+    return fit
+
+
+@torch.no_grad()
+def norm_matched_qk_(
+    wq: Tensor, wk: Tensor, weight_norm: float | Tensor, *, generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor]:
+    """Control: random directions with ‖wq[h]‖_F = ‖wk[h]‖_F = weight_norm.
+
+    Args:
+        wq, wk: [heads, D, r], written in place.
+        weight_norm: the norm of every head, or a tensor [heads], for example ``QKFit.weight_norm``.
+        generator: CPU generator.
+
+    Returns:
+        (wq, wk).
+    """
+    heads, _, _ = _check_qk(wq, wk)
+    norm = torch.as_tensor(weight_norm).to("cpu", torch.float32)
+    if norm.dim() > 1 or (norm.dim() == 1 and norm.shape[0] != heads):
+        raise ValueError(
+            f"weight_norm must be a number or [{heads}], one for each head, got {list(norm.shape)}"
+        )
+    if not bool((norm.isfinite() & (norm >= 0)).all()):
+        raise ValueError(f"weight_norm must be finite and at least 0, got {norm.tolist()}")
+    for weight in (wq, wk):
+        values = uniform(weight.shape, 1.0, generator)
+        values *= (norm / values.flatten(1).norm(dim=1)).view(-1, 1, 1)
+        weight.copy_(values)
+    return wq, wk
+
+
+@torch.no_grad()
+def mimetic_qk_(
+    wq: Tensor,
+    wk: Tensor,
+    *,
+    noise: float = 0.7,
+    identity: float = 0.7,
+    distribution: str = "normal",
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Mimetic initialisation: wq[h] wk[h]ᵀ is the best rank-r part of noise · Z + identity · I.
+
+    noise · Z + identity · I = U S Vᵀ,   wq = U_r √S_r,   wk = V_r √S_r;   Z [D, D], one for each head.
+
+    Args:
+        wq, wk: [heads, D, r] with r ≤ D, written in place.
+        noise, identity: the two weights.
+        distribution: entries of Z, "normal" N(0, 1/D) or "uniform" U(±√(1/D)).
+        generator: CPU generator.
+
+    Returns:
+        (wq, wk).
+
+    Source: arXiv 2305.09828 (normal); the code of arXiv 2401.12511 draws uniformly.
+    """
+    heads, dim, rank = _check_qk(wq, wk)
+    if rank > dim:
+        raise ValueError(f"wq must have r <= D for mimetic weights, got r = {rank} and D = {dim}")
+    u, s, vh = mimetic_svd((heads, dim, dim), noise, identity, distribution, generator)
+    root = s[:, :rank].sqrt().unsqueeze(1)
+    wq.copy_(u[:, :, :rank] * root)
+    wk.copy_(vh[:, :rank].mT * root)
+    return wq, wk
+
+
+@torch.no_grad()
+def random_qk_(wq: Tensor, wk: Tensor, *, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+    """The papers' random weights: U(±√(1/(r·heads))).
+
+    Args:
+        wq, wk: [heads, D, r], written in place.
+        generator: CPU generator.
+
+    Returns:
+        (wq, wk).
+    """
+    heads, _, rank = _check_qk(wq, wk)
+    bound = math.sqrt(1 / max(rank * heads, 1))
+    wq.copy_(uniform(wq.shape, bound, generator))
+    wk.copy_(uniform(wk.shape, bound, generator))
+    return wq, wk
+
+
+def _check_qk(wq: Tensor, wk: Tensor, pos_embed: Tensor | None = None) -> tuple[int, int, int]:
+    check_floating("wq", wq)
+    check_floating("wk", wk)
+    if wq.dim() != 3 or wq.shape != wk.shape:
+        raise ValueError(f"wq and wk must both be [heads, D, r], got {list(wq.shape)} and {list(wk.shape)}")
+    heads, dim, rank = wq.shape
+    if pos_embed is not None and (pos_embed.dim() != 2 or pos_embed.shape[1] != dim):
+        raise ValueError(f"pos_embed must be [N, {dim}], D as in wq, got {list(pos_embed.shape)}")
+    return heads, dim, rank

@@ -1,0 +1,55 @@
+"""Value and output weights: mimetic."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from convinit.init._shared import check_floating, mimetic_svd, uniform
+
+
+@torch.no_grad()
+def mimetic_vo_(
+    wv: Tensor,
+    wo: Tensor,
+    *,
+    noise: float = 0.4,
+    identity: float = -0.4,
+    distribution: str = "normal",
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Mimetic initialisation of values and output layer: wv @ wo ≈ noise · Z + identity · I.
+
+    noise · Z + identity · I = U S Vᵀ,   wv = U √S,   wo = √S Vᵀ;   Z [D, D], over all heads together.
+
+    With heads·r < D the product is the best one of that rank. With heads·r > D the columns of wv beyond D
+    are U(±√(1/D)) and the rows of wo that meet them are 0: the product is exact, and they can still learn.
+
+    Args:
+        wv: [D, heads·r], v = x @ wv; of an ``nn.Linear``: ``linear.weight.mT``. Written in place.
+        wo: [heads·r, D], y = out @ wo. Written in place.
+        noise, identity, distribution, generator: see :func:`mimetic_qk_`.
+
+    Returns:
+        (wv, wo).
+
+    Source: arXiv 2305.09828.
+    """
+    if wv.dim() != 2 or wo.dim() != 2 or wv.shape != wo.shape[::-1]:
+        raise ValueError(
+            f"wv and wo must be [D, heads·r] and [heads·r, D], got {list(wv.shape)} and {list(wo.shape)}"
+        )
+    check_floating("wv", wv)
+    check_floating("wo", wo)
+    dim, inner = wv.shape
+    u, s, vh = mimetic_svd((dim, dim), noise, identity, distribution, generator)
+    rank = min(dim, inner)
+    root = s[:rank].sqrt()
+    wv[:, :rank] = (u[:, :rank] * root).to(wv)
+    wo[:rank] = (root.unsqueeze(1) * vh[:rank]).to(wo)
+    if inner > dim:
+        wv[:, dim:] = uniform((dim, inner - dim), math.sqrt(1 / dim), generator).to(wv)
+        wo[dim:] = 0
+    return wv, wo

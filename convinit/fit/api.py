@@ -71,24 +71,12 @@ def fit_qk(
     it: it solves in the row space of P, once per distinct offset, under an exact weight norm.
     """
     height, width = check_grid_size(grid_size)
-    offsets = check_offsets(offsets)
-    reach = torch.tensor([height, width], device=offsets.device)
-    outside = ((offsets < -reach) | (offsets > reach)).any(dim=1)
-    if outside.any():
-        worst = tuple(offsets[outside][0].tolist())
-        raise ValueError(f"offsets must lie in [-H, H] x [-W, W] of the {height} x {width} grid, got {worst}")
+    offsets, targets = impulses(offsets, (height, width), padding_mode=padding_mode)
     _check_pos_embed(pos_embed)
     if pos_embed.shape[0] != height * width:
         raise ValueError(
             f"pos_embed must have a row for each of {height} x {width} tokens, [{height * width}, D], got "
             f"{list(pos_embed.shape)}; leave class and register tokens out"
-        )
-    targets = impulse_targets(offsets, (height, width), padding_mode=padding_mode)
-    empty = (targets < 0).all(dim=1)
-    if empty.any():
-        raise ValueError(
-            f"offsets must leave some target on the {height} x {width} grid, but "
-            f"{tuple(offsets[empty][0].tolist())} leaves none with padding_mode='zeros'"
         )
     return _fit(
         pos_embed, targets, rank, scale, method, weight_norm, peak, generator, offsets, (height, width)
@@ -140,6 +128,27 @@ def fit_targets(
     return _fit(pos_embed, targets, rank, scale, method, weight_norm, peak, generator, None, None)
 
 
+def impulses(
+    offsets: Tensor, grid_size: tuple[int, int], *, padding_mode: str = "zeros"
+) -> tuple[Tensor, Tensor]:
+    """`offsets` [B, 2] as int64 and their targets [B, N]; refuses what leaves no target on the grid."""
+    height, width = grid_size
+    offsets = check_offsets(offsets)
+    reach = torch.tensor([height, width], device=offsets.device)
+    outside = ((offsets < -reach) | (offsets > reach)).any(dim=1)
+    if outside.any():
+        worst = tuple(offsets[outside][0].tolist())
+        raise ValueError(f"offsets must lie in [-H, H] x [-W, W] of the {height} x {width} grid, got {worst}")
+    targets = impulse_targets(offsets, grid_size, padding_mode=padding_mode)
+    empty = (targets < 0).all(dim=1)
+    if empty.any():
+        raise ValueError(
+            f"offsets must leave some target on the {height} x {width} grid, but "
+            f"{tuple(offsets[empty][0].tolist())} leaves none with padding_mode='zeros'"
+        )
+    return offsets, targets
+
+
 def grid_symmetries(height: int, width: int) -> Tensor:
     """The token permutations [G, N] that mirror the grid, and where it is square also transpose it."""
     grid = torch.arange(height * width).view(height, width)
@@ -155,13 +164,13 @@ def _fit(pos_embed, targets, rank, scale, method, weight_norm, peak, generator, 
     check_generator(generator)
     if check_int("rank", rank) > pos_embed.shape[1]:
         raise ValueError(f"rank must be at most D = {pos_embed.shape[1]}, got {rank}")
-    scale = _check_number("scale", scale)
+    scale = check_number("scale", scale)
     # The work is done on the CPU, where it takes a fraction of a second and draws are the same for every
     # device; also where the user has set another default device.
     with torch.device("cpu"):
         P, targets = pos_embed.detach().cpu().clone(), targets.cpu().clone()
         if isinstance(method, newton.Newton):
-            weight_norm, peak = _check_goal(weight_norm, peak, len(targets))
+            weight_norm, peak = check_goal(weight_norm, peak, len(targets))
             symmetries = torch.arange(len(P))[None] if grid_size is None else grid_symmetries(*grid_size)
             wq, wk, metrics = newton.fit(
                 P, targets, rank, scale=scale, method=method, weight_norm=weight_norm, peak=peak,
@@ -231,7 +240,7 @@ def _check_method(method: str | Method) -> Method:
     )
 
 
-def _check_number(name: str, value: float) -> float:
+def check_number(name: str, value: float) -> float:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
     if not (value > 0 and math.isfinite(value)):
@@ -239,7 +248,7 @@ def _check_number(name: str, value: float) -> float:
     return float(value)
 
 
-def _check_goal(
+def check_goal(
     weight_norm: float | Tensor | None, peak: float | None, heads: int
 ) -> tuple[Tensor | None, float | None]:
     """weight_norm as [heads] float64, or else peak as a float."""
@@ -248,12 +257,12 @@ def _check_goal(
             f"give weight_norm or peak, not both: one follows from the other; got {weight_norm} and {peak}"
         )
     if weight_norm is None:
-        peak = _check_number("peak", DEFAULT_PEAK if peak is None else peak)
+        peak = check_number("peak", DEFAULT_PEAK if peak is None else peak)
         if peak >= 1:
             raise ValueError(f"peak must be below 1 (a softmax never reaches it), got {peak}")
         return None, peak
     if not isinstance(weight_norm, Tensor):
-        return torch.full((heads,), _check_number("weight_norm", weight_norm), dtype=torch.float64), None
+        return torch.full((heads,), check_number("weight_norm", weight_norm), dtype=torch.float64), None
     if weight_norm.shape not in ((), (heads,)):
         raise ValueError(
             f"weight_norm must be a number or a tensor [{heads}], one per head, got {list(weight_norm.shape)}"

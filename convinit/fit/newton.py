@@ -15,7 +15,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ import torch
 from torch import Tensor
 
 from convinit._progress import progress
+from convinit.fit.result import warn_if_missed
 from convinit.offsets import check_int
 from convinit.ops.qk_solver import DIAGNOSTICS, qk_solver
 
@@ -32,7 +32,6 @@ _SMALLEST_DIRECTION = 1e-4
 # λ relative to the fourth power of the largest singular value: the first suits flat spectra (learned
 # embeddings), the second steep ones (sin-cos); the solver takes the better start.
 _RIDGES = (1.0, 1e-2)
-_PEAK_TOLERANCE = 0.02
 _SYMMETRY_TOLERANCE = 1e-3
 _EXACT_SVD = 256  # matrices up to this size are decomposed exactly
 
@@ -83,7 +82,12 @@ def fit(
         starts = ridge_starts(Xq, Xk, problems, min(rank, Xq.shape[1], Xk.shape[1]))
     wq, wk, diagnostics = _solve(Xq, Xk, problems, *starts, scale, norms, peak, method)
     if peak is not None:
-        _warn_if_missed(peak, diagnostics[problem_of_head, DIAGNOSTICS.index("peak")], rank)
+        warn_if_missed(
+            peak,
+            diagnostics[problem_of_head, DIAGNOSTICS.index("peak")],
+            f"Rank {rank} or this position embedding allows no sharper map; ask for less or raise the rank.",
+            stacklevel=5,  # the caller of fit_qk, past its no_grad decorator
+        )
 
     dtype = torch.promote_types(pos_embed.dtype, torch.float32)
     with _one_thread():
@@ -241,20 +245,3 @@ def _solve(Xq, Xk, targets, wq_starts, wk_starts, scale, weight_norm, peak, meth
             )
         )  # fmt: skip
     return (torch.cat(parts) for parts in zip(*results, strict=True))
-
-
-def _warn_if_missed(peak: float, reached: Tensor, rank: int) -> None:
-    missed = (reached - peak).abs() > _PEAK_TOLERANCE
-    if not missed.any():
-        return
-    if (reached < peak).any():
-        reason = (
-            f"Rank {rank} or this position embedding allows no sharper map; ask for less or raise the rank."
-        )
-    else:
-        reason = "A uniform map has that much already; ask for more."
-    warnings.warn(
-        f"peak={peak} was not reached by {int(missed.sum())} of {len(reached)} heads: they got "
-        f"{reached[missed].min():.3f} to {reached[missed].max():.3f} (QKFit.peak has all). {reason}",
-        stacklevel=6,  # the caller of fit_qk, past its no_grad decorator
-    )

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+_PEAK_TOLERANCE = 0.02
 
 
 def attention_maps(wq: Tensor, wk: Tensor, pos_embed: Tensor, scale: float) -> Tensor:
@@ -30,42 +33,41 @@ def map_metrics(attention: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Ten
     )
 
 
-@dataclass(frozen=True, eq=False, repr=False)
-class QKFit:
-    """Query and key weights of B heads, and how well their attention maps meet their targets.
+def warn_if_missed(peak: float, reached: Tensor, remedy: str, *, stacklevel: int) -> None:
+    """Warns if heads [B] missed the wanted peak; `remedy` says what to do where they got less."""
+    missed = (reached - peak).abs() > _PEAK_TOLERANCE
+    if not missed.any():
+        return
+    if not (reached < peak).any():
+        remedy = "A uniform map has that much already; ask for more."
+    warnings.warn(
+        f"peak={peak} was not reached by {int(missed.sum())} of {len(reached)} heads: they got "
+        f"{reached[missed].min():.3f} to {reached[missed].max():.3f} (the fit's peak has all). {remedy}",
+        stacklevel=stacklevel + 1,
+    )
+
+
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
+class MapFit:
+    """How well the attention maps of B heads meet their targets; each kind of fit adds what it wrote.
 
     Attributes:
-        wq, wk: [B, D, r], on the device and in the dtype of `pos_embed`. As `nn.Linear` weights [B·r, D]:
-            `wq.mT.reshape(-1, D)`.
         mse: [B] float64, mean over all N² entries of (attention − M)², the papers' loss.
         peak: [B] float64, mean attention on the target, over the rows that have one.
         hit_rate: [B] float64, share of those rows whose largest attention is the target.
-        weight_norm: [B] float64, √(‖W_q‖_F · ‖W_k‖_F).
+        weight_norm: [B] float64, the norm of what was written for the head; each kind says which.
         targets: [B, N] int64, the column that each row is to look at; −1 where M has a zero row.
         offsets: [B, 2] int64, or None where the fit was to arbitrary targets.
-        pos_embed: [N, D], what was fitted against.
-        scale: the softmax temperature.
-        method: the method with its options.
         seconds: wall-clock time of the fit.
     """
 
-    wq: Tensor
-    wk: Tensor
     mse: Tensor
     peak: Tensor
     hit_rate: Tensor
     weight_norm: Tensor
     targets: Tensor
     offsets: Tensor | None
-    pos_embed: Tensor
-    scale: float
-    method: object
     seconds: float
-
-    def attention_map(self, heads: int | slice | Sequence[int] | None = None) -> Tensor:
-        """softmax(scale · (P W_q)(P W_k)ᵀ) of the chosen heads (default: all), [heads, N, N]."""
-        chosen = [heads] if isinstance(heads, int) else slice(None) if heads is None else heads
-        return attention_maps(self.wq[chosen], self.wk[chosen], self.pos_embed, self.scale)
 
     def table(self) -> str:
         """One line a head: offset, mse, peak, hit rate and weight norm."""
@@ -78,10 +80,13 @@ class QKFit:
             )
         return "\n".join(lines)
 
+    def _details(self) -> str:
+        """What __repr__ says beside the figures."""
+        return f"N={self.targets.shape[1]}"
+
     def __repr__(self) -> str:
-        heads, dim, rank = self.wq.shape
-        head = f"QKFit({heads} heads, N={self.pos_embed.shape[0]}, D={dim}, r={rank}, {self.method}"
-        if heads == 0:
+        head = f"{type(self).__name__}({len(self.mse)} heads, {self._details()}"
+        if len(self.mse) == 0:
             return head + ")"
 
         def span(values: Tensor, digits: str) -> str:
@@ -97,3 +102,33 @@ class QKFit:
             f"{head}, {self.seconds:.2f} s)\n  mse {span(self.mse, '.2e')}, peak {span(self.peak, '.3f')}, "
             f"hit_rate {span(self.hit_rate, '.3f')}, weight_norm {span(self.weight_norm, '.2f')}"
         )
+
+
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
+class QKFit(MapFit):
+    """Query and key weights of B heads, and how well their attention maps meet their targets.
+
+    Attributes:
+        wq, wk: [B, D, r], on the device and in the dtype of `pos_embed`. As `nn.Linear` weights [B·r, D]:
+            `wq.mT.reshape(-1, D)`.
+        mse, peak, hit_rate, targets, offsets, seconds: see :class:`MapFit`.
+        weight_norm: [B] float64, √(‖W_q‖_F · ‖W_k‖_F).
+        pos_embed: [N, D], what was fitted against.
+        scale: the softmax temperature.
+        method: the method with its options.
+    """
+
+    wq: Tensor
+    wk: Tensor
+    pos_embed: Tensor
+    scale: float
+    method: object
+
+    def attention_map(self, heads: int | slice | Sequence[int] | None = None) -> Tensor:
+        """softmax(scale · (P W_q)(P W_k)ᵀ) of the chosen heads (default: all), [heads, N, N]."""
+        chosen = [heads] if isinstance(heads, int) else slice(None) if heads is None else heads
+        return attention_maps(self.wq[chosen], self.wk[chosen], self.pos_embed, self.scale)
+
+    def _details(self) -> str:
+        _, dim, rank = self.wq.shape
+        return f"N={self.pos_embed.shape[0]}, D={dim}, r={rank}, {self.method}"

@@ -6,6 +6,7 @@ on every device and for every dtype. ``generator`` is therefore a CPU generator;
 =====================  ======================================================================
 query/key weights      ``impulse_qk_``  ``mimetic_qk_``  ``random_qk_``
 controls for them      ``scrambled_qk_``  ``norm_matched_qk_``
+query/key biases       ``rotary_impulse_qk_``, for rotary position embedding
 value/output weights   ``mimetic_vo_``
 depthwise filters      ``random_filter_``  ``impulse_filter_``  ``box_filter_``  ``gaussian_filter_``
                        ``softmax_filter_``
@@ -27,6 +28,7 @@ from convinit.init.filters import (
 from convinit.init.linear import default_
 from convinit.init.mixing import full_permutation_mixing_, impulse_mixing_, permutation_mixing_
 from convinit.init.query_key import impulse_qk_, mimetic_qk_, norm_matched_qk_, random_qk_, scrambled_qk_
+from convinit.init.rotary import rotary_angles, rotary_impulse_qk_
 from convinit.init.value_output import mimetic_vo_
 
 __all__ = [
@@ -43,6 +45,8 @@ __all__ = [
     "permutation_mixing_",
     "random_filter_",
     "random_qk_",
+    "rotary_angles",
+    "rotary_impulse_qk_",
     "scrambled_qk_",
     "softmax_filter_",
 ]

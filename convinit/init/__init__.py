@@ -10,6 +10,7 @@ query/key biases       ``rotary_impulse_qk_``, for rotary position embedding
 value/output weights   ``mimetic_vo_``
 depthwise filters      ``random_filter_``  ``impulse_filter_``  ``box_filter_``  ``gaussian_filter_``
                        ``softmax_filter_``
+relative position bias ``impulse_bias_table_``, for window attention
 mixing matrices        ``impulse_mixing_``  ``permutation_mixing_``  ``full_permutation_mixing_``
 linear, convolution    ``default_``
 =====================  ======================================================================
@@ -18,6 +19,7 @@ A query/key pair is ``wq, wk [heads, D, r]`` with q = x @ wq[h]. The weight of a
 tensor as a view: ``linear.weight.view(heads, r, D).mT``.
 """
 
+from convinit.init.bias_table import impulse_bias_table_
 from convinit.init.filters import (
     box_filter_,
     gaussian_filter_,
@@ -36,6 +38,7 @@ __all__ = [
     "default_",
     "full_permutation_mixing_",
     "gaussian_filter_",
+    "impulse_bias_table_",
     "impulse_filter_",
     "impulse_mixing_",
     "impulse_qk_",

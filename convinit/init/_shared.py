@@ -42,3 +42,8 @@ def mimetic_svd(
 def check_floating(name: str, tensor: Tensor) -> None:
     if not tensor.is_floating_point():
         raise TypeError(f"{name} must be a floating-point tensor, got {tensor.dtype}")
+
+
+def first_of_each(kind: Tensor, kinds: int) -> list[int]:
+    """For each kind the first head that is of it; kind [heads], as `torch.unique` numbers them."""
+    return [int((kind == k).nonzero()[0]) for k in range(kinds)]

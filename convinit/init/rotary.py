@@ -18,7 +18,7 @@ from torch import Tensor
 from convinit.fit.api import check_goal, check_number, impulses
 from convinit.fit.result import MapFit, map_metrics, warn_if_missed
 from convinit.fit.rotary import LARGEST_TOTAL, RotaryImpulse, best_for_peak, best_for_total
-from convinit.init._shared import check_floating, rand
+from convinit.init._shared import check_floating, first_of_each, rand
 from convinit.offsets import check_grid_size
 
 LAYOUTS = ("interleaved", "half")
@@ -128,7 +128,9 @@ def rotary_impulse_qk_(
         of_offset = (offsets.double()[:, None] @ steps)[:, 0]
         k = q * torch.polar(torch.ones_like(of_offset), -of_offset)
         figures = []
-        for head in _first(problem_of_head, len(amplitudes)):  # heads of one problem have the same figures
+        for head in first_of_each(
+            problem_of_head, len(amplitudes)
+        ):  # heads of one problem have the same figures
             attention = _attention(
                 q[head, None], k[head, None], turns if turns.dim() == 2 else turns[head], scale
             )
@@ -218,17 +220,12 @@ def _amplitudes(
     keys = torch.cat([offsets.double(), goals[:, None], steps.flatten(1)], dim=1)
     keys, problem_of_head = torch.unique(keys, dim=0, return_inverse=True)
     weights = torch.empty(len(keys), steps.shape[2], dtype=torch.float64)
-    for u, head in enumerate(_first(problem_of_head, len(keys))):
+    for u, head in enumerate(first_of_each(problem_of_head, len(keys))):
         problem = RotaryImpulse(steps[head], offsets[head].tolist(), grid_size)
         weights[u] = (
             best_for_total(problem, goals[head].item()) if peak is None else best_for_peak(problem, peak)
         )
     return (weights / scale).sqrt(), problem_of_head
-
-
-def _first(problem_of_head: Tensor, problems: int) -> list[int]:
-    """For each problem the first head that has it."""
-    return [int((problem_of_head == u).nonzero()[0]) for u in range(problems)]
 
 
 def _attention(q: Tensor, k: Tensor, angles: Tensor, scale: float) -> Tensor:

@@ -1,0 +1,115 @@
+"""Impulses in a relative position bias table, as window attention (Swin) has it."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from convinit.fit.api import check_goal, check_number, impulses
+from convinit.fit.result import MapFit, map_metrics
+from convinit.init._shared import check_floating, first_of_each
+from convinit.offsets import check_grid_size
+
+
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
+class BiasTableFit(MapFit):
+    """A relative position bias table with an impulse for each of B heads, and the maps that it alone makes.
+
+    Attributes:
+        bias_table: [(2H − 1)(2W − 1), B], as written.
+        value: the impulse's height.
+        mse, peak, hit_rate, targets, offsets, seconds: see :class:`convinit.fit.result.MapFit`; N = H · W
+            tokens of one window.
+        weight_norm: [B] float64, the norm of the head's column, which is `value`.
+    """
+
+    bias_table: Tensor
+    value: float
+
+    def _details(self) -> str:
+        return f"N={self.targets.shape[1]}, value={self.value:.2f}"
+
+
+@torch.no_grad()
+def impulse_bias_table_(
+    table: Tensor,
+    offsets: Tensor,
+    window_size: Sequence[int],
+    *,
+    peak: float | None = None,
+    value: float | None = None,
+) -> BiasTableFit:
+    """Set a relative position bias table to one impulse a head, at its offset, and zero elsewhere.
+
+    attention = softmax(logits + table[index]),  index = (y_q − y_k + H − 1)(2W − 1) + (x_q − x_k + W − 1)
+
+    The index is of query less key, so the impulse of (dy, dx) stands at (H − 1 − dy)(2W − 1) + (W − 1 − dx).
+    While the logits are zero, a row with its target in the window attends to it with exactly
+
+        peak = e^value / (e^value + N − 1),   value = log(peak (N − 1) / (1 − peak)),   N = H · W,
+
+    and a row without one looks everywhere alike. Masks, as those of shifted windows, make it sharper.
+
+    Args:
+        table: [(2H − 1)(2W − 1), heads], written in place; timm, torchvision and transformers name it
+            relative_position_bias_table. Where a class token has rows too, pass a view without them.
+        offsets: [heads, 2], any integer dtype: (dy, dx) in tokens.
+        window_size: (H, W) of the window.
+        peak: the wanted mean attention on the target, in (1/N, 1); if neither is given, that of
+            :func:`convinit.fit_qk`.
+        value: instead of `peak`, the impulse's height, positive.
+
+    Returns:
+        The :class:`BiasTableFit`: mse, peak, hit_rate, weight_norm, head by head.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, shape or value.
+
+    Source: arXiv 2401.12511 reports impulses for Swin and gives no details; the formula is ours.
+    """
+    start = time.perf_counter()
+    height, width = check_grid_size(window_size)
+    check_floating("table", table)
+    cells, tokens = (2 * height - 1) * (2 * width - 1), height * width
+    if table.dim() != 2 or table.shape[0] != cells:
+        raise ValueError(
+            f"table must be [{cells}, heads] for a {height} x {width} window, got {list(table.shape)}"
+        )
+    heads = table.shape[1]
+    offsets, targets = impulses(offsets, (height, width))
+    if len(offsets) != heads:
+        raise ValueError(
+            f"offsets must be [{heads}, 2], one row for each column of table, got {list(offsets.shape)}"
+        )
+    if value is None:
+        _, peak = check_goal(None, peak, heads)
+        assert peak is not None
+        if peak * tokens <= 1:
+            raise ValueError(f"peak must be above 1/N = {1 / tokens:.3g}, that of a uniform map, got {peak}")
+        value = math.log(peak * (tokens - 1) / (1 - peak))
+    elif peak is not None:
+        raise ValueError(f"give peak or value, not both: one follows from the other; got {peak} and {value}")
+    value = check_number("value", value)
+
+    cell = (height - 1 - offsets[:, 0]) * (2 * width - 1) + (width - 1 - offsets[:, 1])
+    table.zero_()[cell.to(table.device), torch.arange(heads, device=table.device)] = value
+
+    with torch.device("cpu"):
+        distinct, kind = torch.unique(offsets.cpu(), dim=0, return_inverse=True)
+        figures = torch.empty(3, len(distinct), dtype=torch.float64)
+        for k, head in enumerate(first_of_each(kind, len(distinct))):
+            target = targets[head].cpu()
+            bias = torch.zeros(1, tokens, tokens, dtype=torch.float64)
+            bias[0, target >= 0, target[target >= 0]] = value
+            figures[:, k] = torch.cat(map_metrics(bias.softmax(dim=-1), target[None]))
+        mse, reached, hit_rate = figures[:, kind]
+    return BiasTableFit(
+        mse=mse, peak=reached, hit_rate=hit_rate, weight_norm=torch.full_like(mse, value),
+        targets=targets.to(table.device), offsets=offsets.to(table.device), bias_table=table.clone(),
+        value=value, seconds=time.perf_counter() - start,
+    )  # fmt: skip

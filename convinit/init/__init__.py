@@ -11,6 +11,7 @@ value/output weights   ``mimetic_vo_``
 depthwise filters      ``random_filter_``  ``impulse_filter_``  ``box_filter_``  ``gaussian_filter_``
                        ``softmax_filter_``
 relative position bias ``impulse_bias_table_``, for window attention
+token-mixing MLP       ``impulse_token_mixing_``, for MLP-Mixer
 mixing matrices        ``impulse_mixing_``  ``permutation_mixing_``  ``full_permutation_mixing_``
 linear, convolution    ``default_``
 =====================  ======================================================================
@@ -31,6 +32,7 @@ from convinit.init.linear import default_
 from convinit.init.mixing import full_permutation_mixing_, impulse_mixing_, permutation_mixing_
 from convinit.init.query_key import impulse_qk_, mimetic_qk_, norm_matched_qk_, random_qk_, scrambled_qk_
 from convinit.init.rotary import rotary_angles, rotary_impulse_qk_
+from convinit.init.token_mixing import impulse_token_mixing_
 from convinit.init.value_output import mimetic_vo_
 
 __all__ = [
@@ -42,6 +44,7 @@ __all__ = [
     "impulse_filter_",
     "impulse_mixing_",
     "impulse_qk_",
+    "impulse_token_mixing_",
     "mimetic_qk_",
     "mimetic_vo_",
     "norm_matched_qk_",

@@ -40,6 +40,14 @@ def test_impulse_table_makes_the_impulse_and_the_report_is_true(goal):
     assert "(-3,+5)" in fit.table() and "BiasTableFit(5 heads, N=24" in repr(fit)
 
 
+def test_no_heads_and_another_default_device():
+    table = torch.empty(7 * 11, 5)
+    with torch.device("meta"):
+        fit = init.impulse_bias_table_(table, OFFSETS, WINDOW)
+        empty = init.impulse_bias_table_(table[:, :0], OFFSETS[:0], WINDOW)
+    assert (fit.hit_rate == 1).all() and len(empty.peak) == 0
+
+
 def timm_swin(table):
     swin = pytest.importorskip("timm.models.swin_transformer", exc_type=ImportError)
     layer = swin.WindowAttention(40, 5, window_size=WINDOW)

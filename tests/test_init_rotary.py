@@ -155,6 +155,16 @@ def test_wrapped_angles_and_low_precision_are_understood(generator):
         assert (map_metrics(fit.attention_map(), fit.targets)[1] - 0.7).abs().max() < 0.01
 
 
+@pytest.mark.parametrize("goal", [{}, {"weight_norm": 5.0}])
+def test_no_heads_and_another_default_device(goal):
+    angles, offsets, some, none = axial(), torch.tensor([[0, 1]]), biases(1), biases(0)
+    with torch.device("meta"):
+        fit = init.rotary_impulse_qk_(*some, angles, offsets, GRID, scale=0.125, **goal)
+        empty = init.rotary_impulse_qk_(*none, angles, offsets[:0], GRID, scale=0.125, **goal)
+    assert fit.hit_rate == 1 and some[0].isfinite().all()
+    assert len(empty.peak) == 0 and "0 heads" in repr(empty)
+
+
 def test_out_of_reach_warns():
     columns_alone = axial()
     columns_alone[:, :16] = 0

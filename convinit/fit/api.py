@@ -262,7 +262,8 @@ def check_goal(
             raise ValueError(f"peak must be below 1 (a softmax never reaches it), got {peak}")
         return None, peak
     if not isinstance(weight_norm, Tensor):
-        return torch.full((heads,), check_number("weight_norm", weight_norm), dtype=torch.float64), None
+        weight_norm = check_number("weight_norm", weight_norm)
+        return torch.full((heads,), weight_norm, dtype=torch.float64, device="cpu"), None
     if weight_norm.shape not in ((), (heads,)):
         raise ValueError(
             f"weight_norm must be a number or a tensor [{heads}], one per head, got {list(weight_norm.shape)}"

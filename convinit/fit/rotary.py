@@ -42,7 +42,7 @@ class RotaryImpulse:
 
     def __init__(self, steps: Tensor, offset: Sequence[int], grid_size: tuple[int, int]) -> None:
         (dy, dx), (height, width) = offset, grid_size
-        y, x = torch.arange(1 - height, height) - dy, torch.arange(1 - width, width) - dx
+        y, x = (torch.arange(1 - size, size, device="cpu") - by for size, by in ((height, dy), (width, dx)))
         self.features = (
             torch.cos(y[:, None, None] * steps[0] + x[:, None] * steps[1]) - 1
         )  # [2H − 1, 2W − 1, m]
@@ -89,7 +89,7 @@ def best_for_peak(problem: RotaryImpulse, peak: float) -> Tensor:
 def _newton(problem: RotaryImpulse, total: float, peak: float | None) -> Tensor:
     """Newton steps on  ∇J + z = λ,  w z = μ → 0  and  Σ w = total, or if given logit(peak)."""
     pairs = problem.features.shape[2]
-    w = torch.full((pairs,), total / pairs, dtype=torch.float64)
+    w = problem.features.new_full((pairs,), total / pairs)
     multiplier, z = None, w
     for _ in range(_MAX_ITERATIONS):
         gradient, curvature, reached, peak_gradient = problem.derivatives(w)
@@ -105,7 +105,7 @@ def _newton(problem: RotaryImpulse, total: float, peak: float | None) -> Tensor:
             multiplier = 1.1 * gradient.max()
             z = multiplier - gradient
         mu = 0.1 * (w @ z) / pairs
-        system = torch.zeros(pairs + 1, pairs + 1, dtype=torch.float64)
+        system = w.new_zeros(pairs + 1, pairs + 1)
         system[:-1, :-1] = curvature + torch.diag(z / w)
         system[:-1, -1], system[-1, :-1] = 1, goal
         right = torch.cat(
@@ -125,6 +125,6 @@ def _longest_step(values: Tensor, change: Tensor) -> Tensor:
 
 def _windows(size: int, offset: int) -> Tensor:
     """1 where a row with a target has a token at displacement 1 − size … size − 1: [rows, 2 size − 1]."""
-    row = torch.arange(max(0, -offset), min(size, size - offset))[:, None]
-    column = row + torch.arange(1 - size, size)
+    row = torch.arange(max(0, -offset), min(size, size - offset), device="cpu")[:, None]
+    column = row + torch.arange(1 - size, size, device="cpu")
     return ((column >= 0) & (column < size)).double()

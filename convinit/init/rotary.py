@@ -120,24 +120,18 @@ def rotary_impulse_qk_(
     scale = check_number("scale", scale)
     norms, peak = check_goal(weight_norm, peak, heads)
     phases = 2 * math.pi * rand((heads, pairs), generator).double()
-    with torch.device("cpu"):
-        offsets, targets, turns = offsets.cpu(), targets.cpu(), angles.detach().to("cpu", torch.float64)
-        steps = _steps(turns, height, width).expand(heads, -1, -1)
-        amplitudes, problem_of_head = _amplitudes(steps, offsets, (height, width), scale, norms, peak)
-        q = torch.polar(amplitudes[problem_of_head], phases)
-        of_offset = (offsets.double()[:, None] @ steps)[:, 0]
-        k = q * torch.polar(torch.ones_like(of_offset), -of_offset)
-        figures = []
-        for head in first_of_each(
-            problem_of_head, len(amplitudes)
-        ):  # heads of one problem have the same figures
-            attention = _attention(
-                q[head, None], k[head, None], turns if turns.dim() == 2 else turns[head], scale
-            )
-            figures.append(torch.cat(map_metrics(attention, targets[head, None])))
-        mse, reached, hit_rate = (
-            torch.stack(figures, dim=1)[:, problem_of_head] if heads else torch.empty(3, 0).double()
-        )
+    offsets, targets, turns = offsets.cpu(), targets.cpu(), angles.detach().to("cpu", torch.float64)
+    steps = _steps(turns, height, width).expand(heads, -1, -1)
+    amplitudes, problem_of_head = _amplitudes(steps, offsets, (height, width), scale, norms, peak)
+    q = torch.polar(amplitudes[problem_of_head], phases)
+    of_offset = (offsets.double()[:, None] @ steps)[:, 0]
+    k = q * torch.polar(torch.ones_like(of_offset), -of_offset)
+    figures = steps.new_empty(3, len(amplitudes))
+    for u, head in enumerate(first_of_each(problem_of_head, len(amplitudes))):
+        of_head = turns if turns.dim() == 2 else turns[head]
+        attention = _attention(q[head, None], k[head, None], of_head, scale)
+        figures[:, u] = torch.cat(map_metrics(attention, targets[head, None]))
+    mse, reached, hit_rate = figures[:, problem_of_head]  # heads of one problem have the same figures
     if peak is not None:
         remedy = f"These angles allow no sharper map within logits of {LARGEST_TOTAL:g}; ask for less."
         warn_if_missed(peak, reached, remedy, stacklevel=3)
@@ -186,7 +180,7 @@ def _steps(turns: Tensor, height: int, width: int) -> Tensor:
     at = torch.polar(torch.ones_like(turns), turns).view(-1, height, width, pairs)
     down = (at[:, 1:] * at[:, :-1].conj()).sum(dim=(1, 2)).angle()
     right = (at[:, :, 1:] * at[:, :, :-1].conj()).sum(dim=(1, 2)).angle()
-    y, x = torch.arange(height).double()[:, None, None], torch.arange(width).double()[:, None]
+    y, x = torch.arange(height, device="cpu")[:, None, None], torch.arange(width, device="cpu")[:, None]
     linear = y * down[:, None, None] + x * right[:, None, None]
     beside = at * torch.polar(torch.ones_like(linear), -linear)
     error = (beside * beside.sum(dim=(1, 2), keepdim=True).conj()).angle().abs()
@@ -216,10 +210,10 @@ def _amplitudes(
     # Opposite offsets are one problem: turning the grid by 180° makes one of the other.
     backwards = (offsets[:, 0] < 0) | ((offsets[:, 0] == 0) & (offsets[:, 1] < 0))
     offsets = torch.where(backwards[:, None], -offsets, offsets)
-    goals = torch.zeros(len(offsets), dtype=torch.float64) if norms is None else scale * norms.square()
+    goals = steps.new_zeros(len(offsets)) if norms is None else scale * norms.square()
     keys = torch.cat([offsets.double(), goals[:, None], steps.flatten(1)], dim=1)
     keys, problem_of_head = torch.unique(keys, dim=0, return_inverse=True)
-    weights = torch.empty(len(keys), steps.shape[2], dtype=torch.float64)
+    weights = steps.new_empty(len(keys), steps.shape[2])
     for u, head in enumerate(first_of_each(problem_of_head, len(keys))):
         problem = RotaryImpulse(steps[head], offsets[head].tolist(), grid_size)
         weights[u] = (

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,48 +42,43 @@ class AdditiveLayout(Layout):
     position: Slot | None = None
     prefix: Callable[[], Tensor | None] = no_prefix
     entry: nn.Module | None = None
-    content: nn.Module | None = None
+    content: Any = None
 
     def init_(self, request: Request, layers: Sequence[int], offsets: Tensor) -> list[LayerRecord]:
         assert self.position is not None
-        chosen = [self.attentions[i] for i in layers]
-        notes = [""] * len(chosen)
+        P = self.position.read()
+        if (P == P[0]).all() and request.method not in ("mimetic", "keep"):
+            raise ValueError(
+                "model must have a position embedding that differs between tokens, but that of "
+                f"{type(self.root).__name__} is the same everywhere (some models start so); fill it first, "
+                "for example with convinit.nn.sincos_2d(grid_size, D)"
+            )
         self.scale_(request)
         tokens, prefix = self.tokens()
-        of_layer = offsets.split([attention.num_heads for attention in chosen])
-        live = [i for i, attention in enumerate(chosen) if not attention.frozen]
-        fitted = live if request.method != "keep" else []
-        targets: dict[int, Tensor | None] = {}
-        for group in _alike([(i, chosen[i], chosen[i].see(tokens)) for i in fitted]):
-            members = [chosen[i] for i in group]
-            seen = members[0].see(tokens)
-            P = _without(seen[prefix:], seen[:prefix])
-            parts = self._weights(request, members, P, torch.cat([of_layer[i] for i in group]))
-            for i, (wq, wk, own_targets) in zip(group, parts, strict=True):
-                shown = of_layer[i] if own_targets is not None and request.method != "scrambled" else None
-                chosen[i].set_qk_(wq, wk, shown)
-                targets[i] = own_targets
+        chosen: dict[int, SelfAttention] = {i: self.attentions[i] for i in layers}
+        of_layer = offsets.split([attention.num_heads for attention in chosen.values()])
+        dealt = dict(zip(chosen, of_layer, strict=True))
+        live = {i: attention for i, attention in chosen.items() if not attention.frozen}
+        targets: dict[int, Tensor] = {}
+        if request.method == "mimetic":
+            for attention in live.values():
+                attention.set_mimetic_qk_(request.generator)
+        elif request.method != "keep":
+            for group in _alike(live, tokens):
+                targets |= self._set_fitted_(request, group, live, tokens, prefix, dealt)
         records = []
-        for i, (number, attention) in enumerate(zip(layers, chosen, strict=True)):
+        for i, attention in chosen.items():
+            notes: list[str | None] = []
             if i not in live:
-                notes[i] = "queries and keys are frozen: left alone"
-            elif request.target_peak is not None and attention.has_qk_norm:
-                notes[i] = self._set_temperature_(attention, tokens, targets[i], request.target_peak)
-            if request.values == "mimetic" and i in live:
-                notes[i] = "; ".join(filter(None, (notes[i], attention.set_values_(request.generator))))
+                notes.append("queries and keys are frozen: left alone")
+            if i in targets and attention.has_qk_norm and request.target_peak is not None:
+                notes.append(_set_temperature_(attention, tokens, targets[i], request.target_peak))
+            if i in live and request.values == "mimetic":
+                notes.append(attention.set_values_(request.generator))
             wq, wk = attention.qk_weights()
-            shifts = targets.get(i) is not None and request.method != "scrambled"
-            records.append(
-                LayerRecord(
-                    number,
-                    attention.name,
-                    of_layer[i] if shifts else None,
-                    targets.get(i),
-                    **measured(attention.position_map(tokens), targets.get(i)),
-                    weight_norm=(wq.double().norm(dim=(1, 2)) * wk.double().norm(dim=(1, 2))).sqrt(),
-                    note=notes[i],
-                )
-            )
+            norm = (wq.double().norm(dim=(1, 2)) * wk.double().norm(dim=(1, 2))).sqrt()
+            own = None if request.method == "scrambled" else dealt[i]
+            records.append(self.record(i, targets.get(i), own, norm, "; ".join(filter(None, notes))))
         return records
 
     def position_maps(self, layer: int) -> Tensor:
@@ -139,20 +135,27 @@ class AdditiveLayout(Layout):
 
     # --- queries and keys ---------------------------------------------------------------------------------
 
-    def _weights(
-        self, request: Request, members: Sequence[SelfAttention], P: Tensor, offsets: Tensor
-    ) -> list[tuple[Tensor, Tensor, Tensor | None]]:
-        """wq, wk [heads, D, r] and targets [heads, N] of layers that see the same P."""
-        first, generator = members[0], request.generator
-        heads = [attention.num_heads for attention in members]
-        if request.method == "mimetic":
-            pairs = [torch.empty(2, h, P.shape[1], first.head_dim) for h in heads]
-            return [(*init_.mimetic_qk_(*pair, generator=generator), None) for pair in pairs]
+    def _set_fitted_(
+        self,
+        request: Request,
+        group: Sequence[int],
+        live: Mapping[int, SelfAttention],
+        tokens: Tensor,
+        prefix: int,
+        dealt: Mapping[int, Tensor],
+    ) -> dict[int, Tensor]:
+        """Sets the layers of a group, which see the same P, in one fit; targets [heads, N] of each."""
+        first, generator = live[group[0]], request.generator
+        heads = [live[i].num_heads for i in group]
+        seen = first.see(tokens)
+        P = _without(seen[prefix:], seen[:prefix])
+        offsets = torch.cat([dealt[i] for i in group])
         # A LayerNorm of queries takes off their mean over r: one direction less, and none of it is wasted.
         rank = first.head_dim - first.has_qk_norm
+        weight_norm: float | Tensor
         if request.method == "norm_matched" and request.weight_norm is not None:
             wq, wk = torch.empty(2, len(offsets), P.shape[1], rank)
-            weight_norm: float | Tensor = request.weight_norm
+            weight_norm = request.weight_norm
             targets = impulse_targets(offsets, self.grid_size, padding_mode=request.padding_mode)
         else:
             fit = fit_qk(
@@ -164,48 +167,53 @@ class AdditiveLayout(Layout):
         if request.method == "norm_matched":
             init_.norm_matched_qk_(wq, wk, weight_norm, generator=generator)
         elif request.method == "scrambled":
-            fit = init_.scrambled_qk_(
+            scrambled = init_.scrambled_qk_(
                 wq, wk, P, scale=first.scale, weight_norm=weight_norm, generator=generator
             )
-            targets = fit.targets
+            targets = scrambled.targets
         if first.has_qk_norm:
             centred = _zero_mean_basis(first.head_dim).to(wq)
             wq, wk = wq @ centred, wk @ centred
-        return list(zip(wq.split(heads), wk.split(heads), targets.split(heads), strict=True))
-
-    def _set_temperature_(
-        self, attention: SelfAttention, tokens: Tensor, targets: Tensor, peak: float
-    ) -> str:
-        """With qk_norm the weights' norm is divided out: the norms' own weights set the peak instead."""
-        norms = (attention.query_norm, attention.key_norm)
-        weights = [getattr(norm, "weight", None) for norm in norms]
-        if any(weight is None for weight in weights):
-            return "qk_norm has no weight: how sharp the map is cannot be chosen"
-        if any(not weight.requires_grad for weight in weights):
-            return "qk_norm is frozen: how sharp the map is cannot be chosen"
-
-        def reached(gain: float) -> float:
-            for weight in weights:
-                Slot(weight).write_(torch.full(weight.shape, gain))
-            return float(measured(attention.position_map(tokens), targets)["peak"].mean())
-
-        low, high = 0.1, 10.0
-        if reached(high) < peak:
-            return f"qk_norm: peak {peak} is out of reach"
-        for _ in range(20):  # to 1e-5 of the logarithm of the gain
-            middle = math.sqrt(low * high)
-            low, high = (middle, high) if reached(middle) < peak else (low, middle)
-        reached(high)
-        return f"qk_norm: weight of its norms set to {high:.2f}"
+        parts = zip(group, wq.split(heads), wk.split(heads), targets.split(heads), strict=True)
+        of_layer = {}
+        for i, own_wq, own_wk, own_targets in parts:
+            live[i].set_qk_(own_wq, own_wk, None if request.method == "scrambled" else dealt[i])
+            of_layer[i] = own_targets
+        return of_layer
 
 
-def _alike(members: Sequence[tuple[int, SelfAttention, Tensor]]) -> list[list[int]]:
+def _set_temperature_(attention: SelfAttention, tokens: Tensor, targets: Tensor, peak: float) -> str:
+    """With qk_norm the weights' norm is divided out: the norms' own weights set the peak instead."""
+    weights: list[Any] = [
+        getattr(norm, "weight", None) for norm in (attention.query_norm, attention.key_norm)
+    ]
+    if any(weight is None for weight in weights):
+        return "qk_norm has no weight: how sharp the map is cannot be chosen"
+    if any(not weight.requires_grad for weight in weights):
+        return "qk_norm is frozen: how sharp the map is cannot be chosen"
+
+    def reached(gain: float) -> float:
+        for weight in weights:
+            Slot(weight).write_(torch.full(weight.shape, gain))
+        return float(measured(attention.position_map(tokens), targets)["peak"].mean())
+
+    low, high = 0.1, 10.0
+    if reached(high) < peak:
+        return f"qk_norm: peak {peak} is out of reach"
+    for _ in range(12):  # to a thousandth of the gain
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if reached(middle) < peak else (low, middle)
+    reached(high)
+    return f"qk_norm: weight of its norms set to {high:.2f}"
+
+
+def _alike(live: Mapping[int, SelfAttention], tokens: Tensor) -> list[list[int]]:
     """Groups of layers that one fit serves: the same tokens seen, the same rank and scale."""
     groups: list[tuple[tuple, Tensor, list[int]]] = []
-    for i, attention, seen in members:
-        key = (attention.head_dim, attention.scale, attention.has_qk_norm)
+    for i, attention in live.items():
+        key, seen = (attention.head_dim, attention.scale, attention.has_qk_norm), attention.see(tokens)
         for other_key, other, group in groups:
-            if key == other_key and seen.shape == other.shape and torch.equal(seen, other):
+            if key == other_key and torch.equal(seen, other):
                 group.append(i)
                 break
         else:

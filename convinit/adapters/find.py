@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
-from convinit.adapters import own, timm, torch_nn, torchvision, transformers, vit_pytorch
+from convinit.adapters import mixer, own, rotary, swin, timm, torch_nn, torchvision, transformers, vit_pytorch
 from convinit.adapters.additive import AdditiveLayout
 from convinit.adapters.layout import Layout, SelfAttention, Slot
 
@@ -19,6 +20,9 @@ MODELS: tuple[Adapter, ...] = (
     torchvision.layout,
     transformers.layout,
     vit_pytorch.layout,
+    rotary.layout,
+    swin.layout,
+    mixer.layout,
 )
 # Single attentions, for models that nobody knows: grid and P come from the caller.
 ATTENTIONS: tuple[Callable[[nn.Module, str], SelfAttention | None], ...] = (
@@ -29,8 +33,10 @@ ATTENTIONS: tuple[Callable[[nn.Module, str], SelfAttention | None], ...] = (
 )
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
+def unwrapped(model: Any) -> nn.Module:
     """The model inside torch.compile's, DataParallel's and DDP's wrappers."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     while True:
         if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             model = model.module
@@ -48,8 +54,6 @@ def find_layouts(
     adapter: Adapter | None,
 ) -> list[Layout]:
     """The layouts of all known models in `model`, in the order of its modules; by hand if P is given."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if (grid_size is None) != (pos_embed is None):
         raise ValueError("give grid_size and pos_embed together, or neither for a model that is known")
     if pos_embed is not None:
@@ -122,10 +126,10 @@ def _unknown(model: nn.Module) -> str:
         lines += ["These look like position embeddings:", *positions]
     if attentions:
         lines.append(
-            "Give the grid and the position embedding yourself: init_vit_(model, grid_size=(H, W), pos_embed=P), "
-            "P [H·W, D] without class tokens; "
+            "Give the grid and the position embedding yourself: "
+            "init_vit_(model, grid_size=(H, W), pos_embed=P), P [H·W, D] without class tokens."
         )
     lines.append(
-        "or write an adapter, see convinit.adapters.layout, and pass it: init_vit_(model, adapter=...)."
+        "Or write an adapter, see convinit.adapters.layout, and pass it: init_vit_(model, adapter=...)."
     )
     return "\n".join(lines)

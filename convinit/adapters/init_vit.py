@@ -7,10 +7,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from convinit.adapters.find import find_layouts, unwrapped
-from convinit.adapters.layout import Layout
+from convinit.adapters.layout import Layout, is_sharded
 from convinit.adapters.measure import measure_on_images_
 from convinit.adapters.report import InitReport, LayerRecord
 from convinit.adapters.request import Request
@@ -48,8 +47,8 @@ def init_vit_(
     In place, before training; the architecture stays. Known are timm's VisionTransformer family,
     torchvision's, Hugging Face's ViT, DeiT and ViTMAE, vit-pytorch's ViT and SimpleViT, convinit's own, ViTs
     with rotary position embedding and biases, Swin (its relative position bias) and MLP-Mixer, also inside a
-    larger model, behind torch.compile or DDP, and sharded by FSDP2. For others give `grid_size` and `pos_embed`, or
-    an `adapter`.
+    larger model, behind torch.compile or DDP, and sharded by FSDP2. For others give `grid_size` and
+    `pos_embed`, or an `adapter`.
 
     A position embedding is fitted as it is: one that will be loaded or drawn later must be there first.
     LayerNorm is applied to it where the model does. Class and register tokens keep their rows; the weights
@@ -58,9 +57,10 @@ def init_vit_(
     Args:
         model: in place. Frozen queries and keys are left alone, and the report says so.
         kernel_size: offsets are drawn from the f×f window; odd.
-        method: "newton", "adam", "svd" or options as in :func:`convinit.fit_qk`; "mimetic" (arXiv 2305.09828);
-            or a control: "scrambled" (a random permutation of the tokens in place of a shift), "norm_matched"
-            (random directions), each with the weight norm of the impulse fit; "keep" leaves queries and keys.
+        method: "newton", "adam", "svd" or options as in :func:`convinit.fit_qk`; "mimetic" (arXiv
+            2305.09828); or a control: "scrambled" (a random permutation of the tokens in place of a shift),
+            "norm_matched" (random directions), each with the weight norm of the impulse fit; "keep" leaves
+            queries and keys.
         weight_norm, peak: how sharp, see :func:`convinit.fit_qk`; None means peak = 0.7. With qk_norm the
             peak is set by the weights of those norms.
         alpha: share of the content where it meets the position embedding: the patch embedding is multiplied
@@ -134,7 +134,7 @@ def init_vit_(
 def _check_ranks(model: nn.Module, inner: nn.Module, generator: torch.Generator | None) -> None:
     """Processes that draw for themselves would each get another model."""
     shared = isinstance(model, nn.parallel.DistributedDataParallel) or any(
-        isinstance(parameter, DTensor) for parameter in inner.parameters()
+        is_sharded(parameter) for parameter in inner.parameters()
     )
     if shared and generator is None:
         raise ValueError(

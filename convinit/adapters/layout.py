@@ -7,6 +7,7 @@ the same way for every library: see `timm.py` for an example.
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,12 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from convinit import init as init_
+from convinit.adapters.report import LayerRecord, measured, no_figures
 
 if TYPE_CHECKING:
-    from convinit.adapters.report import LayerRecord
     from convinit.adapters.request import Request
 
 
@@ -35,8 +35,13 @@ class Slot:
         index: whatever indexes a tensor; () is all of it.
     """
 
-    tensor: Tensor
+    tensor: Any
     index: Any = ()
+
+    @property
+    def frozen(self) -> bool:
+        """Whether it is a parameter that is not trained; buffers are not."""
+        return isinstance(self.tensor, nn.Parameter) and not self.tensor.requires_grad
 
     @torch.no_grad()
     def read(self) -> Tensor:
@@ -47,9 +52,11 @@ class Slot:
     @torch.no_grad()
     def write_(self, values: Tensor) -> None:
         """Puts `values` there, cast to the tensor's own dtype."""
-        if not isinstance(self.tensor, DTensor):
+        if not is_sharded(self.tensor):
             self.tensor[self.index] = values.to(self.tensor)
             return
+        from torch.distributed.tensor import distribute_tensor
+
         whole = self.tensor.full_tensor()
         whole[self.index] = values.to(whole)
         # src_data_rank=None: every rank cuts its shard from its own copy; all copies are the same.
@@ -57,7 +64,7 @@ class Slot:
         self.tensor.to_local().copy_(mine.to_local())
 
 
-def whole_tensor(tensor: Tensor) -> Tensor:
+def whole_tensor(tensor: Any) -> Tensor:
     """The tensor without its sharding and its graph."""
     tensor = tensor.detach()
     if tensor.is_meta:
@@ -65,7 +72,13 @@ def whole_tensor(tensor: Tensor) -> Tensor:
             "model must hold real tensors, but some are on the meta device; call model.to_empty(device=...) "
             "and the model's own initialisation first, then init_vit_"
         )
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether it is a DTensor; there is none before that part of PyTorch, slow to import, was imported."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +94,7 @@ class Linear:
     bias: Slot | None = None
 
     @classmethod
-    def of(cls, layer: nn.Module, rows: slice | None = None) -> Linear:
+    def of(cls, layer: Any, rows: slice | None = None) -> Linear:
         """Rows of an ``nn.Linear`` or of anything that has its weight and bias."""
         index = () if rows is None else rows
         bias = getattr(layer, "bias", None)
@@ -95,10 +108,10 @@ class Linear:
 
     @property
     def frozen(self) -> bool:
-        return isinstance(self.weight.tensor, nn.Parameter) and not self.weight.tensor.requires_grad
+        return self.weight.frozen
 
 
-def packed_qkv(layer: nn.Module, inner: int) -> tuple[Linear, Linear, Linear]:
+def packed_qkv(layer: Any, inner: int) -> tuple[Linear, Linear, Linear]:
     """Queries, keys and values of one [3·inner, D] product."""
     query, key, value = (Linear.of(layer, slice(i * inner, (i + 1) * inner)) for i in range(3))
     return query, key, value
@@ -156,6 +169,11 @@ class SelfAttention:
         """Takes wq, wk [heads, D, r]; biases become 0. `offsets` is for models that keep them."""
         self.query.set_(wq.mT.flatten(0, 1))
         self.key.set_(wk.mT.flatten(0, 1))
+
+    def set_mimetic_qk_(self, generator: torch.Generator | None) -> None:
+        """Mimetic queries and keys, biases 0."""
+        wq, wk = self.qk_weights()
+        self.set_qk_(*init_.mimetic_qk_(wq, wk, generator=generator), None)
 
     def set_values_(self, generator: torch.Generator | None) -> str | None:
         """Mimetic values and output layer, biases 0; a note where that cannot be."""
@@ -225,3 +243,18 @@ class Layout(ABC):
     @abstractmethod
     def position_maps(self, layer: int) -> Tensor:
         """What the positions alone make of a layer's attention, [heads, T, T]."""
+
+    def record(
+        self,
+        layer: int,
+        targets: Tensor | None,
+        offsets: Tensor | None,
+        weight_norm: Tensor,
+        note: str | None,
+    ) -> LayerRecord:
+        """The figures of a layer as it is now; without targets [heads, N] there are none but the norm."""
+        heads = len(weight_norm)
+        figures = no_figures(heads) if targets is None else measured(self.position_maps(layer), targets)
+        offsets = None if targets is None else offsets
+        name = self.attentions[layer].name
+        return LayerRecord(layer, name, offsets, targets, **figures, weight_norm=weight_norm, note=note or "")

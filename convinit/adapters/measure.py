@@ -46,9 +46,11 @@ def measure_on_images_(report: InitReport, model: nn.Module, images: Any) -> Ini
 
     def use(i: int, maps: Tensor) -> None:
         record = report.records[i]
-        if record.targets is not None and maps.shape[-1] < record.targets.shape[-1]:
-            return  # some tokens were dropped or masked: rows no longer are places of the grid
-        figures = [measured(one, record.targets) for one in maps]
+        targets = record.targets
+        # With dropped or masked tokens, rows are no longer places of the grid.
+        if targets is None or maps.shape[-1] < targets.shape[-1]:
+            return
+        figures = [measured(one, targets) for one in maps]
         record.peak_on_images = torch.stack([each["peak"] for each in figures]).mean(dim=0)
         record.prefix_on_images = torch.stack([each["prefix"] for each in figures]).mean(dim=0)
 

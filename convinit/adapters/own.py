@@ -19,7 +19,7 @@ from convinit.nn import ConvInitAttention
 class OwnAttention(SelfAttention):
     """A ConvInitAttention. Model III has no W_q and W_k: Q = P W_q and K = P W_k are its parameters."""
 
-    reads: ConvInitAttention  # type: ignore[assignment]
+    reads: ConvInitAttention
 
     def see(self, tokens: Tensor) -> Tensor:
         if self.reads.variant == "vanilla":

@@ -28,7 +28,7 @@ class LayerRecord:
             model; NaN without targets. Class and register tokens compete for the attention there too.
         weight_norm: [heads] float64, √(‖W_q‖_F · ‖W_k‖_F); of biases or tables where those hold it.
         prefix: [heads] float64, mean attention of the patches on all class and register tokens.
-        peak_on_images, prefix_on_images: [heads] float64, the same on a batch of images; None: none was given.
+        peak_on_images, prefix_on_images: [heads] float64, the same on a batch of images; None: not measured.
         note: what should be known of this layer, or "".
     """
 
@@ -46,12 +46,9 @@ class LayerRecord:
     note: str = ""
 
 
-def measured(maps: Tensor, targets: Tensor | None) -> dict[str, Tensor]:
+def measured(maps: Tensor, targets: Tensor) -> dict[str, Tensor]:
     """mse, peak, hit_rate and prefix [heads] of maps [heads, T, T] whose last N tokens are the patches."""
     maps = maps.double().cpu()
-    if targets is None:
-        nothing = torch.full((len(maps),), torch.nan, dtype=torch.float64)
-        return {"mse": nothing, "peak": nothing, "hit_rate": nothing, "prefix": nothing}
     prefix = maps.shape[-1] - targets.shape[-1]
     patches = maps[:, prefix:]  # [heads, N, T]
     mse, peak, hit_rate = map_metrics(patches[:, :, prefix:], targets.cpu())
@@ -61,6 +58,12 @@ def measured(maps: Tensor, targets: Tensor | None) -> dict[str, Tensor]:
         "hit_rate": hit_rate,
         "prefix": patches[:, :, :prefix].sum(dim=2).mean(dim=1),
     }
+
+
+def no_figures(num_heads: int) -> dict[str, Tensor]:
+    """Those figures of heads that have no target."""
+    nothing = torch.full((num_heads,), torch.nan, dtype=torch.float64)
+    return {"mse": nothing, "peak": nothing, "hit_rate": nothing, "prefix": nothing}
 
 
 @dataclass(eq=False, repr=False)

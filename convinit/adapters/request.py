@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-import numbers
 from dataclasses import dataclass, replace
 
 import torch
+from torch import nn
 
-from convinit.fit import Adam
+from convinit.fit import Adam, Newton
 from convinit.fit.api import DEFAULT_PEAK, METHODS, Method
 from convinit.offsets import check_generator
 
@@ -52,7 +52,7 @@ class Request:
             value = getattr(self, name)
             if value is None:
                 continue
-            if isinstance(value, bool) or not isinstance(value, numbers.Real):
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
             lowest = value >= 0 if name == "alpha" else value > 0
             if not (lowest and value < upper):
@@ -69,7 +69,27 @@ class Request:
 
     @property
     def by_papers(self) -> bool:
-        return self.method in ("adam", "svd") or not isinstance(self.method, (str, type(METHODS["newton"])))
+        return self.method in ("adam", "svd") or not isinstance(self.method, (str, Newton))
+
+    def refuse_additive(self, root: nn.Module) -> None:
+        """For models whose maps do not come from a position embedding that is added to the tokens."""
+        for name in ("alpha", "pos_embed_gain"):
+            if getattr(self, name) is not None:
+                raise ValueError(
+                    f"{name} must be None for {type(root).__name__}: its attention maps do not depend on a "
+                    "position embedding that is added to the tokens"
+                )
+
+    def biases_method(self, root: nn.Module) -> str:
+        """The method, where impulses are made by biases instead of a fit."""
+        known = ("newton", "norm_matched", "mimetic", "keep")
+        method = "newton" if isinstance(self.method, Newton) else self.method
+        if method not in known:
+            raise ValueError(
+                f"method must be one of {', '.join(known)} for {type(root).__name__}, whose biases depend on "
+                f"the shift between tokens alone, got {self.method!r}"
+            )
+        return str(method)
 
     def fit_method(self, num_heads: int) -> str | Method:
         """The method that the fit is made with; the papers' Adam rescales layer by layer of `num_heads`."""

@@ -6,6 +6,8 @@ report = convinit.init_vit_(model)
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -14,7 +16,7 @@ from convinit.adapters.layout import Layout, Linear, SelfAttention, Slot, packed
 from convinit.adapters.types import child_name, is_a, learned_norm
 
 
-def layout(module: nn.Module, name: str) -> Layout | None:
+def layout(module: Any, name: str) -> Layout | None:
     if not is_a(module, "timm.models.vision_transformer.VisionTransformer") or module.pos_embed is None:
         return None
     attentions = [
@@ -44,7 +46,7 @@ def layout(module: nn.Module, name: str) -> Layout | None:
     )
 
 
-def attention(module: nn.Module, name: str, norm: nn.Module | None = None) -> SelfAttention | None:
+def attention(module: Any, name: str, norm: nn.Module | None = None) -> SelfAttention | None:
     if not is_a(module, "timm.layers.attention.Attention"):
         return None
     query, key, value = packed_qkv(module.qkv, module.num_heads * module.head_dim)
@@ -54,7 +56,7 @@ def attention(module: nn.Module, name: str, norm: nn.Module | None = None) -> Se
     )  # fmt: skip
 
 
-def _norm_before(block: nn.Module) -> nn.Module | None:
+def _norm_before(block: Any) -> nn.Module | None:
     """A pre-norm block's norm1; that of a post-norm block comes behind its attention."""
     return None if is_a(block, "timm.models.vision_transformer.ResPostBlock") else learned_norm(block.norm1)
 
@@ -63,7 +65,7 @@ def _weighted(module: nn.Module | None) -> nn.Module | None:
     return module if isinstance(getattr(module, "weight", None), Tensor) else None
 
 
-def _prefix_tokens(module: nn.Module) -> Tensor | None:
+def _prefix_tokens(module: Any) -> Tensor | None:
     tokens = [getattr(module, name, None) for name in ("cls_token", "dist_token", "reg_token")]
     rows = [Slot(token, 0).read() for token in tokens if token is not None]
     if not rows:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from convinit.adapters.layout import Linear, SelfAttention, Slot
 from convinit.adapters.types import child_name
 
 
-def attention(module: nn.Module, name: str, norm: nn.Module | None = None) -> SelfAttention | None:
+def attention(module: Any, name: str, norm: nn.Module | None = None) -> SelfAttention | None:
     if isinstance(module, nn.TransformerEncoderLayer):
         norm = module.norm1 if module.norm_first else None
         return attention(module.self_attn, child_name(name, "self_attn"), norm)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from convinit.adapters.additive import AdditiveLayout
@@ -10,7 +12,7 @@ from convinit.adapters.torch_nn import attention
 from convinit.adapters.types import child_name, is_a
 
 
-def layout(module: nn.Module, name: str) -> Layout | None:
+def layout(module: Any, name: str) -> Layout | None:
     if not is_a(module, "torchvision.models.vision_transformer.VisionTransformer"):
         return None
     side = module.image_size // module.patch_size

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -20,7 +22,7 @@ _MODELS = {
 _ATTENTIONS = tuple(f"{path.rpartition('.')[0]}.{name}" for path, name in _MODELS.items())
 
 
-def layout(module: nn.Module, name: str) -> Layout | None:
+def layout(module: Any, name: str) -> Layout | None:
     if not is_a(module, *_MODELS) or not hasattr(module, "layers"):  # as of transformers 5
         return None
     embeddings = module.embeddings
@@ -49,7 +51,7 @@ def layout(module: nn.Module, name: str) -> Layout | None:
     )
 
 
-def attention(module: nn.Module, name: str, norm: nn.Module | None = None) -> SelfAttention | None:
+def attention(module: Any, name: str, norm: nn.Module | None = None) -> SelfAttention | None:
     if not is_a(module, *_ATTENTIONS):
         return None
     return SelfAttention(

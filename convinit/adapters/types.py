@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 
@@ -14,6 +16,6 @@ def child_name(parent: str, child: str) -> str:
     return f"{parent}.{child}" if parent else child
 
 
-def learned_norm(module: nn.Module | None) -> nn.Module | None:
+def learned_norm(module: Any) -> nn.Module | None:
     """The norm, or None where a model has none or an ``nn.Identity`` in its place."""
     return None if module is None or isinstance(module, nn.Identity) else module

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from convinit.adapters.additive import AdditiveLayout
@@ -9,7 +11,7 @@ from convinit.adapters.layout import Layout, Linear, SelfAttention, Slot, packed
 from convinit.adapters.types import child_name, is_a
 
 
-def layout(module: nn.Module, name: str) -> Layout | None:
+def layout(module: Any, name: str) -> Layout | None:
     vit = is_a(module, "vit_pytorch.vit.ViT")
     if not vit and not is_a(module, "vit_pytorch.simple_vit.SimpleViT"):
         return None
@@ -34,7 +36,7 @@ def layout(module: nn.Module, name: str) -> Layout | None:
     )
 
 
-def attention(module: nn.Module, name: str) -> SelfAttention | None:
+def attention(module: Any, name: str) -> SelfAttention | None:
     if not is_a(module, "vit_pytorch.vit.Attention", "vit_pytorch.simple_vit.Attention"):
         return None
     inner = module.to_qkv.weight.shape[0] // 3
@@ -46,7 +48,7 @@ def attention(module: nn.Module, name: str) -> SelfAttention | None:
     )  # fmt: skip
 
 
-def _grid_size(module: nn.Module, tokens: int) -> tuple[int, int]:
+def _grid_size(module: Any, tokens: int) -> tuple[int, int]:
     """The model does not keep its grid; a square of as many tokens, else a grid given by the user."""
     side = round(tokens**0.5)
     if side * side != tokens:

@@ -1,0 +1,111 @@
+"""MLP-Mixer of timm: the token-mixing MLPs become sums of impulse convolutions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from convinit import init as init_
+from convinit.adapters.layout import Layout, Linear
+from convinit.adapters.report import LayerRecord
+from convinit.adapters.request import Request
+from convinit.adapters.types import child_name, is_a
+from convinit.offsets import impulse_targets
+
+
+@dataclass(eq=False)
+class TokenMixing:
+    """The token-mixing MLP of a block, fc2(GELU(fc1(x))) over N tokens with T hidden units.
+
+    `num_heads` is the number T // N of offsets that it has room for.
+    """
+
+    name: str
+    reads: nn.Module
+    fc1: Linear
+    fc2: Linear
+    num_heads: int
+    tokens: int
+
+    @property
+    def frozen(self) -> bool:
+        return self.fc1.frozen or self.fc2.frozen
+
+    def position_map(self) -> Tensor:
+        """What the hidden units of each offset read, as shares [heads, N, N]; the same for any image."""
+        read = self.fc1.weight.read().abs()[: self.num_heads * self.tokens].view(-1, self.tokens, self.tokens)
+        return read / read.sum(dim=2, keepdim=True).clamp(min=torch.finfo(read.dtype).tiny)
+
+    def attention_map(self, x: Tensor) -> Tensor:
+        return self.position_map().unsqueeze(0)
+
+
+@dataclass(eq=False)
+class MixerLayout(Layout):
+    """The blocks of an MLP-Mixer."""
+
+    def init_(self, request: Request, layers: Sequence[int], offsets: Tensor) -> list[LayerRecord]:
+        request.refuse_additive(self.root)
+        if (
+            request.method not in ("newton", "keep")
+            or request.peak is not None
+            or request.weight_norm is not None
+        ):
+            raise ValueError(
+                "method must be newton (or keep), without peak and weight_norm, for "
+                f"{type(self.root).__name__}: its impulses are exact; got method {request.method!r}"
+            )
+        chosen: list[TokenMixing] = [self.attentions[i] for i in layers]
+        records = []
+        of_layer = offsets.split([mixing.num_heads for mixing in chosen])
+        for layer, mixing, own in zip(layers, chosen, of_layer, strict=True):
+            targets = None
+            if not mixing.frozen and request.method != "keep":
+                weights = [mixing.fc1.weight, mixing.fc1.bias, mixing.fc2.weight, mixing.fc2.bias]
+                values: list[Any] = [None if slot is None else slot.read() for slot in weights]
+                fc1, fc1_bias, fc2, fc2_bias = values
+                init_.impulse_token_mixing_(
+                    fc1, fc1_bias, fc2, fc2_bias, own, self.grid_size, padding_mode=request.padding_mode
+                )
+                for slot, value in zip(weights, values, strict=True):
+                    if slot is not None:
+                        slot.write_(value)
+                targets = impulse_targets(own, self.grid_size, padding_mode=request.padding_mode)
+            norms = [float(each.weight.read().norm()) for each in (mixing.fc1, mixing.fc2)]
+            norm = torch.full((mixing.num_heads,), math.sqrt(math.prod(norms) / mixing.num_heads)).double()
+            note = "token mixing is frozen: left alone" if mixing.frozen else None
+            records.append(self.record(layer, targets, own, norm, note))
+        return records
+
+    def position_maps(self, layer: int) -> Tensor:
+        return self.attentions[layer].position_map()
+
+
+def layout(module: Any, name: str) -> Layout | None:
+    if not is_a(module, "timm.models.mlp_mixer.MlpMixer"):
+        return None
+    attentions = []
+    for i, block in enumerate(module.blocks):
+        if not is_a(block, "timm.models.mlp_mixer.MixerBlock"):
+            return None
+        mlp = block.mlp_tokens
+        if not (isinstance(getattr(mlp, "fc1", None), nn.Linear) and isinstance(mlp.fc2, nn.Linear)):
+            return None
+        if mlp.fc2.in_features != mlp.fc1.out_features:
+            return None  # gated
+        hidden, tokens = mlp.fc1.weight.shape
+        if hidden < tokens:
+            raise ValueError(
+                f"model must have a hidden unit for each token in its token mixing, got {hidden} units for "
+                f"{tokens} tokens in block {i}"
+            )
+        full_name = child_name(name, f"blocks.{i}.mlp_tokens")
+        attentions.append(
+            TokenMixing(full_name, mlp, Linear.of(mlp.fc1), Linear.of(mlp.fc2), hidden // tokens, tokens)
+        )
+    return MixerLayout(name, module, tuple(module.stem.grid_size), attentions)

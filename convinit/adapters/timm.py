@@ -1,7 +1,11 @@
 """timm's VisionTransformer family: ViT, DeiT (also distilled), register tokens, CLIP's pre-norm, qk_norm.
 
+```python
 model = timm.create_model("vit_tiny_patch16_224")
 report = convinit.init_vit_(model)
+```
+
+Or, from the other side, `create_model`, `register` and `attn_layer` of this module.
 """
 
 from __future__ import annotations
@@ -13,7 +17,10 @@ from torch import Tensor, nn
 
 from convinit.adapters.additive import AdditiveLayout
 from convinit.adapters.layout import Layout, Linear, SelfAttention, Slot, packed_qkv
+from convinit.adapters.timm_models import attn_layer, create_model, register
 from convinit.adapters.types import child_name, is_a, learned_norm
+
+__all__ = ["attention", "attn_layer", "create_model", "layout", "register"]
 
 
 def layout(module: Any, name: str) -> Layout | None:

@@ -9,7 +9,10 @@ from torch import Tensor, nn
 
 from convinit.adapters.additive import AdditiveLayout
 from convinit.adapters.layout import Layout, Linear, SelfAttention, Slot
+from convinit.adapters.transformers_attention import register_attention
 from convinit.adapters.types import child_name, is_a
+
+__all__ = ["attention", "layout", "register_attention"]
 
 _MODELS = {
     f"transformers.models.{package}.modeling_{package}.{model}": f"{stem}Attention"

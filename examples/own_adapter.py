@@ -70,5 +70,5 @@ def adapter(module: nn.Module, name: str) -> Layout | None:
 if __name__ == "__main__":
     torch.manual_seed(0)
     model = Encoder()
-    report = convinit.init_vit_(model, adapter=adapter, pos_embed_gain=90, images=torch.randn(8, 3, 32, 32))
+    report = convinit.init_vit_(model, adapter=adapter, pos_embed_gain=60, images=torch.randn(8, 3, 32, 32))
     print(report)

@@ -91,11 +91,15 @@ def positional_backward(
     dropout_p: float,
     needs: Sequence[bool],
     config: configs.Config | None = None,
+    image_gradients: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of q, k, v, q_pos, k_pos; None where needs says False."""
+    """Gradients of q, k, v, q_pos, k_pos; None where needs says False.
+
+    image_gradients: where those of q, k and v are to be written, all three; None makes new tensors.
+    """
     batch, heads, tokens, rank = q.shape
     need_q, need_k, need_v, need_q_pos, need_k_pos = needs
-    dq, dk, dv = (image_gradient(q) if need else None for need in (need_q, need_k, need_v))
+    dq, dk, dv = image_gradients or (image_gradient(q) if need else None for need in needs[:3])
     if lse.numel() == 0 or rank == 0 or not any(needs):
         positions = ((q_pos, need_q_pos), (k_pos, need_k_pos))
         return dq, dk, dv, *(torch.zeros_like(x) if need and x is not None else None for x, need in positions)

@@ -10,6 +10,12 @@ def split_heads(x: Tensor, heads: int) -> Tensor:
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
+def split_packed(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """[B, N, 3·heads·r] as views q, k, v, each [B, heads, N, r]."""
+    q, k, v = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    return q, k, v
+
+
 def image_gradient(x: Tensor) -> Tensor:
     """An empty [B, heads, N, r] whose memory is [B, N, heads, r], as that of queries, keys and values."""
     batch, heads, tokens, rank = x.shape

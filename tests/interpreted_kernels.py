@@ -7,6 +7,7 @@ import torch
 
 from convinit.kernels import launch
 from convinit.kernels.configs import Config
+from convinit.kernels.layout import split_packed
 from convinit.ops.positional_attention import positional_attention_reference
 from convinit.ops.shared_attention import shared_attention_reference
 
@@ -116,6 +117,19 @@ def test_images_of_a_split_are_summed(tile_size):
     )
     assert not gradients[0].any() and not gradients[1].any()
     assert gradients[3].any() and gradients[4].any()
+
+
+@pytest.mark.parametrize("tile_size", [16, 64])
+def test_gradient_of_a_packed_product_is_written_in_place(tile_size):
+    inputs, dout = problem(33, 16, torch.float32, heads=3)
+    out, lse = launch.positional_forward(*inputs, None, 0.25, 0.5, 0.0, tile(tile_size))
+    arguments = (dout, *inputs, out, lse, None, 0.25, 0.5, 0.0, ALL, tile(tile_size))
+    packed = torch.empty(2, 33, 3 * 3 * 16)
+    parts = split_packed(packed, 3)
+    found = launch.positional_backward(*arguments, image_gradients=parts)
+    for ours, theirs in zip((*parts, *found[3:]), launch.positional_backward(*arguments), strict=True):
+        assert torch.equal(ours, theirs)
+    assert not packed.isnan().any()
 
 
 @pytest.mark.parametrize("tile_size", [32, 64])

@@ -7,7 +7,11 @@ import torch
 
 from convinit.nn.attention import ConvInitAttention
 from convinit.ops import fused
-from convinit.ops.positional_attention import positional_attention, positional_attention_reference
+from convinit.ops.positional_attention import (
+    packed_attention,
+    positional_attention,
+    positional_attention_reference,
+)
 from convinit.ops.shared_attention import shared_attention, shared_attention_reference
 
 
@@ -43,6 +47,47 @@ def test_value_and_gradients_match_the_reference(q_pos):
     reference = run(lambda *inputs: positional_attention_reference(*inputs, scale=0.3, alpha=0.2))
     for a, b in zip(ours, reference, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("needs", [(True, True), (True, False), (False, True)])
+def test_packed_product_gives_the_same_bits(needs):
+    def run(f):
+        qkv, pos = (x.detach().requires_grad_(need) for x, need in zip(packed(), needs, strict=True))
+        out = f(qkv, pos)
+        (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
+        return out, qkv.grad, pos.grad
+
+    whole = run(lambda qkv, pos: fused.fused_packed_attention(qkv.flatten(2), 2, *pos, 0.3, 0.2, 0.0))
+    parts = run(
+        lambda qkv, pos: fused.fused_positional_attention(*qkv.permute(2, 0, 3, 1, 4), *pos, 0.3, 0.2, 0.0)
+    )
+    for a, b in zip(whole, parts, strict=True):
+        assert (a is None and b is None) or torch.equal(a, b)
+
+
+def test_packed_opcheck_and_gradcheck():
+    qkv, pos = packed()
+    flat = qkv.detach().flatten(2).requires_grad_()
+    for arguments in (
+        (flat, 2, *pos.detach(), None, 0.5, 0.3, 0.0),
+        (flat.detach(), 2, None, pos[1].detach().requires_grad_(), torch.tensor(3), 0.5, 0.3, 0.2),
+        (flat[:0], 2, None, None, None, 0.5, 1.0, 0.0),
+    ):
+        torch.library.opcheck(fused._packed, arguments)
+    assert torch.autograd.gradcheck(
+        lambda x, pos: fused._packed(x, 2, *pos, None, 0.5, 0.3, 0.0)[0], (flat, pos)
+    )
+    compiled = torch.compile(fused.fused_packed_attention, fullgraph=True, backend="aot_eager")
+    out = compiled(flat, 2, *pos, 0.5, 0.3, 0.0)
+    torch.testing.assert_close(out, fused.fused_packed_attention(flat, 2, *pos, 0.5, 0.3, 0.0))
+    out.sum().backward()
+    with pytest.raises(ValueError, match=r"qkv must be \[B, N, 3·4·r\]"):
+        packed_attention(flat[..., :-1], 4)
+    for backend in ("sdpa", "eager", "auto"):
+        torch.testing.assert_close(
+            packed_attention(flat, 2, *pos, alpha=0.3, backend=backend),
+            positional_attention_reference(*qkv.permute(2, 0, 3, 1, 4), *pos, alpha=0.3),
+        )
 
 
 def test_opcheck():

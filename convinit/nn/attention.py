@@ -17,7 +17,7 @@ from convinit.fit.api import Method
 from convinit.nn.position import sincos_2d
 from convinit.offsets import check_grid_size, check_int, check_padding_mode, sample_offsets
 from convinit.ops.fused import BACKENDS
-from convinit.ops.positional_attention import positional_attention
+from convinit.ops.positional_attention import packed_attention, positional_attention
 from convinit.ops.shared_attention import shared_attention
 
 __all__ = ["ConvInitAttention", "reset_mixing_"]
@@ -341,20 +341,19 @@ class ConvInitAttention(nn.Module):
         self._check_input(x)
         dropout_p = self.attn_drop if self.training else 0.0
         if self.variant in ("vanilla", "I"):
-            q, k, v = self._project(x)
-            v = v.to(q.dtype)  # without W_v, v is x itself, which autocast leaves in its own dtype
             alpha, q_pos, k_pos = self._position_term()
-            out = positional_attention(
-                q,
-                k,
-                v,
-                q_pos,
-                k_pos,
-                scale=self.scale,
-                alpha=alpha,
-                dropout_p=dropout_p,
-                backend=self.backend,
-            )
+            options: dict[str, Any] = {"scale": self.scale, "alpha": alpha, "dropout_p": dropout_p}
+            if self.qkv is not None:
+                out = packed_attention(
+                    self.qkv(x), self.num_heads, q_pos, k_pos, backend=self.backend, **options
+                )
+            else:
+                assert self.qk is not None  # only Model III has neither
+                q, k = self._split_heads(self.qk(x), 2)
+                v = self._values(x).to(
+                    q.dtype
+                )  # without W_v, v is x itself, which autocast leaves in its own dtype
+                out = positional_attention(q, k, v, q_pos, k_pos, backend=self.backend, **options)
         else:
             q_map, k_map = self._map_factors()
             out = shared_attention(
@@ -384,13 +383,6 @@ class ConvInitAttention(nn.Module):
         if q_pos is not None and k_pos is not None:
             q, k = alpha * q + q_pos, alpha * k + k_pos
         return (self.scale * q @ k.mT).softmax(dim=-1)
-
-    def _project(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Queries, keys and values of x, each [B, heads, N, r]; one product where the weights are packed."""
-        if self.qkv is not None:
-            return self._split_heads(self.qkv(x), 3)
-        assert self.qk is not None  # only Model III has neither
-        return *self._split_heads(self.qk(x), 2), self._values(x)
 
     def _position_term(self) -> tuple[float, Tensor | None, Tensor | None]:
         """α and (1−α) P W of queries and keys, each [heads, N, r]; nothing in the vanilla variant.

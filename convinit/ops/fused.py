@@ -18,13 +18,14 @@ import torch
 from torch import Tensor
 
 from convinit.kernels import configs
-from convinit.kernels.layout import image_gradient, split_heads
+from convinit.kernels.layout import image_gradient, split_heads, split_packed
 
 __all__ = [
     "BACKENDS",
     "apply_map",
     "check_backend",
     "check_triton",
+    "fused_packed_attention",
     "fused_positional_attention",
     "prefers_triton",
 ]
@@ -77,6 +78,21 @@ def fused_positional_attention(
     # On the device: a seed from the CPU would be a constant of a captured CUDA graph.
     seed = torch.randint(2**31 - 1, (), device=q.device) if dropout_p > 0 else None
     return _positional(q, k, v, q_pos, k_pos, seed, scale, alpha, dropout_p)[0]
+
+
+def fused_packed_attention(
+    qkv: Tensor,
+    heads: int,
+    q_pos: Tensor | None,
+    k_pos: Tensor | None,
+    scale: float,
+    alpha: float,
+    dropout_p: float,
+) -> Tensor:
+    """The same of one packed product qkv [B, N, 3·heads·r], whose gradient is written packed, uncopied."""
+    qkv = _autocast(qkv)
+    seed = torch.randint(2**31 - 1, (), device=qkv.device) if dropout_p > 0 else None
+    return _packed(qkv, heads, q_pos, k_pos, seed, scale, alpha, dropout_p)[0]
 
 
 def apply_map(attention: Tensor, v: Tensor) -> Tensor:
@@ -224,6 +240,105 @@ def _backward_positional(ctx: Any, dout: Tensor | None, _dlse: Tensor | None) ->
 
 
 _positional.register_autograd(_backward_positional, setup_context=_setup_positional)
+
+
+# --- the same of a packed product: autograd of its views would copy the three gradients together -----------
+
+
+@torch.library.custom_op("convinit::packed_attention", mutates_args=())
+def _packed(
+    qkv: Tensor,
+    heads: int,
+    q_pos: Tensor | None,
+    k_pos: Tensor | None,
+    seed: Tensor | None,
+    scale: float,
+    alpha: float,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor]:
+    return _positional(*split_packed(qkv, heads), q_pos, k_pos, seed, scale, alpha, dropout_p)
+
+
+@torch.library.custom_op("convinit::packed_attention_backward", mutates_args=(), device_types="cpu")
+def _packed_backward(
+    dout: Tensor,
+    qkv: Tensor,
+    heads: int,
+    q_pos: Tensor | None,
+    k_pos: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    seed: Tensor | None,
+    scale: float,
+    alpha: float,
+    dropout_p: float,
+    need_q_pos: bool,
+    need_k_pos: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of qkv, q_pos and k_pos; of the last two an empty tensor where it is not needed."""
+    needs = [True, True, True, need_q_pos, need_k_pos]
+    *parts, dq_pos, dk_pos = _positional_backward(
+        dout, *split_packed(qkv, heads), q_pos, k_pos, out, lse, seed, scale, alpha, dropout_p, needs
+    )
+    dqkv = qkv.new_empty(qkv.shape)
+    for part, gradient in zip(split_packed(dqkv, heads), parts, strict=True):
+        part.copy_(gradient)
+    return dqkv, dq_pos, dk_pos
+
+
+@_packed.register_fake
+def _(qkv, heads, q_pos, k_pos, seed, scale, alpha, dropout_p):
+    batch, tokens, width = qkv.shape
+    return qkv.new_empty(batch, tokens, width // 3), qkv.new_empty(batch, heads, tokens, dtype=torch.float32)
+
+
+@_packed_backward.register_fake
+def _(dout, qkv, heads, q_pos, k_pos, out, lse, seed, scale, alpha, dropout_p, need_q_pos, need_k_pos):
+    positions = ((q_pos, need_q_pos), (k_pos, need_k_pos))
+    dq_pos, dk_pos = (x.new_empty(x.shape) if need else qkv.new_empty(0) for x, need in positions)
+    return qkv.new_empty(qkv.shape), dq_pos, dk_pos
+
+
+@_packed_backward.register_kernel("cuda")
+def _(dout, qkv, heads, q_pos, k_pos, out, lse, seed, scale, alpha, dropout_p, need_q_pos, need_k_pos):
+    from convinit.kernels import launch
+
+    dqkv = qkv.new_empty(qkv.shape)
+    needs = (True, True, True, need_q_pos, need_k_pos)
+    with torch.cuda.device(qkv.device):
+        *_, dq_pos, dk_pos = launch.positional_backward(
+            dout, *split_packed(qkv, heads), q_pos, k_pos, out, lse, seed, scale, alpha, dropout_p, needs,
+            image_gradients=split_packed(dqkv, heads),
+        )  # fmt: skip
+    return dqkv, *(qkv.new_empty(0) if x is None else x for x in (dq_pos, dk_pos))
+
+
+def _setup_packed(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    qkv, ctx.heads, q_pos, k_pos, seed, ctx.scale, ctx.alpha, ctx.dropout_p = inputs
+    ctx.save_for_backward(qkv, q_pos, k_pos, seed, *output)
+    ctx.set_materialize_grads(False)
+
+
+def _backward_packed(ctx: Any, dout: Tensor | None, _dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+    need_qkv, _, need_q_pos, need_k_pos, *_ = ctx.needs_input_grad
+    if dout is None or not (need_qkv or need_q_pos or need_k_pos):
+        return (None,) * 8
+    qkv, q_pos, k_pos, seed, out, lse = ctx.saved_tensors
+    options = (ctx.scale, ctx.alpha, ctx.dropout_p)
+    if need_qkv:
+        dqkv, dq_pos, dk_pos = _packed_backward(
+            dout, qkv, ctx.heads, q_pos, k_pos, out, lse, seed, *options, need_q_pos, need_k_pos
+        )
+    else:
+        needs = [False, False, False, need_q_pos, need_k_pos]
+        parts = split_packed(qkv, ctx.heads)
+        *_, dq_pos, dk_pos = _positional_backward(dout, *parts, q_pos, k_pos, out, lse, seed, *options, needs)
+        dqkv = None
+    positions = (dq_pos if need_q_pos else None, dk_pos if need_k_pos else None)
+    return dqkv, None, *positions, None, None, None, None
+
+
+_packed.register_autograd(_backward_packed, setup_context=_setup_packed)
 
 
 # --- one map for all images -------------------------------------------------------------------------------

@@ -6,9 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from convinit.kernels.layout import split_packed
 from convinit.ops import fused
 
-__all__ = ["positional_attention", "positional_attention_reference"]
+__all__ = ["packed_attention", "positional_attention", "positional_attention_reference"]
 
 
 def positional_attention(
@@ -64,6 +65,47 @@ def positional_attention(
     q, k = _mix(q, q_pos, alpha), _mix(k, k_pos, alpha)
     out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, scale=scale)
     return out.transpose(1, 2).flatten(2)
+
+
+def packed_attention(
+    qkv: Tensor,
+    num_heads: int,
+    q_pos: Tensor | None = None,
+    k_pos: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    alpha: float = 1.0,
+    dropout_p: float = 0.0,
+    backend: str = "auto",
+) -> Tensor:
+    """:func:`positional_attention` of queries, keys and values in one product.
+
+    q, k, v = qkv.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)
+
+    The same to the last bit. With "triton" the gradient of qkv is written in place of three that autograd
+    would have to copy together.
+
+    Args:
+        qkv: [B, N, 3·heads·r], as an ``nn.Linear`` makes it.
+        num_heads: heads.
+        Others: as in :func:`positional_attention`.
+
+    Returns:
+        [B, N, heads·r].
+    """
+    if qkv.dim() != 3 or qkv.shape[2] % (3 * num_heads):
+        raise ValueError(f"qkv must be [B, N, 3·{num_heads}·r], got {list(qkv.shape)}")
+    q, k, v = split_packed(qkv, num_heads)
+    _check(q, k, v, q_pos, k_pos, dropout_p)
+    fused.check_backend(backend)
+    if backend == "triton":
+        fused.check_triton(q)
+    if backend == "triton" or (backend == "auto" and fused.prefers_triton("positional_attention", q)):
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        return fused.fused_packed_attention(qkv, num_heads, q_pos, k_pos, scale, alpha, dropout_p)
+    return positional_attention(
+        q, k, v, q_pos, k_pos, scale=scale, alpha=alpha, dropout_p=dropout_p, backend=backend
+    )
 
 
 def positional_attention_reference(

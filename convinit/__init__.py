@@ -12,6 +12,7 @@ if (_root / "kernels" / "tiles.py").is_file():
 from convinit import init, models, nn
 from convinit._library import build_info
 from convinit.adapters import InitReport, init_vit_
+from convinit.drift import DriftMonitor
 from convinit.fit import QKFit, fit_qk, fit_targets
 from convinit.nn import ConvInitAttention
 from convinit.offsets import impulse_targets, sample_offsets
@@ -23,6 +24,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ConvInitAttention",
+    "DriftMonitor",
     "InitReport",
     "QKFit",
     "build_info",

@@ -8,6 +8,7 @@ import torch
 
 import convinit
 from convinit import viz
+from convinit.drift import DriftHistory
 
 
 def pixels(figure) -> torch.Tensor:
@@ -128,6 +129,117 @@ def test_learning_curves_draw_mean_and_band():
         viz.learning_curves({})
     with pytest.raises(ValueError, match=r"curves\['a'\] must be \[seeds, epochs\], got \[3\]"):
         viz.learning_curves({"a": torch.ones(3)})
+
+
+@pytest.fixture
+def vit():
+    """A ViT with a class and two register tokens on 4 × 6 patches, and its report."""
+    pytest.importorskip("timm", exc_type=ImportError)
+    from timm.models.vision_transformer import VisionTransformer
+
+    torch.manual_seed(0)
+    model = VisionTransformer(
+        img_size=(16, 24), patch_size=4, embed_dim=48, depth=2, num_heads=3, num_classes=3, reg_tokens=2
+    )
+    return model, convinit.init_vit_(
+        model, pos_embed_gain=60.0, peak=0.8, generator=torch.Generator().manual_seed(1)
+    )
+
+
+def test_head_maps_are_what_the_patches_of_the_model_see(vit):
+    model, report = vit
+    images = torch.randn(5, 3, 16, 24, generator=torch.Generator().manual_seed(0))
+    maps = viz.head_maps(report, model, images)
+    with torch.no_grad():
+        attn, x = model.blocks[0].attn, model.blocks[0].norm1(model._pos_embed(model.patch_embed(images)))
+        q, k, _ = attn.qkv(x).unflatten(2, (3, 3, 16)).permute(2, 0, 3, 1, 4)
+        expected = (attn.scale * q @ k.mT).softmax(dim=-1).mean(dim=0)[:, 3:, 3:]
+    torch.testing.assert_close(maps[0], expected)
+    assert [list(each.shape) for each in maps] == [[3, 24, 24]] * 2
+    positions = viz.head_maps(report)
+    for each, record in zip(positions, report.records, strict=True):
+        inside = record.targets >= 0
+        on_target = each.gather(2, record.targets.clamp(min=0)[:, :, None])[:, :, 0]
+        torch.testing.assert_close((on_target * inside).sum(1) / inside.sum(1), record.peak.float())
+
+
+def circles(axes):
+    from matplotlib.patches import Circle
+
+    return [patch.center for patch in axes.patches if isinstance(patch, Circle)]
+
+
+def test_model_filters_circle_the_impulse_of_every_head(vit):
+    _, report = vit
+    before = viz.head_maps(report)
+    figure = viz.model_filters(report, [torch.full_like(each, 1 / 24) for each in before], title="filters")
+    start, now = (axes for axes in figure.axes if axes.images)
+    assert (start.get_title(), now.get_title()) == ("at the start", "now")
+    filters = torch.cat([viz.attention_filter(each, (4, 6), radius=2) for each in before])
+    for drawn, filter, (x, y) in zip(now.images, filters, circles(now), strict=True):
+        shown = torch.as_tensor(drawn.get_array().data)
+        torch.testing.assert_close(shown, filter.double())
+        left, right, bottom, top = drawn.get_extent()
+        column, row = int((x - left) / (right - left) * 5), int((y - top) / (bottom - top) * 5)
+        assert shown[row, column] == shown.max() > 0.5
+    assert all(abs(drawn.get_array() - 1 / 24).max() < 1e-6 for drawn in start.images)
+    assert pixels(figure).float().std() > 10
+
+
+def test_model_maps_keep_lines_of_large_maps(vit):
+    _, report = vit
+    (axes,) = (axes for axes in viz.model_maps(report).axes if axes.images)
+    shown = torch.stack([torch.as_tensor(drawn.get_array().data) for drawn in axes.images])
+    torch.testing.assert_close(shown, torch.cat(viz.head_maps(report)).double())
+
+    from convinit.viz.model import smaller
+
+    (small,) = smaller([torch.eye(150)[None]])
+    torch.testing.assert_close(small, torch.eye(50)[None])
+
+
+def test_squares_of_layers_with_different_heads_and_without_impulses():
+    from convinit.viz.squares import squares
+
+    filters = [torch.rand(2, 5, 5), torch.rand(3, 3, 3), torch.rand(1, 5, 5)]
+    offsets = [torch.tensor([[0, 1], [-2, 3]]), None, torch.tensor([[1, 0]])]
+    figure = squares({"one": filters}, [0, 3, 4], offsets)
+    axes = figure.axes[0]
+    assert len(axes.images) == 6
+    assert len(circles(axes)) == 2  # one impulse is outside the filter
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["0", "3", "4"]
+
+
+def test_pictures_of_a_model_refuse(vit):
+    model, report = vit
+    with pytest.raises(ValueError, match="model and images together"):
+        viz.model_filters(report, images=torch.randn(1, 3, 16, 24))
+    with pytest.raises(ValueError, match=r"before must be what head_maps\(report\) gave"):
+        viz.model_maps(report, viz.head_maps(report)[:1])
+    with pytest.raises(ValueError, match="radius must be at most 3"):
+        viz.model_filters(report, radius=4)
+    model.patch_drop = torch.nn.Module()
+    model.patch_drop.forward = lambda x: x[:, :10]
+    with pytest.raises(ValueError, match=r"all 24 patches to blocks\.0\.attn, got 10"):
+        viz.head_maps(report, model, torch.randn(1, 3, 16, 24))
+
+
+def test_drift_draws_a_line_for_every_head():
+    peak = torch.rand(4, 5, 3, generator=torch.Generator().manual_seed(0))
+    peak[:, 4, 2] = torch.nan  # a layer of two heads
+    history = DriftHistory(torch.tensor([0, 10, 20, 25]), torch.arange(2, 7), peak, peak, 1 - peak)
+    figure = viz.drift(history, measure="distance", title="drift")
+    assert [len(axes.lines) for axes in figure.axes] == [4, 4, 4, 4, 3]
+    for layer, axes in enumerate(figure.axes):
+        heads = torch.stack([torch.as_tensor(line.get_ydata()) for line in axes.lines])
+        torch.testing.assert_close(heads[:-1], (1 - peak[:, layer, : len(heads) - 1]).mT.double())
+        torch.testing.assert_close(heads[-1], heads[:-1].mean(dim=0))
+        assert axes.get_title(loc="left") == f"layer {layer + 2}"
+        assert axes.get_title(loc="right") == f"{heads[-1, 0]:.2f} → {heads[-1, -1]:.2f}"
+        assert list(axes.lines[0].get_xdata()) == [0, 10, 20, 25]
+    assert pixels(figure).float().std() > 10
+    with pytest.raises(ValueError, match="measure must be one of peak, hit_rate, distance, got 'mse'"):
+        viz.drift(history, measure="mse")
 
 
 def test_viz_needs_no_matplotlib_until_it_draws_and_never_pyplot():

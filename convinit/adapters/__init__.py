@@ -3,6 +3,7 @@
 from convinit.adapters.additive import AdditiveLayout
 from convinit.adapters.init_vit import init_vit_
 from convinit.adapters.layout import Layout, Linear, SelfAttention, Slot, packed_qkv
+from convinit.adapters.measure import head_maps
 from convinit.adapters.report import InitReport, LayerRecord
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "Linear",
     "SelfAttention",
     "Slot",
+    "head_maps",
     "init_vit_",
     "packed_qkv",
 ]

@@ -124,7 +124,7 @@ def init_vit_(
         found[0].grid_size,
         method if isinstance(method, str) else repr(method),
         time.perf_counter() - start,
-        attentions=[layout.attentions[i] for layout, i in chosen],
+        places=chosen,
     )
     if images is not None:
         measure_on_images_(report, model, images)

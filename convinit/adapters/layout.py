@@ -244,6 +244,10 @@ class Layout(ABC):
     def position_maps(self, layer: int) -> Tensor:
         """What the positions alone make of a layer's attention, [heads, T, T]."""
 
+    def grid_of(self, layer: int) -> tuple[int, int]:
+        """(H, W) of the patch tokens that a layer's maps are over."""
+        return self.grid_size
+
     def record(
         self,
         layer: int,

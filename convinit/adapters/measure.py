@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +40,43 @@ def on_images(report: InitReport, model: nn.Module, images: Any, use: Callable[[
             handle.remove()
         for module, mode in modes:
             module.training = mode
+
+
+@torch.no_grad()
+def head_maps(report: InitReport, model: nn.Module | None = None, images: Any = None) -> list[Tensor]:
+    """What the patches of every head pay to each other now, after whatever training the model has had.
+
+    softmax(scale · q kᵀ)[n:, n:], n class and register tokens: with any, rows add up to less than 1
+
+    Args:
+        report: of :func:`convinit.init_vit_`.
+        model, images: the model, and a batch as it takes it: the mean map over the batch. None: the maps that
+            the positions alone make.
+
+    Returns:
+        For each record of the report [heads, N, N], float32 on the CPU.
+
+    Raises:
+        ValueError: images without the model, or a model that drops or masks tokens.
+    """
+    counts = [math.prod(grid) for grid in report.grid_sizes]
+    if (model is None) != (images is None):
+        raise ValueError("give model and images together, or neither for the maps of the positions alone")
+    found: dict[int, Tensor] = {}
+    if model is None:
+        for i, (layout, layer) in enumerate(report.places):
+            found[i] = layout.position_maps(layer)
+    else:
+        on_images(report, model, images, lambda i, maps: found.__setitem__(i, maps.mean(dim=0)))
+    maps = []
+    for i, count in enumerate(counts):
+        if i not in found or found[i].shape[-1] < count:
+            raise ValueError(
+                f"model must show all {count} patches to {report.records[i].name or 'its attention'}, got "
+                f"{found[i].shape[-1] if i in found else 'no call of it'}: does it drop or mask tokens?"
+            )
+        maps.append(found[i][:, -count:, -count:].float().cpu())
+    return maps
 
 
 def measure_on_images_(report: InitReport, model: nn.Module, images: Any) -> InitReport:

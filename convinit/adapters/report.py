@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from convinit.fit.result import map_metrics
+
+if TYPE_CHECKING:
+    from convinit.adapters.layout import Layout
 
 _NUMBERS = ("mse", "peak", "hit_rate", "weight_norm", "prefix")
 
@@ -78,7 +81,8 @@ class InitReport:
         method: by which queries and keys were set.
         seconds: wall-clock time.
         notes: what should be known of the whole model.
-        attentions: the model's own attentions, one for each record; they follow the model as it trains.
+        places: for each record the layout and the number of the attention in it. They refer to the model's
+            own parameters, and so follow the model as it trains.
     """
 
     records: list[LayerRecord]
@@ -86,7 +90,17 @@ class InitReport:
     method: str
     seconds: float
     notes: list[str] = field(default_factory=list)
-    attentions: Sequence[Any] = ()
+    places: Sequence[tuple[Layout, int]] = ()
+
+    @property
+    def attentions(self) -> list[Any]:
+        """The model's own attentions, one for each record."""
+        return [layout.attentions[i] for layout, i in self.places]
+
+    @property
+    def grid_sizes(self) -> list[tuple[int, int]]:
+        """(H, W) of the patch tokens of each record; in Swin of a window."""
+        return [layout.grid_of(i) for layout, i in self.places]
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """One dictionary a head: layer, name, head, dy, dx and the figures as Python numbers."""

@@ -113,6 +113,9 @@ class WindowLayout(Layout):
     def position_maps(self, layer: int) -> Tensor:
         return self.attentions[layer].position_map(torch.empty(0))
 
+    def grid_of(self, layer: int) -> tuple[int, int]:
+        return self.attentions[layer].window_size
+
 
 # --- the libraries' models --------------------------------------------------------------------------------
 

@@ -1,13 +1,8 @@
-"""Pictures of attention and of training, as matplotlib figures (extra `train`).
-
-Every function takes plain tensors and returns a `matplotlib.figure.Figure` that belongs to nobody: no window,
-no pyplot state, so it works on any machine. Save it with `figure.savefig("maps.png", dpi=150)`.
-Colours stay apart for colour-blind readers and in grey.
-"""
+"""Attention maps of heads, given as tensors, and the convolution filters that they come closest to."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,24 +10,11 @@ from torch import Tensor
 
 from convinit.offsets import check_grid_size, check_int, impulse_targets
 from convinit.ops.impulse_matrix import impulse_matrix
+from convinit.viz import style
+from convinit.viz.squares import squares
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-__all__ = ["attention_filter", "attention_filters", "attention_maps", "fit_filters", "learning_curves"]
-
-_MAP = "cividis"  # made for colour-blind readers: its lightness rises evenly
-_TARGET = "#e8590c"
-# Okabe and Ito's palette, without its yellow, which is lost on white; with a dash for each colour.
-_LINES = (
-    ("#000000", (0, (1, 1))),
-    ("#56b4e9", (0, (4, 1.5))),
-    ("#e69f00", "solid"),
-    ("#0072b2", "solid"),
-    ("#d55e00", (0, (4, 1.5))),
-    ("#cc79a7", (0, (1, 1))),
-    ("#009e73", (0, (4, 1, 1, 1))),
-)
 
 
 def attention_filter(maps: Tensor, grid_size: Sequence[int], *, radius: int | None = None) -> Tensor:
@@ -150,99 +132,12 @@ def fit_filters(
     Returns:
         A figure with one row a layer and one square a head.
     """
-    layers, heads = _check_heads(offsets, maps)
+    layers, _ = _check_heads(offsets, maps)
     height, width = check_grid_size(grid_size)
     filters = maps
     if maps.shape[-1] == height * width:
         filters = attention_filter(maps, grid_size, radius=radius)
-    figure, grid = _panels(layers, heads, cell=(0.95, 0.95), top=0.72, wspace=0.08, hspace=0.08)
-    for layer in range(layers):
-        for head in range(heads):
-            axes = figure.add_subplot(grid[layer, head])
-            image = _filter(axes, filters[layer, head], tuple(offsets[layer, head].tolist()), number=True)
-            if layer == 0:
-                axes.set_title(f"head {head + 1}", fontsize=9, pad=3)
-            if head == 0:
-                axes.set_ylabel(f"layer {layer + 1}", fontsize=9)
-    _colorbar(figure, image, "attention")
-    if title:
-        _title(figure, title)
-    return figure
-
-
-def learning_curves(
-    curves: Mapping[str, Tensor],
-    *,
-    ylabel: str = "test accuracy, %",
-    goal: float | None = None,
-    title: str | None = None,
-) -> Figure:
-    """Mean curve of every setting over its seeds, in a band from the lowest seed to the highest.
-
-    Args:
-        curves: for each label values [seeds, epochs]; the first epoch is 1.
-        ylabel: what the values are.
-        goal: a value to mark by a line.
-        title: a line above the figure.
-
-    Raises:
-        ValueError: there are no curves, or one has another shape.
-    """
-    if not curves:
-        raise ValueError("curves must hold at least one setting, got none")
-    for label, values in curves.items():
-        if values.dim() != 2 or 0 in values.shape:
-            raise ValueError(f"curves[{label!r}] must be [seeds, epochs], got {list(values.shape)}")
-    figure = _figure(8.6, 4.4)
-    from matplotlib.ticker import MaxNLocator
-
-    axes = figure.add_axes((0.075, 0.125, 0.54, 0.785))
-    ends = []
-    for index, (label, values) in enumerate(curves.items()):
-        color, dash = _LINES[index % len(_LINES)]
-        epochs = range(1, values.shape[1] + 1)
-        values = values.double().cpu()
-        mean, low, high = values.mean(dim=0).numpy(), values.amin(dim=0).numpy(), values.amax(dim=0).numpy()
-        axes.fill_between(epochs, low, high, color=color, alpha=0.13, lw=0)
-        axes.plot(epochs, mean, color=color, linestyle=dash, lw=2, marker="o" if len(mean) == 1 else None)
-        ends.append((float(mean[-1]), label, color, dash))
-    longest = max(values.shape[1] for values in curves.values())
-    axes.set_xlim(1, max(longest, 2))
-    lowest = min(float(values.min()) for values in curves.values())
-    highest = max(float(values.max()) for values in curves.values())
-    margin = 0.04 * max(highest - lowest, 1e-3)
-    axes.set_ylim(lowest - margin, highest + margin)
-    if goal is not None:
-        axes.axhline(goal, color="0.55", lw=0.8, zorder=0)
-    axes.set_xlabel("epoch")
-    axes.set_ylabel(ylabel)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.grid(color="0.92")
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    _label_ends(axes, ends)
-    if title:
-        _title(figure, title)
-    return figure
-
-
-def _label_ends(axes: Any, ends: Sequence[tuple[float, str, str, Any]]) -> None:
-    """The name of each curve (value, label, color, dash) beside its end, moved apart where ends are close."""
-    bottom, top = axes.get_ylim()
-    gap = 0.068  # of the height of the axes: a line of text
-    ends = sorted(ends, key=lambda end: end[0])
-    heights = [(value - bottom) / (top - bottom) for value, *_ in ends]
-    labels = list(heights)
-    for i in range(1, len(labels)):
-        labels[i] = max(labels[i], labels[i - 1] + gap)
-    labels[-1] = min(labels[-1], 1.0)
-    for i in range(len(labels) - 2, -1, -1):
-        labels[i] = min(labels[i], labels[i + 1] - gap)
-    across = axes.transAxes
-    for (value, name, color, dash), end, label in zip(ends, heights, labels, strict=True):
-        line = {"color": color, "linestyle": dash, "lw": 1.8, "clip_on": False}
-        axes.plot([1.0, 1.03, 1.09], [end, label, label], transform=across, **line)
-        axes.text(1.1, label, f"{name}  {value:.1f}", transform=across, va="center", fontsize=9.5)
+    return squares({"fitted": list(filters)}, range(1, layers + 1), list(offsets), first_head=1, title=title)
 
 
 def _targets(offsets: Tensor, grid_size: Sequence[int], like: Tensor) -> Tensor:
@@ -272,9 +167,8 @@ def _triples(
                     )
                 if head == 0 and stage == 0:
                     axes.set_ylabel(f"layer {layer + 1}", fontsize=11, weight="bold", labelpad=6)
-    _colorbar(figure, image, bar)
-    if title:
-        _title(figure, title)
+    style.colorbar(figure, image, bar)
+    style.add_title(figure, title)
     return figure
 
 
@@ -291,23 +185,13 @@ def _check_heads(offsets: Tensor, *maps: Tensor) -> tuple[int, int]:
     return layers, heads
 
 
-def _figure(width: float, height: float) -> Figure:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(
-            "figures need matplotlib, which is not installed; get it with: pip install 'convinit[train]'"
-        ) from error
-    return Figure(figsize=(width, height), facecolor="white")
-
-
 def _panels(
     rows: int, columns: int, *, cell: tuple[float, float], top: float, **spacing: float
 ) -> tuple[Figure, Any]:
     """A figure and its grid; sizes in inches, with room for row names, titles and a colour bar."""
     left, right, bottom = 0.6, 0.95, 0.12
     width, height = left + columns * cell[0] + right, top + rows * cell[1] + bottom
-    figure = _figure(width, height)
+    figure = style.new_figure(width, height)
     grid = figure.add_gridspec(
         rows,
         columns,
@@ -320,25 +204,10 @@ def _panels(
     return figure, grid
 
 
-def _title(figure: Figure, title: str) -> None:
-    """At the left edge, in a size that fits."""
-    width, height = figure.get_size_inches()
-    size = min(12.0, 72 * (width - 0.3) / (0.55 * len(title)))
-    figure.text(0.15 / width, 1 - 0.12 / height, title, fontsize=size, va="top")
-
-
 def _square(axes: Any, values: Tensor) -> Any:
-    from matplotlib.colors import PowerNorm
-
-    # The square root of the attention: a uniform map of 1/64 must not look like nothing.
-    image = axes.imshow(
-        values.detach().double().cpu().numpy(), cmap=_MAP, norm=PowerNorm(0.5, 0, 1), interpolation="nearest"
-    )
-    axes.set_xticks([])
-    axes.set_yticks([])
-    for spine in axes.spines.values():
-        spine.set_visible(False)
-    return image
+    drawn = style.image(axes, values)
+    style.bare(axes)
+    return drawn
 
 
 def _filter(axes: Any, values: Tensor, offset: tuple[int, ...], *, number: bool) -> Any:
@@ -350,20 +219,10 @@ def _filter(axes: Any, values: Tensor, offset: tuple[int, ...], *, number: bool)
     axes.axvline(radius, color="white", lw=0.4, alpha=0.5)
     dy, dx = offset
     if max(abs(dy), abs(dx)) <= radius:
-        axes.add_patch(Circle((radius + dx, radius + dy), 0.72, fill=False, color=_TARGET, lw=1.4))
+        axes.add_patch(Circle((radius + dx, radius + dy), 0.72, fill=False, color=style.TARGET, lw=1.4))
         if number:
             axes.text(
                 0.97, 0.02, f"{float(values[radius + dy, radius + dx]):.2f}", transform=axes.transAxes,
                 ha="right", va="bottom", fontsize=7.5, color="white",
             )  # fmt: skip
     return image
-
-
-def _colorbar(figure: Figure, image: Any, label: str) -> None:
-    width, height = figure.get_size_inches()
-    tall = min(2.4, 0.75 * height)
-    axes = figure.add_axes((1 - 0.78 / width, 0.15 / height, 0.13 / width, tall / height))
-    bar = figure.colorbar(image, cax=axes, ticks=[0, 0.05, 0.2, 0.5, 1])
-    bar.set_label(label, fontsize=9, labelpad=2)
-    bar.ax.tick_params(labelsize=8)
-    bar.outline.set_visible(False)

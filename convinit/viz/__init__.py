@@ -1,0 +1,29 @@
+"""Pictures of attention and of training, as matplotlib figures (extra `train`).
+
+Every function returns a `matplotlib.figure.Figure` that belongs to nobody: no window, no pyplot state, so it
+works on any machine. Save it with `figure.savefig("maps.png", dpi=150)`.
+Colours stay apart for colour-blind readers and in grey.
+
+===================  ============================================================================
+of plain tensors     ``attention_filter``  ``attention_filters``  ``attention_maps``  ``fit_filters``
+of a whole model     ``head_maps``  ``model_filters``  ``model_maps``
+of training          ``learning_curves``  ``drift``
+===================  ============================================================================
+"""
+
+from convinit.adapters.measure import head_maps
+from convinit.viz.curves import drift, learning_curves
+from convinit.viz.heads import attention_filter, attention_filters, attention_maps, fit_filters
+from convinit.viz.model import model_filters, model_maps
+
+__all__ = [
+    "attention_filter",
+    "attention_filters",
+    "attention_maps",
+    "drift",
+    "fit_filters",
+    "head_maps",
+    "learning_curves",
+    "model_filters",
+    "model_maps",
+]

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import convinit
+from convinit import viz
 from convinit.cli.app import app
 from convinit.fit.result import attention_maps
 from convinit.nn import sincos_2d
@@ -58,7 +59,7 @@ def test_without_the_extra_one_sentence_says_what_to_do():
     )
 
 
-@pytest.mark.parametrize("command", [[], ["demo"], ["fit"], ["info"]])
+@pytest.mark.parametrize("command", [[], ["demo"], ["fit"], ["plot"], ["info"]])
 def test_help_teaches(command):
     result = invoke(*command, "--help")
     assert result.exit_code == 0
@@ -147,6 +148,12 @@ def test_files_that_hold_code_are_not_run(tmp_path):
         (["fit", "--pos-embed", "nothing.pt"], "'nothing.pt', which is no file"),
         (["fit", "--pos-embed", __file__], "not a .npy, .safetensors, .pt or .pth file"),
         (["demo", "--arm", "nix"], "arms must be among default, mimetic-vo, "),
+        (["plot"], "give --model with a name of timm, or --fit with a folder"),
+        (
+            ["plot", "--fit", "nothing"],
+            "folder of convinit fit --out, got 'nothing' without weights.safetensors",
+        ),
+        (["plot", "--fit", "nothing", "--option", "depth=2"], "belong to --model, not to --fit"),
         (["demo", "--epochs", "0"], "epochs must be at least 1, got 0"),
         (["demo", "--jobs", "0"], "jobs must be at least 1, got 0"),
         (["demo", "--train-images", "2000"], "num_train must be below 1797"),
@@ -239,6 +246,70 @@ def test_fit_finds_an_unwritable_folder_before_the_work(tmp_path, monkeypatch):
     result = invoke("fit", "--grid", "4", "--dim", "16", "--heads", "2", "--out", str(blocker / "deep"))
     assert result.exit_code == 1
     assert str(blocker) in result.stderr
+
+
+TINY = ["--model", "vit_tiny_patch16_224"]
+for _option in ("img_size=32", "patch_size=8", "embed_dim=48", "depth=2", "num_heads=3", "num_classes=4"):
+    TINY += ["--option", _option]
+
+
+@pytest.fixture
+def tiny_vit():
+    timm = pytest.importorskip("timm", exc_type=ImportError)
+    return timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3, num_classes=4
+    )
+
+
+def test_plot_shows_a_model_before_and_after(tiny_vit, tmp_path, monkeypatch):
+    report = convinit.init_vit_(tiny_vit, method="keep", values="keep")
+    after = viz.head_maps(report)
+    torch.save(
+        {"state_dict": {f"module.{k}": v for k, v in tiny_vit.state_dict().items()}}, tmp_path / "a.pt"
+    )
+    drawn = []
+
+    def model_filters(report, before, **options):
+        drawn.append((report, before, viz.head_maps(report)))
+        return draw(report, before, **options)
+
+    draw = viz.model_filters
+    monkeypatch.setattr(viz, "model_filters", model_filters)
+    result = invoke("plot", *TINY, "--seed", "3", "--after", tmp_path / "a.pt", "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    [(shown, before, now)] = drawn
+    offsets = convinit.sample_offsets(6, 3, stratified=True, generator=torch.Generator().manual_seed(3))
+    assert torch.equal(torch.cat([record.offsets for record in shown.records]), offsets)
+    assert viz.attention_filter(before[0], (4, 4)).amax() > 0.5 > viz.attention_filter(now[0], (4, 4)).amax()
+    for ours, theirs in zip(now, after, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    for name in ("filters.png", "maps.png"):
+        assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_plot_of_wrong_weights(tiny_vit, tmp_path):
+    weights = tiny_vit.state_dict()
+    weights["head.bias"] = torch.zeros(7)
+    save_file(weights, tmp_path / "other.safetensors")
+    result = invoke("plot", *TINY, "--after", tmp_path / "other.safetensors", "--out", tmp_path)
+    assert result.exit_code == 2 and "is of another model: head.bias [4], got [7]" in result.stderr
+    (tmp_path / "bad.pt").write_bytes(b"hello world")
+    result = invoke("plot", *TINY, "--before", tmp_path / "bad.pt", "--out", tmp_path)
+    assert result.exit_code == 2 and "bad.pt cannot be read as weights" in result.stderr
+    result = invoke("plot", *TINY, "--before", tmp_path / "none.pt", "--out", tmp_path)
+    assert result.exit_code == 2 and "none.pt', which is none" in result.stderr
+    result = invoke("plot", "--model", "vit_nix", "--out", tmp_path)
+    assert result.exit_code == 2 and "that timm knows, such as" in result.stderr
+
+
+def test_plot_of_a_fit(tmp_path):
+    assert invoke("fit", *SMALL_FIT, "--out", tmp_path / "fit").exit_code == 0
+    result = invoke("plot", "--fit", tmp_path / "fit", "--radius", "1", "--out", tmp_path / "new" / "out")
+    assert result.exit_code == 0, result.output
+    assert {path.name for path in (tmp_path / "new" / "out").iterdir()} == {"filters.png", "maps.png"}
+    (tmp_path / "fit" / "weights.safetensors").write_bytes(b"\x00\x01")
+    result = invoke("plot", "--fit", tmp_path / "fit", "--out", tmp_path / "out")
+    assert result.exit_code == 2 and "was not written by convinit fit" in result.stderr
 
 
 @pytest.mark.parametrize(("name", "content"), [("a.npy", b"PK\x03\x04rest"), ("a.pt", b"hello world")])

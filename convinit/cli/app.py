@@ -11,6 +11,7 @@ from convinit.cli import errors
 from convinit.cli.demo import demo
 from convinit.cli.fit import fit
 from convinit.cli.info import info
+from convinit.cli.plot import plot
 
 app = typer.Typer(
     name="convinit",
@@ -46,4 +47,5 @@ def common(
 
 app.command()(errors.explained(demo))
 app.command()(errors.explained(fit))
+app.command()(errors.explained(plot))
 app.command()(errors.explained(info))

@@ -1,0 +1,208 @@
+"""`convinit plot`."""
+
+from __future__ import annotations
+
+import ast
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from torch import Tensor, nn
+
+import convinit
+from convinit.adapters.request import UNFITTED
+from convinit.fit.api import METHODS
+from convinit.fit.result import attention_maps
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def plot(
+    model: Annotated[
+        str | None, typer.Option(help="A model of timm by its name, such as vit_tiny_patch16_224.")
+    ] = None,
+    fit: Annotated[Path | None, typer.Option(help="Or a folder that convinit fit --out has written.")] = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=VALUE for timm.create_model; may be repeated.", show_default="none"),
+    ] = None,
+    init: Annotated[
+        str,
+        typer.Option(
+            help=f"How init_vit_ sets queries and keys: {', '.join((*METHODS, *UNFITTED))} (timm's own)."
+        ),
+    ] = "newton",
+    kernel_size: Annotated[
+        int, typer.Option("--kernel-size", "-f", help="Offsets are drawn from an f×f window of tokens; odd.")
+    ] = 3,
+    peak: Annotated[
+        float | None, typer.Option(help="Mean attention on the target, 0 to 1.", show_default="0.7")
+    ] = None,
+    pos_embed_gain: Annotated[
+        float | None,
+        typer.Option(help="Multiplies the position embedding, see init_vit_.", show_default="none"),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of all draws.")] = 0,
+    before: Annotated[
+        Path | None,
+        typer.Option(
+            help="Weights at the start (.safetensors, .pt, .pth) to draw instead of those of --init."
+        ),
+    ] = None,
+    after: Annotated[
+        Path | None, typer.Option(help="Weights after training; drawn beside those at the start.")
+    ] = None,
+    radius: Annotated[
+        int | None,
+        typer.Option(
+            help="The filters reach this many tokens from the query.",
+            show_default="one more than the farthest offset",
+        ),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for filters.png and maps.png.")] = Path("convinit-plot"),
+) -> None:
+    """Draw where every attention head of a model looks, by its positions alone.
+
+    Writes filters.png, the mean attention around a query, which shows the convolution that a head is; and
+    maps.png, the whole attention maps. The impulse that a head was fitted to is circled: its offset comes
+    from --seed and -f, so give those that training started with, as in
+    init_vit_(..., generator=torch.Generator().manual_seed(seed)).
+
+    Examples:
+
+    - `convinit plot --model vit_tiny_patch16_224`
+
+    - `convinit plot --model vit_tiny_patch16_224 --option num_classes=10 --after checkpoint.safetensors`
+
+    - `convinit plot --model vit_base_patch16_224 --init keep --after pretrained.pth`
+
+    - `convinit plot --fit vit-tiny`
+    """
+    if (model is None) == (fit is None):
+        raise ValueError("give --model with a name of timm, or --fit with a folder of convinit fit")
+    from convinit import viz
+
+    out.mkdir(parents=True, exist_ok=True)
+    console = Console()
+    if fit is not None:
+        if before or after or option:
+            raise ValueError("before, after and option belong to --model, not to --fit")
+        figures = _of_fit(fit, radius)
+    else:
+        network = _create(str(model), option or [], seed)
+        weights = {path: _weights(network, path) for path in (before, after) if path is not None}
+        report = convinit.init_vit_(
+            network, method=init, kernel_size=kernel_size, peak=peak, pos_embed_gain=pos_embed_gain,
+            values="keep", generator=torch.Generator().manual_seed(seed),
+        )  # fmt: skip
+        console.print(report.summary(), highlight=False, soft_wrap=True, markup=False)
+        start = None
+        if before is not None:
+            network.load_state_dict(weights[before])
+        if after is not None:
+            start = viz.head_maps(report)
+            network.load_state_dict(weights[after])
+        figures = {
+            "filters.png": viz.model_filters(
+                report, start, radius=radius, title=f"{model}: attention around a query"
+            ),
+            "maps.png": viz.model_maps(report, start, title=f"{model}: attention maps"),
+        }
+    for name, figure in figures.items():
+        figure.savefig(out / name, dpi=150)
+    written = ", ".join(str(out / name) for name in figures)
+    console.print(f"Written: {written}", highlight=False, soft_wrap=True, markup=False)
+
+
+def _create(name: str, options: list[str], seed: int) -> nn.Module:
+    try:
+        import timm
+    except ImportError as error:
+        raise ImportError(
+            f"--model needs timm, which cannot be imported ({error}); pip install timm"
+        ) from error
+    arguments = {}
+    for text in options:
+        key, equals, value = text.partition("=")
+        if not (key.isidentifier() and equals):
+            raise ValueError(f"option must be NAME=VALUE, such as img_size=32, got {text!r}")
+        try:
+            arguments[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            arguments[key] = value
+    if not timm.is_model(name):
+        near = timm.list_models(f"*{name.split('_')[0]}*")[:5]
+        hint = f", such as {', '.join(near)}" if near else "; timm.list_models() has them all"
+        raise ValueError(f"model must be a name that timm knows{hint}; got {name!r}")
+    torch.manual_seed(seed)
+    network: nn.Module = timm.create_model(name, **arguments)
+    return network
+
+
+def _weights(network: nn.Module, path: Path) -> dict[str, Tensor]:
+    """Weights of this network from a file, which may be a whole checkpoint of timm's training script."""
+    from timm.models import load_state_dict
+
+    if not path.is_file():
+        raise ValueError(f"weights must be in a file, got {str(path)!r}, which is none")
+    try:
+        weights: dict[str, Tensor] = load_state_dict(str(path), weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # a broken file breaks its reader in many ways
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path} cannot be read as weights: {reason}") from error
+    own = network.state_dict()
+    wrong = [
+        f"{name} {list(tensor.shape)}, got {list(weights[name].shape) if name in weights else 'none'}"
+        for name, tensor in own.items()
+        if name not in weights or weights[name].shape != tensor.shape
+    ] + [f"no {name}" for name in weights if name not in own]
+    if wrong:
+        raise ValueError(
+            f"{path} is of another model: {'; '.join(wrong[:3])} ({len(wrong)} tensors in all). "
+            "Give what it was made with, such as --option num_classes=10"
+        )
+    return weights
+
+
+def _of_fit(folder: Path, radius: int | None) -> dict[str, Figure]:
+    from safetensors import SafetensorError, safe_open
+
+    from convinit.viz import attention_filter, fit_filters
+    from convinit.viz.model import smaller
+    from convinit.viz.squares import squares
+
+    path = folder / "weights.safetensors"
+    if not path.is_file():
+        raise ValueError(
+            f"fit must be a folder of convinit fit --out, got {str(folder)!r} without {path.name}"
+        )
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in ("wq", "wk", "pos_embed", "offsets")}
+            settings: dict[str, Any] = json.loads((file.metadata() or {})["settings"])
+        (height, width), scale, method = (settings[name] for name in ("grid_size", "scale", "method"))
+    except (SafetensorError, KeyError) as error:
+        raise ValueError(f"{path} was not written by convinit fit: {error}") from error
+    filters, maps = [], []
+    for wq, wk in zip(tensors["wq"], tensors["wk"], strict=True):  # a layer at a time: the maps can be large
+        own = attention_maps(wq, wk, tensors["pos_embed"], scale)
+        filters.append(attention_filter(own, (height, width), radius=radius))
+        maps += smaller([own])
+    what = f"{height}×{width} tokens, {method}"
+    return {
+        "filters.png": fit_filters(
+            tensors["offsets"],
+            torch.stack(filters),
+            (height, width),
+            title=f"Attention around a query, {what}",
+        ),
+        "maps.png": squares(
+            {"fitted": maps}, range(1, len(maps) + 1), first_head=1, title=f"Attention maps, {what}"
+        ),
+    }

@@ -1,18 +1,32 @@
 // Limited-memory BFGS with a backtracking line search, for smooth functions of a few thousand to a million variables.
 // Liu & Nocedal, "On the limited memory BFGS method for large scale optimization", Math. Programming 45 (1989).
+//
+// One text for CPU and CUDA. The minimiser works with numbers alone; vectors belong to a `Space`, which may be one
+// thread with arrays or many thread blocks that hold a slice each. All its threads run `minimise` with the same numbers:
+//
+//   double evaluate()                          the function at the point; fills the gradient there
+//   double try_step(double length)             the same at next = point - length * step, of which it fills the gradient
+//   void accept(int pair)                      keeps next - point and the gradient's change as that pair; moves to next
+//   void inner_products(LbfgsMemory&, int pair)  fills the Gram matrix: row and column of the gradient, and of the pair
+//                                                unless it is kNoPair
+//   void combine(const LbfgsMemory&)           step = sum of weights * vectors
+//   void once(f)                               one thread runs f, and then all see what it wrote
+//
+// All that the two-loop recursion needs of the vectors is their inner products. Keeping those (Chen et al., "Large-scale
+// L-BFGS using MapReduce", NeurIPS 2014) makes a direction one joint reduction and one pass over the vectors, where the
+// recursion on vectors would be 4 x kPairs operations that each wait for the one before.
 #pragma once
 
-#include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <vector>
+
+#include "host_device.h"
 
 namespace convinit {
 
 struct LbfgsOptions {
   int64_t max_iterations = 200;
-  double tolerance = 1e-2;   // stop when `window` iterations together lowered the value by less than this share of it
-  int64_t window = 10;
+  double tolerance = 1e-2;   // stop when kWindow iterations together lowered the value by less than this share of it
   double first_step = 0.1;   // length of the first step, in the units of x
 };
 
@@ -22,115 +36,118 @@ struct LbfgsResult {
   bool converged = false;    // stopped by the tolerance, or because no step lowers the value any more
 };
 
-namespace detail {
-inline double dot(const std::vector<double>& a, const std::vector<double>& b) {
-  double s[4] = {0, 0, 0, 0};  // four chains, so that additions overlap; the order is fixed
-  size_t i = 0;
-  for (; i + 4 <= a.size(); i += 4)
-    for (size_t j = 0; j < 4; ++j) s[j] += a[i + j] * b[i + j];
-  for (; i < a.size(); ++i) s[0] += a[i] * b[i];
-  return (s[0] + s[1]) + (s[2] + s[3]);
-}
-inline void add_scaled(std::vector<double>& y, double alpha, const std::vector<double>& x) {
-  for (size_t i = 0; i < y.size(); ++i) y[i] += alpha * x[i];
-}
-}  // namespace detail
+// What is learnt of the function. The curvature learnt in one call of `minimise` serves the next, which is right where
+// the function has hardly changed in between; `forget` drops it.
+struct LbfgsMemory {
+  static constexpr int kPairs = 10;           // pairs in use; one more slot takes the candidate
+  static constexpr int kSlots = kPairs + 1;
+  static constexpr int kGradient = 2 * kSlots;  // vectors: steps [kSlots], changes of the gradient [kSlots], gradient
+  static constexpr int kVectors = kGradient + 1;
+  static constexpr int kNoPair = -1;
+  static constexpr int kWindow = 10;
 
-class Lbfgs {
- public:
-  explicit Lbfgs(int64_t memory = 10) : memory_(memory) {}
+  double gram[kVectors][kVectors];
+  double weights[kVectors];                   // of the step that `direction` found
+  double alpha[kPairs];
+  double values[kWindow + 1];                 // the latest ones, by iteration modulo their number
+  double slope;                               // of the function along -step
+  int first, count;                           // the pairs in use: slots first, first + 1, ...
 
-  // Lowers f from x, in place. `f(x, grad)` returns the value and fills grad. The curvature learnt in one call serves
-  // the next, which is right where f has hardly changed in between; `forget` drops it.
-  template <class Function>
-  LbfgsResult minimise(Function&& f, std::vector<double>& x, const LbfgsOptions& options);
+  CONVINIT_HD void forget() { first = count = 0; }
+  CONVINIT_HD int slot(int i) const { return (first + i) % kSlots; }  // of the i-th oldest pair
+  CONVINIT_HD int spare() const { return slot(count); }
+  CONVINIT_HD static int change(int slot) { return kSlots + slot; }
+  CONVINIT_HD double inverse_curvature(int slot) const { return 1.0 / gram[slot][change(slot)]; }
 
-  void forget() { pairs_.clear(); }
+  // <vector, sum of weights * vectors>
+  CONVINIT_HD double inner(int vector) const {
+    const double* row = gram[vector];
+    double along_steps = 0, along_changes = weights[kGradient] * row[kGradient];
+    for (int i = 0; i < count; ++i) {
+      along_steps += weights[slot(i)] * row[slot(i)];
+      along_changes += weights[change(slot(i))] * row[change(slot(i))];
+    }
+    return along_steps + along_changes;
+  }
 
- private:
-  struct Pair {
-    std::vector<double> s, y;  // step, change of the gradient
-    double rho;                // 1 / <s, y>
-  };
+  // The two-loop recursion: weights and slope of step = H gradient, H the inverse Hessian that the pairs stand for.
+  CONVINIT_HD void direction(double first_step) {
+    for (int j = 0; j < kGradient; ++j) weights[j] = 0;
+    weights[kGradient] = 1;
+    for (int i = count - 1; i >= 0; --i) {
+      alpha[i] = inverse_curvature(slot(i)) * inner(slot(i));
+      weights[change(slot(i))] -= alpha[i];
+    }
+    double h0;
+    if (count == 0) {
+      const double length = std::sqrt(gram[kGradient][kGradient]);
+      h0 = first_step / (length > 1e-300 ? length : 1e-300);
+    } else {
+      const int latest = slot(count - 1);
+      h0 = gram[latest][change(latest)] / gram[change(latest)][change(latest)];
+    }
+    for (int i = 0; i < count; ++i) weights[change(slot(i))] *= h0;
+    weights[kGradient] *= h0;
+    for (int i = 0; i < count; ++i)
+      weights[slot(i)] += alpha[i] - inverse_curvature(slot(i)) * inner(change(slot(i)));
+    slope = -inner(kGradient);
+  }
 
-  void direction(const std::vector<double>& grad, double first_step, std::vector<double>& out);
-  void learn(const std::vector<double>& x, const std::vector<double>& grad, const std::vector<double>& next,
-             const std::vector<double>& next_grad);
-
-  int64_t memory_;
-  std::vector<Pair> pairs_;  // oldest first
-  std::vector<double> alpha_;
+  // Takes the spare pair into use if the function curves upwards along it.
+  CONVINIT_HD void learn() {
+    const int s = spare(), y = change(s);
+    if (!(gram[s][y] > 1e-10 * std::sqrt(gram[s][s] * gram[y][y]))) return;
+    if (count < kPairs) {
+      ++count;
+    } else {
+      first = slot(1);
+    }
+  }
 };
 
-// The two-loop recursion: out = H grad, H the inverse Hessian that the pairs stand for.
-inline void Lbfgs::direction(const std::vector<double>& grad, double first_step, std::vector<double>& out) {
-  using detail::add_scaled, detail::dot;
-  out = grad;
-  alpha_.assign(pairs_.size(), 0.0);
-  for (size_t i = pairs_.size(); i-- > 0;) {
-    alpha_[i] = pairs_[i].rho * dot(pairs_[i].s, out);
-    add_scaled(out, -alpha_[i], pairs_[i].y);
-  }
-  const double h0 = pairs_.empty() ? first_step / std::max(std::sqrt(dot(grad, grad)), 1e-300)
-                                   : 1.0 / (pairs_.back().rho * dot(pairs_.back().y, pairs_.back().y));
-  for (double& d : out) d *= h0;
-  for (size_t i = 0; i < pairs_.size(); ++i)
-    add_scaled(out, alpha_[i] - pairs_[i].rho * dot(pairs_[i].y, out), pairs_[i].s);
-}
-
-inline void Lbfgs::learn(const std::vector<double>& x, const std::vector<double>& grad, const std::vector<double>& next,
-                         const std::vector<double>& next_grad) {
-  using detail::dot;
-  Pair pair{std::vector<double>(x.size()), std::vector<double>(x.size()), 0.0};
-  for (size_t i = 0; i < x.size(); ++i) {
-    pair.s[i] = next[i] - x[i];
-    pair.y[i] = next_grad[i] - grad[i];
-  }
-  const double curvature = dot(pair.s, pair.y);
-  if (!(curvature > 1e-10 * std::sqrt(dot(pair.s, pair.s) * dot(pair.y, pair.y)))) return;
-  pair.rho = 1.0 / curvature;
-  if (static_cast<int64_t>(pairs_.size()) == memory_) pairs_.erase(pairs_.begin());
-  pairs_.push_back(std::move(pair));
-}
-
-template <class Function>
-LbfgsResult Lbfgs::minimise(Function&& f, std::vector<double>& x, const LbfgsOptions& options) {
-  const size_t n = x.size();
-  std::vector<double> grad(n), step(n), next(n), next_grad(n);
+// Lowers the function from the point, in place. `memory` is seen by all threads and written in `once` alone.
+template <class Space>
+CONVINIT_HD LbfgsResult minimise(Space& space, LbfgsMemory& memory, const LbfgsOptions& options) {
+  constexpr int kKept = LbfgsMemory::kWindow + 1;
   LbfgsResult result;
-  result.value = f(x, grad);
-  std::vector<double> history{result.value};
+  double best = space.evaluate();
+  space.inner_products(memory, LbfgsMemory::kNoPair);
+  space.once([&] { memory.values[0] = best; });
 
   while (result.iterations < options.max_iterations) {
-    direction(grad, options.first_step, step);
-    const double slope = -detail::dot(grad, step);
+    space.once([&] { memory.direction(options.first_step); });
+    space.combine(memory);
+    const double slope = memory.slope;
     double length = 1.0, value = 0;
     bool lower = false;
     for (int tries = 0; slope < 0 && !lower && tries < 25; ++tries) {
-      for (size_t i = 0; i < n; ++i) next[i] = x[i] - length * step[i];
-      value = f(next, next_grad);
-      lower = value <= result.value + 1e-4 * length * slope;
+      value = space.try_step(length);
+      lower = value <= best + 1e-4 * length * slope;
       if (!lower) {  // to the minimum of the parabola through both values and the slope, within sane bounds
-        const double parabola = -0.5 * slope * length / (value - result.value - slope * length);
+        const double parabola = -0.5 * slope * length / (value - best - slope * length);
         length *= std::isfinite(parabola) ? std::fmin(0.5, std::fmax(0.1, parabola)) : 0.1;
       }
     }
     if (!lower) {
-      result.converged = pairs_.empty();
+      result.converged = memory.count == 0;
       if (result.converged) break;
-      forget();  // the curvature misled: try once more along the plain gradient
+      space.once([&] { memory.forget(); });  // the curvature misled: try once more along the plain gradient
       continue;
     }
-    learn(x, grad, next, next_grad);
-    x.swap(next);
-    grad.swap(next_grad);
-    result.value = value;
-    ++result.iterations;
-    history.push_back(value);
-    const int64_t last = static_cast<int64_t>(history.size()) - 1;
-    result.converged = last >= options.window && history[last - options.window] - value < options.tolerance * value;
+    const int pair = memory.spare();
+    space.accept(pair);
+    space.inner_products(memory, pair);
+    best = value;
+    const int64_t last = ++result.iterations;
+    space.once([&] {
+      memory.learn();
+      memory.values[last % kKept] = value;
+    });
+    const double earlier = memory.values[(last + 1) % kKept];  // kWindow iterations ago
+    result.converged = last >= LbfgsMemory::kWindow && earlier - value < options.tolerance * value;
     if (result.converged) break;
   }
+  result.value = best;
   return result;
 }
 

@@ -10,6 +10,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "qk_search.h"
+
 namespace convinit {
 
 // What all problems of one call share. Matrices are row-major; leading dimensions are padded with zeros to a multiple
@@ -26,12 +28,6 @@ struct QKBasis {
   std::vector<float> xq;                   // [N, ld_dq]
   std::vector<float> xk;                   // [N, ld_dk]
   std::vector<float> xk_t;                 // [dk, ld_n]
-};
-
-struct QKMetrics {
-  double mse = 0;
-  double peak = 0;      // mean attention on the target, over the rows that have one
-  double hit_rate = 0;  // share of those rows in which the target alone has the largest attention
 };
 
 // Evaluates one problem. Not thread-safe: one object a thread.

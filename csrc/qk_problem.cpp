@@ -1,45 +1,120 @@
+#include "qk_problem.h"
+
 #include <algorithm>
 #include <cmath>
-
-#include "lbfgs.h"
-#include "qk_problem.h"
+#include <utility>
 
 namespace convinit {
 namespace {
 
-// Both factors in one vector x = [wq | wk_t]. The loss is taken at w q/|q|, w k/|k|: x is free, the weights it stands for
-// keep the norm w each. (For given B = Wq Wk^T, equal norms are also the cheapest split.)
-class NormedObjective {
+using Vector = std::vector<double>;
+
+double dot(const Vector& a, const Vector& b) {
+  double s[4] = {0, 0, 0, 0};  // four chains, so that additions overlap; the order is fixed
+  size_t i = 0;
+  for (; i + 4 <= a.size(); i += 4)
+    for (size_t j = 0; j < 4; ++j) s[j] += a[i + j] * b[i + j];
+  for (; i < a.size(); ++i) s[0] += a[i] * b[i];
+  return (s[0] + s[1]) + (s[2] + s[3]);
+}
+
+// The Space of lbfgs.h and qk_search.h. Vectors are [wq | wk_t].
+class Problem {
  public:
-  NormedObjective(const QKBasis& basis, const int64_t* target)
-      : split_(static_cast<size_t>(basis.dq * basis.rank)), size_(split_ + static_cast<size_t>(basis.rank * basis.dk)),
-        objective_(basis, target), weights_(size_) {}
+  Problem(const QKBasis& basis, const int64_t* target, const std::vector<QKStart>& starts)
+      : basis_(basis), starts_(starts), split_(static_cast<size_t>(basis.dq * basis.rank)),
+        size_(split_ + static_cast<size_t>(basis.rank * basis.dk)), objective_(basis, target), point_(size_),
+        next_(size_), next_gradient_(size_), step_(size_), weights_(size_),
+        memory_(LbfgsMemory::kVectors, Vector(size_)) {}
 
   double weight_norm = 1;
-  QKMetrics metrics;             // of the latest evaluation
+  QKMetrics metrics;
   int64_t evaluations = 0;
 
-  size_t size() const { return size_; }
+  double evaluate() { return evaluate(point_, gradient().data()); }
+  double value() { return evaluate(point_, nullptr); }
+  double try_step(double length) {
+    for (size_t i = 0; i < size_; ++i) next_[i] = point_[i] - length * step_[i];
+    return evaluate(next_, next_gradient_.data());
+  }
 
-  double operator()(const std::vector<double>& x, std::vector<double>& grad) { return evaluate(x, grad.data()); }
-  double operator()(const std::vector<double>& x) { return evaluate(x, nullptr); }
+  void accept(int pair) {
+    Vector &s = memory_[pair], &y = memory_[LbfgsMemory::change(pair)];
+    for (size_t i = 0; i < size_; ++i) {
+      s[i] = next_[i] - point_[i];
+      y[i] = next_gradient_[i] - gradient()[i];
+    }
+    point_.swap(next_);
+    gradient().swap(next_gradient_);
+  }
+
+  void inner_products(LbfgsMemory& memory, int pair) const {
+    const int pairs = memory.count + (pair != LbfgsMemory::kNoPair);
+    for (const int row : {pair, LbfgsMemory::change(pair), LbfgsMemory::kGradient}) {
+      if (pair == LbfgsMemory::kNoPair && row != LbfgsMemory::kGradient) continue;
+      for (int i = 0; i < pairs; ++i)
+        for (const int column : {memory.slot(i), LbfgsMemory::change(memory.slot(i))})
+          memory.gram[row][column] = memory.gram[column][row] = dot(memory_[row], memory_[column]);
+      memory.gram[row][LbfgsMemory::kGradient] = memory.gram[LbfgsMemory::kGradient][row] =
+          dot(memory_[row], gradient());
+    }
+  }
+
+  void combine(const LbfgsMemory& memory) {
+    for (size_t i = 0; i < size_; ++i) step_[i] = memory.weights[LbfgsMemory::kGradient] * gradient()[i];
+    for (int p = 0; p < memory.count; ++p)
+      for (const int v : {memory.slot(p), LbfgsMemory::change(memory.slot(p))})
+        for (size_t i = 0; i < size_; ++i) step_[i] += memory.weights[v] * memory_[v][i];
+  }
+
+  template <class F>
+  void once(F&& f) {
+    f();
+  }
+
+  void start(int64_t s) {
+    std::copy_n(starts_[s].wq, split_, point_.begin());
+    for (int64_t c = 0; c < basis_.rank; ++c)
+      for (int64_t i = 0; i < basis_.dk; ++i)
+        point_[split_ + c * basis_.dk + i] = starts_[s].wk[i * basis_.rank + c];
+    normalise();
+  }
+  void normalise() { rescale(point_, 1.0); }
+  void keep() { kept_ = point_; }
+  void recall() { point_ = kept_; }
+
+  double natural_norm() const {
+    double q = 0, k = 0;
+    for (float x : basis_.xq) q += static_cast<double>(x) * x;
+    for (float x : basis_.xk) k += static_cast<double>(x) * x;
+    return 1.0 / std::sqrt(basis_.scale * std::sqrt(q * k) / static_cast<double>(basis_.n));
+  }
+
+  void weights(Vector& wq, Vector& wk_t) {
+    rescale(point_, weight_norm);
+    wq.assign(point_.begin(), point_.begin() + split_);
+    wk_t.assign(point_.begin() + split_, point_.end());
+  }
+
+ private:
+  Vector& gradient() { return memory_[LbfgsMemory::kGradient]; }
+  const Vector& gradient() const { return memory_[LbfgsMemory::kGradient]; }
+
+  static double segment_norm(const Vector& x, size_t begin, size_t end) {
+    double s = 0;
+    for (size_t i = begin; i < end; ++i) s += x[i] * x[i];
+    return std::max(std::sqrt(s), 1e-300);
+  }
 
   // x scaled so that both factors have the given norm.
-  void rescale(std::vector<double>& x, double norm) const {
+  void rescale(Vector& x, double norm) const {
     for (auto [begin, end] : {std::pair{size_t{0}, split_}, std::pair{split_, size_}}) {
       const double factor = norm / segment_norm(x, begin, end);
       for (size_t i = begin; i < end; ++i) x[i] *= factor;
     }
   }
 
- private:
-  static double segment_norm(const std::vector<double>& x, size_t begin, size_t end) {
-    double s = 0;
-    for (size_t i = begin; i < end; ++i) s += x[i] * x[i];
-    return std::max(std::sqrt(s), 1e-300);
-  }
-
-  double evaluate(const std::vector<double>& x, double* grad) {
+  double evaluate(const Vector& x, double* grad) {
     weights_ = x;
     rescale(weights_, weight_norm);
     metrics = objective_(weights_.data(), weights_.data() + split_, grad, grad ? grad + split_ : nullptr);
@@ -52,7 +127,7 @@ class NormedObjective {
   }
 
   // Chain rule through w x/|x|: drop the radial part, then scale by w/|x|.
-  void project(const std::vector<double>& x, double* grad, size_t begin, size_t end) const {
+  void project(const Vector& x, double* grad, size_t begin, size_t end) const {
     double radial = 0;
     for (size_t i = begin; i < end; ++i) radial += grad[i] * weights_[i];
     radial /= weight_norm * weight_norm;
@@ -60,126 +135,26 @@ class NormedObjective {
     for (size_t i = begin; i < end; ++i) grad[i] = factor * (grad[i] - radial * weights_[i]);
   }
 
+  const QKBasis& basis_;
+  const std::vector<QKStart>& starts_;
   size_t split_, size_;
   QKObjective objective_;
-  std::vector<double> weights_;
+  Vector point_, next_, next_gradient_, step_, weights_, kept_;
+  std::vector<Vector> memory_;  // as LbfgsMemory counts vectors; the last is the gradient at the point
 };
-
-std::vector<double> pack(const QKBasis& b, const QKStart& start) {
-  std::vector<double> x(start.wq, start.wq + b.dq * b.rank);
-  for (int64_t c = 0; c < b.rank; ++c)
-    for (int64_t i = 0; i < b.dk; ++i) x.push_back(start.wk[i * b.rank + c]);
-  return x;
-}
-
-double logit(double p) {
-  p = std::clamp(p, 1e-9, 1.0 - 1e-9);
-  return std::log(p / (1.0 - p));
-}
-
-// A weight norm at which logits are about 1 at most: where a map begins to differ from a uniform one.
-double natural_norm(const QKBasis& b) {
-  double q = 0, k = 0;
-  for (float x : b.xq) q += static_cast<double>(x) * x;
-  for (float x : b.xk) k += static_cast<double>(x) * x;
-  return 1.0 / std::sqrt(b.scale * std::sqrt(q * k) / static_cast<double>(b.n));
-}
-
-constexpr double kFirstPeak = 0.5;       // a higher wanted peak is approached from here
-constexpr double kLargestNorm = 3000.0;  // in natural norms; sharp maps were seen at 20 to 100
-
-// The first norm of a rising series at which these directions reach the peak, or the one with the highest peak.
-double norm_for_peak(NormedObjective& f, const std::vector<double>& x, double peak, double natural) {
-  double best_norm = natural, best_peak = 0;
-  for (double norm = natural; norm <= kLargestNorm * natural && best_peak < peak; norm *= 1.4) {
-    f.weight_norm = norm;
-    f(x);
-    if (f.metrics.peak > best_peak) {
-      best_norm = norm;
-      best_peak = f.metrics.peak;
-    } else if (f.metrics.peak < 0.7 * best_peak) {
-      break;  // too sharp for these directions: what follows is worse
-    }
-  }
-  return best_norm;
-}
-
-// Corrects the norm between short descents until the optimum's peak is the wanted one. The logit of the peak is nearly
-// linear in the logarithm of the norm, so each correction is a secant step. Upwards it is kept small: a map that turns
-// sharp too early saturates, wrong rows included, and a saturated softmax has no gradient to mend them.
-// Leaves x and f.weight_norm at the wanted peak, or at the closest one met.
-void solve_for_peak(NormedObjective& f, std::vector<double>& x, double peak, double natural,
-                    const QKSolverOptions& options, QKSolution& solution) {
-  constexpr double kClose = 2e-3;
-  Lbfgs minimiser;
-  const LbfgsOptions descent{.max_iterations = 12, .tolerance = options.tolerance};
-  std::vector<double> closest = x;
-  double closest_norm = f.weight_norm, closest_miss = INFINITY;
-  double slope = 4.5;  // d logit(peak) / d log(norm); 3 to 6 were measured on sin-cos and learned embeddings
-  double last_norm = 0, last_logit = 0;
-  int fruitless = 0;
-  while (solution.iterations < 3 * options.max_iterations && fruitless < 3) {
-    f.rescale(x, 1.0);
-    const LbfgsResult result = minimiser.minimise(f, x, descent);
-    solution.iterations += std::max<int64_t>(result.iterations, 1);
-    f(x);
-    const double reached = f.metrics.peak, change = std::log(f.weight_norm / last_norm);
-    if (std::fabs(reached - peak) < kClose && result.converged) return;
-    if (std::fabs(reached - peak) <= closest_miss) {
-      closest = x;
-      closest_norm = f.weight_norm;
-      closest_miss = std::fabs(reached - peak);
-    }
-    if (last_norm > 0 && std::fabs(change) > 0.02) {
-      const double measured = (logit(reached) - last_logit) / change;
-      slope = std::clamp(measured, 2.0, 9.0);
-      if (change > 0.1) fruitless = measured < 0.2 ? fruitless + 1 : 0;  // the rank may allow no more
-    }
-    last_norm = f.weight_norm;
-    last_logit = logit(reached);
-    const double correction = std::clamp((logit(peak) - last_logit) / slope, -0.5, 0.15);
-    f.weight_norm = std::min(f.weight_norm * std::exp(correction), kLargestNorm * natural);
-    if (f.weight_norm == last_norm) break;
-    if (std::fabs(correction) > 0.05) minimiser.forget();
-  }
-  x = std::move(closest);
-  f.weight_norm = closest_norm;
-}
 
 }  // namespace
 
 QKSolution solve_qk(const QKBasis& basis, const int64_t* target, const std::vector<QKStart>& starts,
-                    std::optional<double> weight_norm, std::optional<double> peak, const QKSolverOptions& options) {
-  NormedObjective f(basis, target);
-  const double natural = natural_norm(basis);
+                    const QKSolverOptions& options) {
+  Problem problem(basis, target, starts);
+  LbfgsMemory memory;
   QKSolution solution;
-  std::vector<double> x;
-  double best = INFINITY;
-  for (const QKStart& start : starts) {  // the most promising start: lowest loss, or lowest norm for the peak
-    std::vector<double> candidate = pack(basis, start);
-    f.weight_norm = weight_norm.value_or(0);
-    const double score = peak ? norm_for_peak(f, candidate, std::min(*peak, kFirstPeak), natural) : f(candidate);
-    if (x.empty() || score < best) {
-      best = score;
-      x = std::move(candidate);
-    }
-  }
-  if (peak) {
-    f.weight_norm = best;
-    solve_for_peak(f, x, *peak, natural, options, solution);
-  } else {
-    f.rescale(x, 1.0);
-    const LbfgsOptions descent{.max_iterations = options.max_iterations, .tolerance = options.tolerance};
-    solution.iterations = Lbfgs().minimise(f, x, descent).iterations;
-  }
-  f(x);
-  solution.metrics = f.metrics;
-  solution.weight_norm = f.weight_norm;
-  solution.evaluations = f.evaluations;
-  f.rescale(x, f.weight_norm);
-  const auto split = x.begin() + basis.dq * basis.rank;
-  solution.wq.assign(x.begin(), split);
-  solution.wk_t.assign(split, x.end());
+  solution.iterations = search(problem, memory, options);
+  solution.metrics = problem.metrics;
+  solution.weight_norm = problem.weight_norm;
+  solution.evaluations = problem.evaluations;
+  problem.weights(solution.wq, solution.wk_t);
   return solution;
 }
 

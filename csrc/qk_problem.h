@@ -1,18 +1,13 @@
-// One problem of the Q/K fit: the best attention map at a given weight norm, or at the norm that gives a wanted peak.
+// One problem of the Q/K fit on the CPU, solved by one thread.
 #pragma once
 
 #include <cstdint>
-#include <optional>
 #include <vector>
 
 #include "qk_objective.h"
+#include "qk_search.h"
 
 namespace convinit {
-
-struct QKSolverOptions {
-  int64_t max_iterations = 200;
-  double tolerance = 1e-2;        // see LbfgsOptions
-};
 
 struct QKSolution {
   std::vector<double> wq;         // [dq, rank], Frobenius norm = weight_norm
@@ -29,8 +24,8 @@ struct QKStart {
   const double* wk;               // [dk, rank]
 };
 
-// Exactly one of weight_norm and peak must be given. If the peak cannot be reached, the highest one found is returned.
+// options.num_starts is starts.size().
 QKSolution solve_qk(const QKBasis& basis, const int64_t* target, const std::vector<QKStart>& starts,
-                    std::optional<double> weight_norm, std::optional<double> peak, const QKSolverOptions& options);
+                    const QKSolverOptions& options);
 
 }  // namespace convinit

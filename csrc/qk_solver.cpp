@@ -58,7 +58,6 @@ std::tuple<Tensor, Tensor, Tensor> qk_solver_cpu(const Tensor& xq_, const Tensor
   double* out_q = wq.mutable_data_ptr<double>();
   double* out_k = wk.mutable_data_ptr<double>();
   double* out_diagnostics = diagnostics.mutable_data_ptr<double>();
-  const QKSolverOptions options{.max_iterations = max_iterations, .tolerance = tolerance};
 
   torch::stable::parallel_for(0, problems, 1, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
@@ -68,8 +67,11 @@ std::tuple<Tensor, Tensor, Tensor> qk_solver_cpu(const Tensor& xq_, const Tensor
         starts.push_back({start_q + problem * dq * rank, start_k + problem * dk * rank});
       }
       const QKSolution solution = solve_qk(basis, target + b * tokens, starts,
-                                           norm ? std::optional(norm[b]) : std::nullopt,
-                                           norm ? std::nullopt : std::optional(peak), options);
+                                           {.weight_norm = norm ? norm[b] : 0,
+                                            .peak = norm ? 0 : peak,
+                                            .num_starts = num_starts,
+                                            .max_iterations = max_iterations,
+                                            .tolerance = tolerance});
       std::copy(solution.wq.begin(), solution.wq.end(), out_q + b * dq * rank);
       for (int64_t c = 0; c < rank; ++c)
         for (int64_t i = 0; i < dk; ++i) out_k[(b * dk + i) * rank + c] = solution.wk_t[c * dk + i];

@@ -120,7 +120,7 @@ def cpu_extension() -> Extension:
 
 def cuda_extension(cuda_home: Path) -> Extension:
     cpp_extension.CUDA_HOME = str(cuda_home)
-    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0;10.0;12.0+PTX")
     host = [flag for flag in common_flags() if flag.startswith(("-f", "-Wall", "-Wextra"))]
     includes = [*cpp_extension.include_paths(), str(cuda_home / "include")]
     # Not CUDAExtension: it links libtorch_cuda, which a CPU build of torch does not have. Linking libtorch as
@@ -128,7 +128,7 @@ def cuda_extension(cuda_home: Path) -> Extension:
     return Extension(
         "convinit._C_cuda",
         sources("*.cu"),
-        depends=sources("*.h"),
+        depends=sources("*.h") + sources("*.cuh"),
         language="c++",
         py_limited_api=True,
         library_dirs=[*cpp_extension.library_paths(), str(cuda_home / "lib64"), str(cuda_home / "lib")],
@@ -154,6 +154,13 @@ class BuildExtension(cpp_extension.BuildExtension):
         check_torch()
         check_compiler()
         super().build_extensions()
+
+    def build_extension(self, ext: Extension) -> None:
+        """qk_solver.cpp and qk_solver.cu make one object each: a folder for each extension's."""
+        shared, self.build_temp = self.build_temp, os.path.join(self.build_temp, ext.name)
+        os.makedirs(self.build_temp, exist_ok=True)
+        super().build_extension(ext)
+        self.build_temp = shared
 
 
 def extensions() -> list[Extension]:

@@ -50,6 +50,11 @@ def _load() -> bool:
 _HAS_CUDA_OPS = _load()
 
 
+def op_device(device: torch.device) -> torch.device:
+    """Where the compiled ops run for tensors on `device`: there, if it is CUDA and they are built for it."""
+    return device if device.type == "cuda" and _HAS_CUDA_OPS else torch.device("cpu")
+
+
 def build_info() -> dict[str, Any]:
     """What this convinit was built with and what it runs on, for bug reports and benchmark records.
 

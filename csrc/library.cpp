@@ -40,6 +40,9 @@ STABLE_TORCH_LIBRARY(convinit, m) {
   m.def("build_config() -> Tensor");
   m.def("impulse_matrix(Tensor offsets, int height, int width, int padding_mode, ScalarType dtype) -> Tensor");
   m.def(
+      "qk_adam(Tensor tokens, Tensor directions, Tensor targets, Tensor(a!) wq, Tensor(b!) wk, Tensor(c!) moments, "
+      "float scale, int heads, float lr, int first_step, int steps) -> Tensor");
+  m.def(
       "qk_solver(Tensor xq, Tensor xk, Tensor targets, Tensor wq_starts, Tensor wk_starts, float scale, "
       "Tensor? weight_norm, float peak, int max_iterations, float tolerance) -> (Tensor, Tensor, Tensor)");
 }

@@ -26,6 +26,8 @@ struct QKMetrics {
   double hit_rate = 0;  // share of those rows in which the target alone has the largest attention
 };
 
+constexpr int kDiagnostics = 6;  // mse, peak, hit_rate, weight_norm, iterations, evaluations
+
 struct QKSolverOptions {
   double weight_norm = 0;         // exactly one of weight_norm and peak is positive
   double peak = 0;

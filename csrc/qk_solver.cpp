@@ -7,8 +7,6 @@
 namespace convinit {
 namespace {
 
-constexpr int64_t kDiagnostics = 6;  // mse, peak, hit_rate, weight_norm, iterations, evaluations
-
 void check_targets(const int64_t* targets, int64_t count, int64_t tokens) {
   const auto [low, high] = std::minmax_element(targets, targets + count);
   STD_TORCH_CHECK(count == 0 || (*low >= -1 && *high < tokens), "convinit: targets must lie in [-1, N)");
@@ -20,30 +18,16 @@ std::tuple<Tensor, Tensor, Tensor> qk_solver_cpu(const Tensor& xq_, const Tensor
                                                  const Tensor& wq_starts_, const Tensor& wk_starts_, double scale,
                                                  const std::optional<Tensor>& weight_norm_, double peak,
                                                  int64_t max_iterations, double tolerance) {
-  for (const Tensor& t : {xq_, xk_, wq_starts_, wk_starts_}) CONVINIT_CHECK_DTYPE(t, Double);
-  CONVINIT_CHECK_DTYPE(targets_, Long);
-  STD_TORCH_CHECK(xq_.dim() == 2 && xk_.dim() == 2 && targets_.dim() == 2 && wq_starts_.dim() == 4 &&
-                      wk_starts_.dim() == 4,
-                  "convinit: xq and xk must be 2-D, targets 2-D, wq_starts and wk_starts 4-D");
+  check_qk_solver(xq_, xk_, targets_, wq_starts_, wk_starts_, weight_norm_, peak);
   const int64_t tokens = xq_.size(0), dq = xq_.size(1), dk = xk_.size(1);
   const int64_t num_starts = wq_starts_.size(0), problems = wq_starts_.size(1), rank = wq_starts_.size(3);
-  STD_TORCH_CHECK(xk_.size(0) == tokens && targets_.size(0) == problems && targets_.size(1) == tokens &&
-                      wq_starts_.size(2) == dq && wk_starts_.size(0) == num_starts &&
-                      wk_starts_.size(1) == problems && wk_starts_.size(2) == dk && wk_starts_.size(3) == rank &&
-                      num_starts > 0 && tokens > 0 && dq > 0 && dk > 0 && rank > 0,
-                  "convinit: shapes of xq, xk, targets, wq_starts and wk_starts do not fit");
-  STD_TORCH_CHECK(weight_norm_.has_value() != (peak > 0), "convinit: give weight_norm or a positive peak");
 
   const Tensor xq = torch::stable::contiguous(xq_), xk = torch::stable::contiguous(xk_);
   const Tensor targets = torch::stable::contiguous(targets_);
   const Tensor wq_starts = torch::stable::contiguous(wq_starts_), wk_starts = torch::stable::contiguous(wk_starts_);
   check_targets(targets.const_data_ptr<int64_t>(), problems * tokens, tokens);
   std::optional<Tensor> weight_norm;
-  if (weight_norm_) {
-    CONVINIT_CHECK_DTYPE(*weight_norm_, Double);
-    STD_TORCH_CHECK(weight_norm_->numel() == problems, "convinit: weight_norm must have one entry per problem");
-    weight_norm = torch::stable::contiguous(*weight_norm_);
-  }
+  if (weight_norm_) weight_norm = torch::stable::contiguous(*weight_norm_);
 
   Tensor wq = torch::stable::new_empty(xq, {problems, dq, rank});
   Tensor wk = torch::stable::new_empty(xq, {problems, dk, rank});

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import warnings
 from pathlib import Path
@@ -291,7 +292,8 @@ def test_adam_follows_autograd_step_by_step():
     """The hand-written gradient, the two normalisations and the mean over one layer's heads."""
     P, targets = sincos((4, 4), 16, torch.float64), torch.tensor([[*range(1, 16), -1], [*range(16)]])
     method = Adam(lr=1e-2, steps=5, norm_interval=2)
-    wq, wk = fit_adam(P, targets, 4, scale=0.3, method=method, generator=torch.Generator().manual_seed(0))
+    seeded = torch.Generator().manual_seed(0)
+    wq, wk = fit_adam(P, targets, 4, scale=0.3, method=method, generator=seeded, device=torch.device("cpu"))
 
     generator, bound = torch.Generator().manual_seed(0), (1 / (4 * 2)) ** 0.5
     q = torch.empty(2, 16, 4).uniform_(-bound, bound, generator=generator).double().requires_grad_()
@@ -311,6 +313,22 @@ def test_adam_follows_autograd_step_by_step():
         optimizer.step()
     torch.testing.assert_close(wq, q.detach())
     torch.testing.assert_close(wk, k.detach().mT)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("goal", [{"weight_norm": 8.77}, {"peak": 0.8}, {"method": Adam(steps=250)}])
+def test_fit_on_cuda_is_that_on_the_cpu(goal):
+    """One seed, one result up to rounding; the figures are those of the weights."""
+    P, offsets = sincos((16, 16), 512), window(3)
+    cpu, gpu = (
+        fit_qk(x, offsets, (16, 16), 64, scale=0.1, generator=torch.Generator().manual_seed(0), **goal)
+        for x in (P, P.cuda())
+    )
+    assert gpu.wq.is_cuda and gpu.wk.is_cuda
+    assert (gpu.mse / cpu.mse - 1).abs().max() < 0.02
+    assert (gpu.peak - cpu.peak).abs().max() < 0.005
+    on_cpu = {name: getattr(gpu, name).cpu() for name in ("wq", "wk", "pos_embed", "targets")}
+    check_reported_figures(dataclasses.replace(gpu, **on_cpu))
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from convinit import _library
 from convinit.fit import newton, papers
 from convinit.fit.result import QKFit, attention_maps, map_metrics
 from convinit.offsets import check_generator, check_grid_size, check_int, check_offsets, impulse_targets
@@ -165,8 +166,9 @@ def _fit(pos_embed, targets, rank, scale, method, weight_norm, peak, generator, 
     if check_int("rank", rank) > pos_embed.shape[1]:
         raise ValueError(f"rank must be at most D = {pos_embed.shape[1]}, got {rank}")
     scale = check_number("scale", scale)
-    # The work is done on the CPU, where it takes a fraction of a second and draws are the same for every
-    # device; also where the user has set another default device.
+    # Bases, starts and draws are made on the CPU, the same for every device, and also where the user has set
+    # another default device; the iterations run where pos_embed is.
+    device = _library.op_device(pos_embed.device)
     with torch.device("cpu"):
         P, targets = pos_embed.detach().cpu().clone(), targets.cpu().clone()
         if isinstance(method, newton.Newton):
@@ -174,7 +176,7 @@ def _fit(pos_embed, targets, rank, scale, method, weight_norm, peak, generator, 
             symmetries = torch.arange(len(P))[None] if grid_size is None else grid_symmetries(*grid_size)
             wq, wk, metrics = newton.fit(
                 P, targets, rank, scale=scale, method=method, weight_norm=weight_norm, peak=peak,
-                symmetries=symmetries, generator=generator,
+                symmetries=symmetries, generator=generator, device=device,
             )  # fmt: skip
         else:
             if weight_norm is not None or peak is not None:
@@ -183,7 +185,9 @@ def _fit(pos_embed, targets, rank, scale, method, weight_norm, peak, generator, 
                     "the papers' methods are steered by their own options"
                 )
             if isinstance(method, papers.Adam):
-                wq, wk = papers.fit_adam(P, targets, rank, scale=scale, method=method, generator=generator)
+                wq, wk = papers.fit_adam(
+                    P, targets, rank, scale=scale, method=method, generator=generator, device=device
+                )
             else:
                 wq, wk = papers.fit_svd(P, targets, rank, method=method, generator=generator)
             metrics = _measure(wq, wk, P, targets, scale)

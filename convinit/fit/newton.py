@@ -65,9 +65,11 @@ def fit(
     peak: float | None,
     symmetries: Tensor,
     generator: torch.Generator | None,
+    device: torch.device,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """W_q, W_k [B, D, r] and metrics [B]; arguments as checked by `convinit.fit.api`, all on the CPU.
 
+    device: where the solver runs; all else is small.
     symmetries [G, N]: permutations of the tokens that may leave P's Gram matrix as it is; the identity first.
     """
     P = pos_embed.double()
@@ -80,7 +82,7 @@ def fit(
             targets, weight_norm, symmetries
         )
         starts = ridge_starts(Xq, Xk, problems, min(rank, Xq.shape[1], Xk.shape[1]))
-    wq, wk, diagnostics = _solve(Xq, Xk, problems, *starts, scale, norms, peak, method)
+    wq, wk, diagnostics = _solve(Xq, Xk, problems, *starts, scale, norms, peak, method, device)
     if peak is not None:
         warn_if_missed(
             peak,
@@ -231,9 +233,14 @@ def _canonical(keys: Tensor, symmetries: Tensor) -> tuple[Tensor, Tensor, Tensor
     return distinct[used], problem, symmetry
 
 
-def _solve(Xq, Xk, targets, wq_starts, wk_starts, scale, weight_norm, peak, method: Newton):
-    """`qk_solver` a few problems at a time, so that a long fit shows its progress and can be interrupted."""
-    chunk = 4 * torch.get_num_threads()
+def _solve(Xq, Xk, targets, wq_starts, wk_starts, scale, weight_norm, peak, method: Newton, device):
+    """`qk_solver` on `device`; results on the CPU.
+
+    On a CPU a few problems at a time, so that a long fit shows its progress and can be interrupted.
+    """
+    chunk = 4 * torch.get_num_threads() if device.type == "cpu" else max(len(targets), 1)
+    Xq, Xk, targets, wq_starts, wk_starts = (x.to(device) for x in (Xq, Xk, targets, wq_starts, wk_starts))
+    weight_norm = None if weight_norm is None else weight_norm.to(device)
     results = []
     for i in progress(range(0, max(len(targets), 1), chunk), "fitting queries and keys"):
         here = slice(i, i + chunk)
@@ -244,4 +251,4 @@ def _solve(Xq, Xk, targets, wq_starts, wk_starts, scale, weight_norm, peak, meth
                 max_iterations=method.max_iterations, tolerance=method.tolerance,
             )
         )  # fmt: skip
-    return (torch.cat(parts) for parts in zip(*results, strict=True))
+    return (torch.cat(parts).cpu() for parts in zip(*results, strict=True))

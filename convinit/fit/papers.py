@@ -10,6 +10,7 @@ from torch import Tensor
 
 from convinit._progress import progress
 from convinit.offsets import check_int
+from convinit.ops.qk_adam import qk_adam
 
 
 @dataclass(frozen=True)
@@ -73,12 +74,13 @@ def fit_adam(
     scale: float,
     method: Adam,
     generator: torch.Generator | None,
+    device: torch.device,
 ) -> tuple[Tensor, Tensor]:
     """W_q, W_k [B, D, r] by Adam on mse(softmax(σ P W_q W_kᵀ Pᵀ), M), as in arXiv 2401.12511.
 
     Both start as U(±√(1/(r · heads))). At every `norm_interval`-th step W_q [B, D, r] is divided by its norm
     over D and W_kᵀ [B, r, D] by its norm over r, and both are multiplied by the mean initial norm of W_q's
-    columns.
+    columns. All arguments and results are on the CPU; the steps are made on `device`.
     """
     P = pos_embed.to(torch.promote_types(pos_embed.dtype, torch.float32))
     heads = method.heads or max(len(targets), 1)
@@ -89,23 +91,23 @@ def fit_adam(
 
     wq, wk_t = uniform(len(targets), P.shape[1], rank), uniform(len(targets), rank, P.shape[1])
     norm = wq.norm(dim=1).mean()
-    optimizer = torch.optim.Adam([wq, wk_t], lr=method.lr)
-    inside, column = (targets >= 0)[:, :, None].to(P), targets.clamp(min=0)[:, :, None]
-    factor = 2 * scale / (heads * P.shape[0] ** 2)
-    for step in progress(range(method.steps), "fitting with Adam", unit="step"):
-        if step % method.norm_interval == 0:
-            wq *= norm / wq.norm(dim=1, keepdim=True)
-            wk_t *= norm / wk_t.norm(dim=1, keepdim=True)
-        # The gradient by hand: half the time and memory of autograd.
-        q, k_t = P @ wq, wk_t @ P.T  # [B, N, r], [B, r, N]
-        attention = torch.softmax(scale * (q @ k_t), dim=-1)
-        difference = attention.scatter_add(2, column, -inside)  # attention − M
-        difference -= (attention * difference).sum(dim=-1, keepdim=True)
-        grad_logits = difference.mul_(attention).mul_(factor)
-        wq.grad = P.T @ (grad_logits @ k_t.mT)
-        wk_t.grad = (q.mT @ grad_logits) @ P
-        optimizer.step()
-    return wq.detach(), wk_t.detach().mT.contiguous()
+    # P in a basis of its row space, which leaves rounding alone to tell the fits apart.
+    U, S, Vh = torch.linalg.svd(P.double(), full_matrices=False)
+    kept = S > torch.finfo(P.dtype).eps * S[0]
+    device = device if P.dtype == torch.float32 else P.device  # the CUDA kernel's dtype
+    tokens, directions, targets, wq, wk = (
+        x.to(device).contiguous()
+        for x in ((U[:, kept] * S[kept]).to(P), Vh[kept].T.to(P), targets, wq, wk_t.mT)
+    )
+    moments = wq.new_zeros(2, 2, *wq.shape)
+    for step in progress(range(0, method.steps, method.norm_interval), "fitting with Adam", unit="interval"):
+        wq *= norm / wq.norm(dim=1, keepdim=True)
+        wk *= norm / wk.norm(dim=2, keepdim=True)
+        qk_adam(
+            tokens, directions, targets, wq, wk, moments, scale=scale, heads=heads, lr=method.lr,
+            first_step=step, steps=min(method.norm_interval, method.steps - step),
+        )  # fmt: skip
+    return wq.cpu(), wk.cpu()
 
 
 def fit_svd(

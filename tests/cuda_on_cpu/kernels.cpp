@@ -1,0 +1,85 @@
+// csrc's kernels as plain functions, for tests/test_cuda_on_cpu.py.
+#define CONVINIT_THREADS 64
+
+#include <cuda_runtime.h>
+
+#include "qk_adam_kernel.cuh"
+#include "qk_solver_kernel.cuh"
+
+namespace convinit {
+thread_local float4 dynamic_shared[16 * 1024];
+}
+
+using namespace convinit;
+
+namespace {
+
+// Workspace of NaN: what is read before it is written shows.
+struct Workspace {
+  explicit Workspace(size_t bytes) : memory(std::aligned_alloc(256, bytes)) { std::memset(memory, 0xff, bytes); }
+  ~Workspace() { std::free(memory); }
+  void* memory;
+};
+
+// Plans, gives the workspace, launches. Returns the CTAs of a group, or -1.
+template <class Args>
+int run(Args& args, cudaError_t (*plan)(Args&), cudaError_t (*launch)(const Args&, cudaStream_t)) {
+  if (plan(args) != cudaSuccess) return -1;
+  Carver size;
+  args.carve(size);
+  Workspace workspace(size.bytes());
+  Carver carver(workspace.memory);
+  args.carve(carver);
+  return launch(args, nullptr) == cudaSuccess ? args.plan.ctas : -1;
+}
+
+}  // namespace
+
+extern "C" void set_device(int multiprocessors, int shared_limit, int backwards) {
+  cuda_on_cpu::multiprocessors = multiprocessors;
+  cuda_on_cpu::shared_limit = shared_limit;
+  cuda_on_cpu::backwards = backwards;
+}
+
+extern "C" int qk_solver(int n, int dq, int dk, int rank, double scale, int starts, int problems, const double* xq, const double* xk, const int64_t* targets,
+                         const double* wq_starts, const double* wk_starts, const double* weight_norm, double peak,
+                         int64_t max_iterations, double tolerance, double* wq, double* wk, double* diagnostics) {
+  QKSolverArgs args{};
+  args.shape = {n, dq, dk, rank, static_cast<float>(scale)};
+  args.options = {.peak = peak, .num_starts = starts, .max_iterations = max_iterations, .tolerance = tolerance};
+  args.problems = problems;
+  args.xq = xq;
+  args.xk = xk;
+  args.targets = targets;
+  args.wq_starts = wq_starts;
+  args.wk_starts = wk_starts;
+  args.weight_norm = weight_norm;
+  args.wq = wq;
+  args.wk = wk;
+  args.diagnostics = diagnostics;
+  return run(args, plan_qk_solver, launch_qk_solver);
+}
+
+extern "C" int qk_adam(int n, int basis, int dim, int rank, double scale, int problems, double heads, double lr, int64_t first_step, int64_t steps,
+                       const float* tokens, const float* directions, const int64_t* targets, float* wq, float* wk,
+                       float* moments, float* loss) {
+  QKAdamArgs args{};
+  args.shape = {n, basis, basis, rank, static_cast<float>(scale)};
+  args.problems = problems;
+  args.dim = dim;
+  args.first_step = first_step;
+  args.steps = steps;
+  args.lr = lr;
+  args.beta1 = 0.9;
+  args.beta2 = 0.999;
+  args.eps = 1e-8;
+  args.heads = heads;
+  args.tokens = tokens;
+  args.directions = directions;
+  args.targets = targets;
+  args.wq = wq;
+  args.wk = wk;
+  args.moments = moments;
+  args.loss = loss;
+  return run(args, plan_qk_adam, launch_qk_adam);
+}

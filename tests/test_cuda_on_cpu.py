@@ -1,0 +1,146 @@
+"""The CUDA kernels' own source, compiled as C++ by tests/cuda_on_cpu and run where there is no GPU."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from test_qk_adam import ARGUMENTS, check_as_close_as_eager
+from test_qk_adam import problem as qk_adam_problem
+from test_qk_solver import metrics_in_float64, norms, problem
+from torch import Tensor
+
+from convinit.ops.qk_adam import qk_adam_reference
+from convinit.ops.qk_solver import DIAGNOSTICS, qk_solver
+
+ROOT = Path(__file__).parent.parent
+COMPILER = shutil.which("c++")
+pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler, c++, on PATH")
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory):
+    library = tmp_path_factory.mktemp("cuda_on_cpu") / "kernels.so"
+    here = ROOT / "tests" / "cuda_on_cpu"
+    subprocess.run(
+        [
+            str(COMPILER), "-std=c++20", "-O2", "-shared", "-fPIC", "-pthread", "-Wall", "-Wextra", "-Werror",
+            "-Wno-unknown-pragmas", "-I", str(here), "-I", str(ROOT / "csrc"), str(here / "kernels.cpp"),
+            "-o", str(library),
+        ],
+        check=True,
+    )  # fmt: skip
+    return ctypes.CDLL(str(library))
+
+
+# Multiprocessors, shared memory and order of threads: one block a problem; several, that sum over each other;
+# tiles of the map in global memory; more problems than the device holds at once.
+DEVICES = {
+    "one block a problem": (3, 96 * 1024, False),
+    "three blocks a problem": (9, 96 * 1024, True),
+    "tiles in global memory": (6, 1024, False),
+    "one block in all": (1, 96 * 1024, True),
+}
+devices = pytest.mark.parametrize("device", DEVICES.values(), ids=DEVICES)
+
+
+def pointer(tensor: Tensor | None) -> ctypes.c_void_p:
+    assert tensor is None or tensor.is_contiguous()
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+
+
+def solve(
+    kernels, device, xq, xk, targets, wq_starts, wk_starts, *, scale, weight_norm=None, peak=0.0,
+    max_iterations=200, tolerance=1e-2,
+):  # fmt: skip
+    """`qk_solver` by the CUDA kernel, and the number of blocks that shared a problem."""
+    tensors = [x.contiguous() for x in (xq, xk, targets, wq_starts, wk_starts)]
+    (starts, problems, dq, rank), dk = wq_starts.shape, wk_starts.shape[2]
+    wq, wk, diagnostics = (
+        torch.full(shape, 7.0, dtype=torch.float64)
+        for shape in ((problems, dq, rank), (problems, dk, rank), (problems, len(DIAGNOSTICS)))
+    )
+    kernels.set_device(*device)
+    blocks = kernels.qk_solver(
+        len(xq), dq, dk, rank, ctypes.c_double(scale), starts, problems, *map(pointer, tensors),
+        pointer(weight_norm), ctypes.c_double(peak), ctypes.c_int64(max_iterations),
+        ctypes.c_double(tolerance), pointer(wq), pointer(wk), pointer(diagnostics),
+    )  # fmt: skip
+    return (wq, wk, diagnostics), blocks
+
+
+@devices
+@pytest.mark.parametrize("goal", ["weight_norm", "peak"])
+def test_solver_matches_the_cpu(kernels, device, goal):
+    inputs = problem(grid_size=(5, 7), offsets=((0, 1), (-1, 2), (0, 0)))
+    inputs[2][1, ::4] = -1
+    arguments = {"scale": 0.3} | (
+        {"peak": 0.9} if goal == "peak" else {"weight_norm": norms(inputs, 3.0), "tolerance": 1e-4}
+    )
+    expected = qk_solver(*inputs, **arguments)
+    (wq, wk, diagnostics), blocks = solve(kernels, device, *inputs, **arguments)
+    assert blocks == (3 if device[0] >= 9 else 2 if device[0] == 6 else 1)
+    mse, peak, _, weight_norm, _, evaluations = diagnostics.T
+    assert (mse / expected[2][:, 0] - 1).abs().max() < 0.02
+    assert (peak - expected[2][:, 1]).abs().max() < 0.005
+    assert ((evaluations - expected[2][:, 5]).abs() < 0.2 * expected[2][:, 5]).all()
+    truth = metrics_in_float64(*inputs[:3], wq, wk, 0.3)
+    torch.testing.assert_close(diagnostics[:, :3], truth, rtol=1e-4, atol=1e-9)
+    for w in (wq, wk):
+        torch.testing.assert_close(w.norm(dim=(1, 2)), weight_norm, rtol=1e-10, atol=0)
+
+
+def test_solver_gives_the_same_bits_again(kernels):
+    inputs = problem(grid_size=(6, 6))
+    results = [
+        solve(kernels, (9, 96 * 1024, backwards), *inputs, scale=0.3, weight_norm=norms(inputs, 4.0))[0]
+        for backwards in (False, False, True)
+    ]
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], result, strict=True))
+
+
+@pytest.mark.parametrize("tokens", [(1, 2), (4, 4), (1, 17), (5, 13)])
+def test_value_at_the_start_for_every_size_of_tail(kernels, tokens):
+    xq, xk, targets, wq, wk = problem(tokens, dim=9, rank=5, offsets=((0, 1), (0, -1)))
+    (out_q, out_k, diagnostics), _ = solve(
+        kernels, (4, 96 * 1024, False), xq, xk, targets, wq[:1], wk[:1], scale=0.5,
+        weight_norm=norms((0, 0, targets), 2.0), max_iterations=0,
+    )  # fmt: skip
+    torch.testing.assert_close(out_q, 2 * wq[0] / wq[0].norm(dim=(1, 2), keepdim=True))
+    expected = metrics_in_float64(xq, xk, targets, out_q, out_k, 0.5)
+    torch.testing.assert_close(diagnostics[:, :3], expected, rtol=1e-5, atol=1e-9)
+
+
+def test_targets_that_do_not_fit_give_nan(kernels):
+    inputs = problem()
+    inputs[2][1, 5] = inputs[2].shape[1]
+    results, _ = solve(kernels, (2, 96 * 1024, False), *inputs, scale=0.3, weight_norm=norms(inputs, 3.0))
+    for result in results:
+        assert result[[0, 2]].isfinite().all()
+    assert all(result[1].isnan().all() for result in results[:2])
+    assert results[2][1, :4].isnan().all()
+
+
+@devices
+def test_adam_matches_float64(kernels, device):
+    exact, eager, ours = qk_adam_problem(dtype=torch.float64), qk_adam_problem(), qk_adam_problem()
+    tokens, directions, _, wq, _, _ = ours
+    heads, dim, rank = wq.shape
+    loss = torch.full((heads,), 7.0)
+    scale, mean_over, lr = ARGUMENTS.values()
+    kernels.set_device(*device)
+    for first_step, steps in ((0, 1), (1, 4)):
+        kernels.qk_adam(
+            *tokens.shape, dim, rank, ctypes.c_double(scale), heads, ctypes.c_double(mean_over),
+            ctypes.c_double(lr), ctypes.c_int64(first_step), ctypes.c_int64(steps),
+            *map(pointer, ours), pointer(loss),
+        )  # fmt: skip
+        expected = qk_adam_reference(*exact, *ARGUMENTS.values(), first_step, steps)
+        qk_adam_reference(*eager, *ARGUMENTS.values(), first_step, steps)
+        torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
+    check_as_close_as_eager(ours, eager, exact)

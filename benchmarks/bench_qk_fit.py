@@ -4,11 +4,15 @@
 
 "papers' adam" is the loop of arXiv 2401.12511 in eager PyTorch with autograd. A few of its 10,000 steps are
 timed and multiplied; what the papers' own code ended with on this case is in tests/data/official_fit.json.
+
+On a machine with a GPU, rows of "qk_solver" and "qk_adam" compare the ops on it with the CPU and with the
+papers' loop on the same GPU, of which 500 steps are timed.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,11 +20,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from convinit import QKFit, fit_qk, impulse_matrix, sample_offsets
+from convinit import QKFit, fit_qk, impulse_matrix, impulse_targets, sample_offsets
+from convinit.fit.api import grid_symmetries
+from convinit.fit.newton import distinct_problems, reduced_bases, ridge_starts, true_symmetries
 from convinit.nn.position import sincos_2d
+from convinit.ops.qk_adam import qk_adam
+from convinit.ops.qk_solver import DIAGNOSTICS, qk_solver
 
 OFFICIAL = json.loads((Path(__file__).parent.parent / "tests" / "data" / "official_fit.json").read_text())
 ADAM_STEPS = 10
+ADAM_STEPS_CUDA = 500
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
 def learned(tokens: int, dim: int) -> Tensor:
@@ -39,12 +50,11 @@ def window(kernel_size: int) -> Tensor:
 
 def papers_adam(
     P: Tensor, offsets: Tensor, grid_size: tuple[int, int], rank: int, scale: float, steps: int
-) -> None:
+) -> tuple[Tensor, Tensor]:
     """The papers' loop for one layer: autograd through the N x N maps of all heads."""
-    M, heads, bound = impulse_matrix(offsets, grid_size), len(offsets), (1 / (rank * len(offsets))) ** 0.5
-    wq = torch.empty(heads, P.shape[1], rank).uniform_(-bound, bound).requires_grad_()
-    wk = torch.empty(heads, rank, P.shape[1]).uniform_(-bound, bound).requires_grad_()
-    norm = wq.detach().norm(dim=1).mean()
+    M, (wq, wk) = impulse_matrix(offsets, grid_size, device=P.device), papers_weights(P, len(offsets), rank)
+    norm = wq.norm(dim=1).mean()
+    wq.requires_grad_(), wk.requires_grad_()
     optimizer = torch.optim.Adam([wq, wk], lr=1e-4)
     for step in range(steps):
         if step % 100 == 0:
@@ -53,6 +63,13 @@ def papers_adam(
         optimizer.zero_grad()
         F.mse_loss(torch.softmax(scale * (P @ wq) @ (wk @ P.T), dim=-1), M).backward()
         optimizer.step()
+    return wq.detach(), wk.detach().mT
+
+
+def papers_weights(P: Tensor, heads: int, rank: int) -> tuple[Tensor, Tensor]:
+    bound, generator = (1 / (rank * heads)) ** 0.5, seeded()
+    wq, wk = torch.empty(heads, P.shape[1], rank), torch.empty(heads, rank, P.shape[1])
+    return tuple(w.uniform_(-bound, bound, generator=generator).to(P.device) for w in (wq, wk))
 
 
 def facts(fit: QKFit) -> dict[str, float]:
@@ -71,8 +88,8 @@ def bench_baseline(compare):
     P, grid_size, scale = sincos_2d((16, 16), 512), (16, 16), 0.1
     offsets = sample_offsets(48, 5, generator=seeded())
 
-    def check(name: str, fit: QKFit | None) -> dict[str, float]:
-        if fit is None:
+    def check(name: str, fit: QKFit | tuple[Tensor, Tensor]) -> dict[str, float]:
+        if not isinstance(fit, QKFit):
             return {"steps_timed": ADAM_STEPS}
         assert fit.mse.mean() <= 1.5e-4 and (fit.hit_rate == 1).all()
         return facts(fit)
@@ -87,6 +104,129 @@ def bench_baseline(compare):
         baseline="papers' adam",
         check=check,
         extrapolate={"papers' adam": 6 * OFFICIAL["case"]["steps"] / ADAM_STEPS},
+    )
+
+
+@needs_cuda
+def bench_baseline_on_cuda(compare):
+    """The same case with the position embedding on the GPU: all of fit_qk, the parts on the CPU included."""
+    P, offsets = sincos_2d((16, 16), 512), sample_offsets(48, 5, generator=seeded())
+    on_gpu = P.cuda()
+
+    def fit(P: Tensor) -> QKFit:
+        return fit_qk(P, offsets, (16, 16), 64, scale=0.1, weight_norm=8.77)
+
+    def check(name: str, fit: QKFit) -> dict[str, float]:
+        assert fit.mse.mean() <= 1.5e-4 and (fit.hit_rate == 1).all()
+        return facts(fit)
+
+    compare(
+        "qk_fit",
+        "6 layers x 8 heads, 16x16, D=512, r=64, f=5, scale 0.1, weight_norm 8.77, CPU and CUDA",
+        {"cpu": lambda: fit(P), "cuda": lambda: fit(on_gpu)},
+        baseline="cpu",
+        check=check,
+    )
+
+
+SOLVER_CASES = [
+    # name, embedding, grid, scale, goal
+    ("16x16, D=512, sin-cos, weight_norm 8.77", sincos_2d((16, 16), 512), (16, 16), 0.1, 8.77),
+    ("16x16, D=512, sin-cos, peak 0.9", sincos_2d((16, 16), 512), (16, 16), 0.1, None),
+    ("24x24, D=384, sin-cos, weight_norm 8.77", sincos_2d((24, 24), 384), (24, 24), 0.125, 8.77),
+    ("24x24, D=192, learned, weight_norm 7", learned(576, 192), (24, 24), 0.125, 7.0),
+    ("24x24, D=192, learned, peak 0.9", learned(576, 192), (24, 24), 0.125, None),
+]
+
+
+@needs_cuda
+@pytest.mark.parametrize("case", SOLVER_CASES, ids=lambda case: case[0])
+def bench_solver_on_cuda(compare, case):
+    """The op alone, for the distinct problems of a 5 x 5 window at r = 64, against the CPU's two threads."""
+    name, P, grid_size, scale, weight_norm = case
+    (_, Xq), (_, Xk) = reduced_bases(P.double())
+    kept, _, _ = true_symmetries(grid_symmetries(*grid_size), Xq, Xk)
+    targets, norms, _, _ = distinct_problems(
+        impulse_targets(window(5), grid_size),
+        None if weight_norm is None else torch.full((25,), weight_norm, dtype=torch.float64),
+        kept,
+    )
+    inputs = Xq, Xk, targets, *ridge_starts(Xq, Xk, targets, min(64, *Xq.shape, *Xk.shape))
+    figures = {}
+
+    def solver(device: str) -> Callable[[], Tensor]:
+        here, norm = [x.to(device) for x in inputs], None if norms is None else norms.to(device)
+        peak = 0.9 if norms is None else None
+        return lambda: qk_solver(*here, scale=scale, weight_norm=norm, peak=peak)[2]
+
+    def check(competitor: str, diagnostics: Tensor) -> dict[str, float]:
+        figures[competitor] = found = diagnostics.cpu()
+        mse, peak = (found[:, DIAGNOSTICS.index(column)] for column in ("mse", "peak"))
+        first = figures["cpu, 2 threads"]
+        assert (mse / first[:, DIAGNOSTICS.index("mse")] - 1).abs().max() < 0.02
+        assert (peak - first[:, DIAGNOSTICS.index("peak")]).abs().max() < 0.005
+        return {
+            "problems": len(found),
+            "mse": float(f"{mse.mean():.4g}"),
+            "peak": round(peak.mean().item(), 4),
+            "evaluations": int(found[:, DIAGNOSTICS.index("evaluations")].max()),
+        }
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        compare(
+            "qk_solver", f"25 offsets, r=64, {name}",
+            {"cpu, 2 threads": solver("cpu"), "cuda": solver("cuda")}, baseline="cpu, 2 threads", check=check,
+            dtype=torch.float64,
+        )  # fmt: skip
+    finally:
+        torch.set_num_threads(threads)
+
+
+@needs_cuda
+def bench_adam_on_cuda(compare):
+    """One layer of the papers' own fit, 500 of its 10,000 steps: their loop in eager PyTorch, and the op."""
+    P, grid_size, heads, rank, scale = sincos_2d((16, 16), 512).cuda(), (16, 16), 8, 64, 0.1
+    offsets = sample_offsets(heads, 5, generator=seeded())
+    targets = impulse_targets(offsets, grid_size).cuda()
+    U, S, Vh = torch.linalg.svd(P.double(), full_matrices=False)
+    kept = S > torch.finfo(P.dtype).eps * S[0]
+    tokens, directions = (U[:, kept] * S[kept]).float(), Vh[kept].T.float().contiguous()
+    found = {}
+
+    def fused() -> tuple[Tensor, Tensor]:
+        wq, wk = papers_weights(P, heads, rank)
+        norm, wk = wq.norm(dim=1).mean(), wk.mT.contiguous()
+        moments = wq.new_zeros(2, 2, *wq.shape)
+        for step in range(0, ADAM_STEPS_CUDA, 100):
+            wq *= norm / wq.norm(dim=1, keepdim=True)
+            wk *= norm / wk.norm(dim=2, keepdim=True)
+            qk_adam(
+                tokens, directions, targets, wq, wk, moments, scale=scale, heads=heads, lr=1e-4,
+                first_step=step, steps=100,
+            )  # fmt: skip
+        return wq, wk
+
+    def check(name: str, weights: tuple[Tensor, Tensor]) -> dict[str, float]:
+        wq, wk = weights
+        attention = torch.softmax(scale * (P @ wq) @ (P @ wk).mT, dim=-1)
+        M = impulse_matrix(offsets, grid_size, device="cuda")
+        found[name] = (attention - M).square().mean().item()
+        assert abs(found[name] / found["papers' adam"] - 1) < 1e-3
+        return {"steps_timed": ADAM_STEPS_CUDA, "mse": float(f"{found[name]:.4g}")}
+
+    times = OFFICIAL["case"]["steps"] / ADAM_STEPS_CUDA
+    compare(
+        "qk_adam",
+        "one layer of 8 heads, 16x16, D=512, r=64, f=5, scale 0.1, 10,000 steps",
+        {
+            "papers' adam": lambda: papers_adam(P, offsets, grid_size, rank, scale, ADAM_STEPS_CUDA),
+            "qk_adam": fused,
+        },
+        baseline="papers' adam",
+        check=check,
+        extrapolate={"papers' adam": times, "qk_adam": times},
     )
 
 

@@ -163,7 +163,9 @@ def bench_solver_on_cuda(compare, case):
         figures[competitor] = found = diagnostics.cpu()
         mse, peak = (found[:, DIAGNOSTICS.index(column)] for column in ("mse", "peak"))
         first = figures["cpu, 2 threads"]
-        assert (mse / first[:, DIAGNOSTICS.index("mse")] - 1).abs().max() < 0.02
+        # At a peak, mse follows where within the solver's tolerance the peak was left.
+        allowed = 0.05 if weight_norm is None else 0.02
+        assert (mse / first[:, DIAGNOSTICS.index("mse")] - 1).abs().max() < allowed
         assert (peak - first[:, DIAGNOSTICS.index("peak")]).abs().max() < 0.005
         return {
             "problems": len(found),

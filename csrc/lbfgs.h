@@ -53,21 +53,26 @@ struct LbfgsMemory {
   double slope;                               // of the function along -step
   int first, count;                           // the pairs in use: slots first, first + 1, ...
 
+  CONVINIT_HD void clear() {
+    forget();
+    for (int i = 0; i < kVectors; ++i) erase(i);
+  }
   CONVINIT_HD void forget() { first = count = 0; }
+  CONVINIT_HD void erase(int vector) {
+    for (int j = 0; j < kVectors; ++j) gram[vector][j] = gram[j][vector] = 0;
+  }
   CONVINIT_HD int slot(int i) const { return (first + i) % kSlots; }  // of the i-th oldest pair
   CONVINIT_HD int spare() const { return slot(count); }
   CONVINIT_HD static int change(int slot) { return kSlots + slot; }
   CONVINIT_HD double inverse_curvature(int slot) const { return 1.0 / gram[slot][change(slot)]; }
 
-  // <vector, sum of weights * vectors>
+  // <vector, sum of weights * vectors>. Vectors out of use have weight 0 and a finite Gram matrix: a loop of fixed length,
+  // in which loads and additions overlap, is what makes one GPU thread fast enough.
   CONVINIT_HD double inner(int vector) const {
     const double* row = gram[vector];
-    double along_steps = 0, along_changes = weights[kGradient] * row[kGradient];
-    for (int i = 0; i < count; ++i) {
-      along_steps += weights[slot(i)] * row[slot(i)];
-      along_changes += weights[change(slot(i))] * row[change(slot(i))];
-    }
-    return along_steps + along_changes;
+    double sum[4] = {0, 0, 0, 0};
+    for (int j = 0; j < kVectors; ++j) sum[j % 4] += weights[j] * row[j];
+    return (sum[0] + sum[1]) + (sum[2] + sum[3]);
   }
 
   // The two-loop recursion: weights and slope of step = H gradient, H the inverse Hessian that the pairs stand for.
@@ -96,8 +101,10 @@ struct LbfgsMemory {
   // Takes the spare pair into use if the function curves upwards along it.
   CONVINIT_HD void learn() {
     const int s = spare(), y = change(s);
-    if (!(gram[s][y] > 1e-10 * std::sqrt(gram[s][s] * gram[y][y]))) return;
-    if (count < kPairs) {
+    if (!(gram[s][y] > 1e-10 * std::sqrt(gram[s][s] * gram[y][y]))) {
+      erase(s);
+      erase(y);
+    } else if (count < kPairs) {
       ++count;
     } else {
       first = slot(1);

@@ -83,11 +83,8 @@ __global__ void __launch_bounds__(kThreads, 1) qk_adam_kernel(const __grid_const
                       });
       }
       group.sync();
-      for (int e = group.rank * part + threadIdx.x; e < part_end; e += kThreads) {
-        float sum = 0;
-        for (int r = 0; r < ctas; ++r) sum += shares[static_cast<size_t>(r) * size + e];
-        map.weights[e] = sum;
-      }
+      for (int e = group.rank * part + threadIdx.x; e < part_end; e += kThreads)
+        map.weights[e] = strided_sum<float>(shares + e, size, ctas);
       group.sync();
       squares = map.evaluate(target, 1.0f, 1.0f, true).squares;
       for (int e = group.rank * part + threadIdx.x; e < part_end; e += kThreads)

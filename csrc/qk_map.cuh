@@ -46,28 +46,52 @@ struct MapSums {
   double radial;         // <dA, logits / scale> = <dWq, Wq> = <dWk, Wk>
 };
 
+// The kernel waits for memory more than it computes: a CTA has 8 warps, and what other CTAs wrote comes from the L2 cache.
+// So each thread has kFlight loads on their way at once, also where fewer are left.
+
 // c[i][j] = sum over p of a[p][i] b[p][j], for kTile rows i: a [depth][lda], b [depth][ldb]. `store(i, j, c)` takes
 // kRows rows at once.
 template <int kRows, class Store>
 __device__ inline void multiply(const float* a, int lda, const float* b, int ldb, int depth, int columns,
                                 Store store) {
+  constexpr int kFlight = kRows > 4 ? 8 : 16;
   for (int item = threadIdx.x; item < kTile / kRows * columns; item += kThreads) {
     const int i = item / columns * kRows, j = item % columns;
     float c[kRows] = {};
-#pragma unroll 4
-    for (int p = 0; p < depth; ++p) {
-      const float bj = b[p * ldb + j];
+    for (int first = 0; first < depth; first += kFlight) {
+      float bj[kFlight];
 #pragma unroll
-      for (int r = 0; r < kRows; r += 4) {
-        const float4 ai = *reinterpret_cast<const float4*>(a + p * lda + i + r);
-        c[r] += ai.x * bj;
-        c[r + 1] += ai.y * bj;
-        c[r + 2] += ai.z * bj;
-        c[r + 3] += ai.w * bj;
+      for (int p = 0; p < kFlight; ++p) bj[p] = first + p < depth ? b[(first + p) * ldb + j] : 0.0f;
+#pragma unroll
+      for (int p = 0; p < kFlight; ++p) {
+        const float* ap = a + min(first + p, depth - 1) * lda + i;
+#pragma unroll
+        for (int r = 0; r < kRows; r += 4) {
+          const float4 ai = *reinterpret_cast<const float4*>(ap + r);
+          c[r] += ai.x * bj[p];
+          c[r + 1] += ai.y * bj[p];
+          c[r + 2] += ai.z * bj[p];
+          c[r + 3] += ai.w * bj[p];
+        }
       }
     }
     store(i, j, c);
   }
+}
+
+// The sum of x[0], x[stride], ..., x[(count - 1) * stride], in this order.
+template <class Sum>
+__device__ inline Sum strided_sum(const float* x, size_t stride, int count) {
+  constexpr int kFlight = 16;
+  Sum sum = 0;
+  for (int first = 0; first < count; first += kFlight) {
+    float parts[kFlight];
+#pragma unroll
+    for (int r = 0; r < kFlight; ++r) parts[r] = first + r < count ? x[(first + r) * stride] : 0.0f;
+#pragma unroll
+    for (int r = 0; r < kFlight; ++r) sum += parts[r];
+  }
+  return sum;
 }
 
 // c[i][j] (+)= sum over the kTile tokens t of a[i][t] b[j][t]: a [rows][lda], b [columns][kStride], c [rows][ldc].
@@ -124,9 +148,7 @@ class MapObjective {
 
   // Entry e of d(sum of squares) / 2 scale, by [wq | wk] as they were scaled.
   __device__ double gradient(int e) const {
-    double sum = 0;
-    for (int r = 0; r < group_.size; ++r) sum += grad_[static_cast<size_t>(r) * shape_.size() + e];
-    return sum;
+    return strided_sum<double>(grad_ + e, shape_.size(), group_.size);
   }
 
  private:
@@ -235,11 +257,9 @@ class MapObjective {
       __syncthreads();  // the tile before is done with d_tile
       for (int item = threadIdx.x; item < kTile * rank; item += kThreads) {
         const int i = item % kTile, j = item / kTile;
-        float sum = 0;
-        if (first + i < n)
-          for (int r = 0; r < group_.size; ++r)
-            sum += grad_k_t_[static_cast<size_t>(r) * rank * ld + j * ld + first + i];
-        d_tile_[j * kStride + i] = sum;
+        const float* shares = grad_k_t_ + j * ld + first + i;
+        d_tile_[j * kStride + i] =
+            first + i < n ? strided_sum<float>(shares, static_cast<size_t>(rank) * ld, group_.size) : 0.0f;
       }
       __syncthreads();
       multiply_tokens<2>(xk_t_ + first, ld, shape_.dk, d_tile_, rank, grad_wk, rank, tile != group_.rank);

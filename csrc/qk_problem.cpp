@@ -49,15 +49,31 @@ class Problem {
   }
 
   void inner_products(LbfgsMemory& memory, int pair) const {
-    const int pairs = memory.count + (pair != LbfgsMemory::kNoPair);
-    for (const int row : {pair, LbfgsMemory::change(pair), LbfgsMemory::kGradient}) {
-      if (pair == LbfgsMemory::kNoPair && row != LbfgsMemory::kGradient) continue;
-      for (int i = 0; i < pairs; ++i)
-        for (const int column : {memory.slot(i), LbfgsMemory::change(memory.slot(i))})
-          memory.gram[row][column] = memory.gram[column][row] = dot(memory_[row], memory_[column]);
-      memory.gram[row][LbfgsMemory::kGradient] = memory.gram[LbfgsMemory::kGradient][row] =
-          dot(memory_[row], gradient());
+    constexpr int kGradient = LbfgsMemory::kGradient;
+    std::vector<int> columns;
+    for (int i = 0; i < memory.count; ++i) {
+      columns.push_back(memory.slot(i));
+      columns.push_back(LbfgsMemory::change(memory.slot(i)));
     }
+    const auto fill = [&](int row, int column) {
+      memory.gram[row][column] = memory.gram[column][row] = dot(memory_[row], memory_[column]);
+    };
+    if (pair != LbfgsMemory::kNoPair) {
+      const int y = LbfgsMemory::change(pair);
+      // With the change of the gradient: the change of the products with the gradient.
+      for (const int column : columns) {
+        const double before = memory.gram[kGradient][column];
+        fill(kGradient, column);
+        memory.gram[y][column] = memory.gram[column][y] = memory.gram[kGradient][column] - before;
+        fill(pair, column);
+      }
+      fill(pair, pair);
+      fill(pair, y);
+      fill(y, y);
+      columns = {pair, y};
+    }
+    for (const int column : columns) fill(kGradient, column);
+    fill(kGradient, kGradient);
   }
 
   void combine(const LbfgsMemory& memory) {

@@ -113,7 +113,7 @@ CONVINIT_HD int64_t solve_for_peak(Space& space, LbfgsMemory& memory, double nat
 // Returns the iterations.
 template <class Space>
 CONVINIT_HD int64_t search(Space& space, LbfgsMemory& memory, const QKSolverOptions& options) {
-  space.once([&] { memory.forget(); });
+  space.once([&] { memory.clear(); });
   const bool for_peak = options.peak > 0;
   const double natural = for_peak ? space.natural_norm() : 0;
   double best = 0;

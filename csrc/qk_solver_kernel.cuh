@@ -125,12 +125,14 @@ class DeviceProblem {
       }
     }
     const double* total = group_.sums(3 * columns);
-    once([&] {
-      const int rows[3] = {LbfgsMemory::kGradient, pair, LbfgsMemory::change(pair)};
-      for (int i = 0; i < columns; ++i)
-        for (int row = 0; row < (with_pair ? 3 : 1); ++row)
-          memory.gram[rows[row]][column(i)] = memory.gram[column(i)][rows[row]] = total[3 * i + row];
-    });
+    for (int item = threadIdx.x; item < 3 * columns; item += kThreads) {
+      const int i = item / 3, j = column(i);
+      if (item % 3 > 0 && !with_pair) continue;
+      const int row = item % 3 == 0 ? LbfgsMemory::kGradient : item % 3 == 1 ? pair : LbfgsMemory::change(pair);
+      memory.gram[row][j] = total[item];
+      if (i < columns - (with_pair ? 3 : 1)) memory.gram[j][row] = total[item];  // the others are rows themselves
+    }
+    __syncthreads();
   }
 
   __device__ void combine(const LbfgsMemory& memory) {

@@ -316,7 +316,17 @@ def test_adam_follows_autograd_step_by_step():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("goal", [{"weight_norm": 8.77}, {"peak": 0.8}, {"method": Adam(steps=250)}])
+@pytest.mark.parametrize(
+    "goal",
+    [
+        {"weight_norm": 8.77},
+        {
+            "peak": 0.8,
+            "method": Newton(tolerance=1e-3),
+        },  # looser, they may stop 2 % apart
+        {"method": Adam(steps=250)},
+    ],
+)
 def test_fit_on_cuda_is_that_on_the_cpu(goal):
     """One seed, one result up to rounding; the figures are those of the weights."""
     P, offsets = sincos((16, 16), 512), window(3)

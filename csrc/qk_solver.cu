@@ -9,17 +9,25 @@
 #include "qk_solver_kernel.cuh"
 
 namespace convinit {
+namespace {
+
+void check_devices(const Tensor& xq, const Tensor& xk, const Tensor& targets, const Tensor& wq_starts,
+                   const Tensor& wk_starts, const std::optional<Tensor>& weight_norm) {
+  CONVINIT_CHECK_SAME_DEVICE(xk, xq);
+  CONVINIT_CHECK_SAME_DEVICE(targets, xq);
+  CONVINIT_CHECK_SAME_DEVICE(wq_starts, xq);
+  CONVINIT_CHECK_SAME_DEVICE(wk_starts, xq);
+  if (weight_norm) CONVINIT_CHECK_SAME_DEVICE(*weight_norm, xq);
+}
+
+}  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> qk_solver_cuda(const Tensor& xq_, const Tensor& xk_, const Tensor& targets_,
                                                   const Tensor& wq_starts_, const Tensor& wk_starts_, double scale,
                                                   const std::optional<Tensor>& weight_norm_, double peak,
                                                   int64_t max_iterations, double tolerance) {
   check_qk_solver(xq_, xk_, targets_, wq_starts_, wk_starts_, weight_norm_, peak);
-  CONVINIT_CHECK_SAME_DEVICE(xk_, xq_);
-  CONVINIT_CHECK_SAME_DEVICE(targets_, xq_);
-  CONVINIT_CHECK_SAME_DEVICE(wq_starts_, xq_);
-  CONVINIT_CHECK_SAME_DEVICE(wk_starts_, xq_);
-  if (weight_norm_) CONVINIT_CHECK_SAME_DEVICE(*weight_norm_, xq_);
+  check_devices(xq_, xk_, targets_, wq_starts_, wk_starts_, weight_norm_);
   const torch::stable::accelerator::DeviceGuard guard(xq_.get_device_index());
 
   const Tensor xq = torch::stable::contiguous(xq_), xk = torch::stable::contiguous(xk_);

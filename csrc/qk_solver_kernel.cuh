@@ -131,8 +131,7 @@ class DeviceProblem {
       const int row = item % 3 == 0 ? LbfgsMemory::kGradient : item % 3 == 1 ? pair : LbfgsMemory::change(pair);
       memory.gram[row][j] = total[item];
       if (i < columns - (with_pair ? 3 : 1)) memory.gram[j][row] = total[item];  // the others are rows themselves
-    }
-    __syncthreads();
+    }  // `once`, where the matrix is read, begins with a barrier
   }
 
   __device__ void combine(const LbfgsMemory& memory) {

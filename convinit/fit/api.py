@@ -43,8 +43,8 @@ def fit_qk(
 
     Args:
         pos_embed: P [N, D], any floating dtype: what the attention layer sees, so LayerNorm(P) where it comes
-        after a
-            norm, and multiplied by 1 − alpha (or any gain) where the layer does so.
+            after a norm, and multiplied by 1 − alpha (or any gain) where the layer does so. On a CUDA device
+            the iterations run there, if the CUDA ops are built.
         offsets: [B, 2], any integer dtype: (dy, dx) in tokens, one per head, at most the grid's size.
         grid_size: (H, W); N = H · W tokens, row-major.
         rank: head dimension r, at most D.

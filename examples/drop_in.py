@@ -1,7 +1,7 @@
 """Is it a drop-in? Models of two other libraries on few images, from different initial weights.
 
-    python examples/drop_in.py timm --out docs/drop-in
-    python examples/drop_in.py vit-pytorch --out docs/drop-in
+    python examples/drop_in.py timm --out docs/init_vit
+    python examples/drop_in.py vit-pytorch --out docs/init_vit
 
 Each model is built by its own library and changed by one call of `convinit.init_vit_`. Every run is kept in
 OUT as soon as it is done; run again to go on. At the end OUT has the table in Markdown.

@@ -118,7 +118,7 @@ class AdditiveLayout(Layout):
                 "standardised pixels); the content will blur the maps that are fitted to it by the square of "
                 f"that. Enlarge it with pos_embed_gain, about {needed} (arXiv 2505.19985 uses 18), or scale "
                 "the content down with alpha; images= measures the maps that remain",
-                stacklevel=4,
+                stacklevel=5,  # past this layout, init_vit_ and its no_grad, to the caller
             )
 
     def position_share(self) -> float | None:

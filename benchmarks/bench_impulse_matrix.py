@@ -4,6 +4,9 @@
 
 `torch.zeros` writes every byte (torch's CPU allocator does not hand out memory known to be zero): its time is
 that of touching the result once, page faults included. convinit is faster where the system grants huge pages.
+
+On a machine with a GPU, rows whose problem ends in "cuda" compare the CUDA kernel with `torch.zeros`, with
+the reference and with one indexed write of the ones, all on the GPU with offsets that are there already.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from convinit import impulse_matrix, sample_offsets
+from convinit import impulse_matrix, impulse_targets, sample_offsets
 from convinit.ops.impulse_matrix import impulse_matrix_reference
 
 
@@ -66,4 +69,58 @@ def bench_impulse_matrix(compare, heads, grid_size, dtype):
         check=check,
         dtype=dtype,
         bytes_written=expected.nbytes,
+    )
+
+
+def indexed(offsets: Tensor, grid_size: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """One write at the indices of the ones; finding the rows that have one makes the host wait."""
+    targets = impulse_targets(offsets, grid_size)
+    matrix = torch.zeros(*targets.shape, targets.shape[1], dtype=dtype, device=offsets.device)
+    head, row = torch.nonzero(targets >= 0, as_tuple=True)
+    matrix[head, row, targets[head, row]] = 1
+    return matrix
+
+
+CUDA_PROBLEMS = [
+    *PROBLEMS,
+    (9, (13, 13), torch.bool),  # rows of 169 bytes
+    (64, (31, 31), torch.float16),  # rows of 1,922 bytes
+    (8, (64, 64), torch.bfloat16),
+    (8, (64, 64), torch.bool),
+    (8, (64, 64), torch.float64),
+    (32, (64, 64), torch.float32),  # 2.1 GB
+    (3, (215, 219), torch.float16),  # 13 GB, 6.6e9 elements in odd rows
+]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(("heads", "grid_size", "dtype"), CUDA_PROBLEMS)
+def bench_impulse_matrix_on_cuda(compare, heads, grid_size, dtype):
+    offsets = sample_offsets(heads, 5, generator=torch.Generator().manual_seed(0)).cuda()
+    tokens = grid_size[0] * grid_size[1]
+    shape = (heads, tokens, tokens)
+    nbytes = heads * tokens**2 * dtype.itemsize
+    ones = (impulse_targets(offsets, grid_size) >= 0).sum().item()
+
+    def check(name: str, result: Tensor) -> None:
+        assert result.shape == shape and result.dtype == dtype and result.is_cuda, name
+        assert sum(matrix.count_nonzero().item() for matrix in result) == (name != "torch.zeros") * ones, name
+        if name != "torch.zeros":
+            targets = impulse_targets(offsets, grid_size)
+            found = result.gather(2, targets.clamp(min=0)[:, :, None])[:, :, 0] == 1
+            assert found[targets >= 0].all(), name
+
+    compare(
+        "impulse_matrix",
+        f"{heads} heads, {grid_size[0]}x{grid_size[1]}, cuda",
+        {
+            "torch.zeros": lambda: torch.zeros(shape, dtype=dtype, device="cuda"),
+            "convinit": lambda: impulse_matrix(offsets, grid_size, dtype=dtype),
+            "reference": lambda: impulse_matrix_reference(offsets, grid_size, dtype=dtype),
+            "indexed": lambda: indexed(offsets, grid_size, dtype),
+        },
+        baseline="torch.zeros",
+        check=check,
+        dtype=dtype,
+        bytes_written=nbytes,
     )

@@ -53,7 +53,12 @@ def machine() -> str:
 
 
 def revision() -> str:
-    """The commit measured; "+" marks uncommitted changes to what is installed."""
+    """The commit measured; "+" marks uncommitted changes to what is installed.
+
+    CONVINIT_REVISION says it where the sources came without git.
+    """
+    if "CONVINIT_REVISION" in os.environ:
+        return os.environ["CONVINIT_REVISION"]
     git = ["git", "-C", str(Path(__file__).parent.parent)]
     commit = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)
     if commit.returncode:

@@ -14,55 +14,18 @@
 namespace convinit {
 namespace {
 
-constexpr int64_t kOutside = -1;
-
-// x mod n in [0, n).
-int64_t modulo(int64_t x, int64_t n) {
-  const int64_t remainder = x % n;
-  return remainder < 0 ? remainder + n : remainder;
-}
-
-// Where each position of an axis of `size` points under `offset`: an index of the axis, or kOutside.
-// The offset is reduced before it is added, so that no offset overflows.
-void fill_axis_targets(int64_t offset, int64_t size, PaddingMode mode, int64_t* targets) {
-  switch (mode) {
-    case PaddingMode::circular: {
-      const int64_t shift = modulo(offset, size);
-      for (int64_t i = 0; i < size; ++i) targets[i] = (i + shift) % size;
-      return;
-    }
-    case PaddingMode::reflect: {
-      // Back and forth without repeating the edges: 0 1 2 3 2 1 | 0 1 ...; an axis of one has nowhere to go.
-      const int64_t period = std::max<int64_t>(2 * (size - 1), 1);
-      const int64_t shift = modulo(offset, period);
-      for (int64_t i = 0; i < size; ++i) {
-        const int64_t phase = (i + shift) % period;
-        targets[i] = std::min(phase, period - phase);
-      }
-      return;
-    }
-    case PaddingMode::zeros:
-    case PaddingMode::replicate: {
-      const int64_t shift = std::clamp(offset, -size, size);
-      for (int64_t i = 0; i < size; ++i) {
-        const int64_t target = std::clamp<int64_t>(i + shift, 0, size - 1);
-        targets[i] = mode == PaddingMode::replicate || target == i + shift ? target : kOutside;
-      }
-      return;
-    }
-  }
-}
-
 // The targets of all offsets along both axes: [B, height] and [B, width].
 struct AxisTargets {
-  std::vector<int64_t> rows, columns;
+  std::vector<int> rows, columns;
   int64_t height, width;
 
   AxisTargets(const int64_t* offsets, int64_t batch, int64_t height, int64_t width, PaddingMode mode)
       : rows(batch * height), columns(batch * width), height(height), width(width) {
     for (int64_t b = 0; b < batch; ++b) {
-      fill_axis_targets(offsets[2 * b], height, mode, rows.data() + b * height);
-      fill_axis_targets(offsets[2 * b + 1], width, mode, columns.data() + b * width);
+      const AxisTarget row(offsets[2 * b], static_cast<int>(height), mode);
+      const AxisTarget column(offsets[2 * b + 1], static_cast<int>(width), mode);
+      for (int i = 0; i < height; ++i) rows[b * height + i] = row(i);
+      for (int j = 0; j < width; ++j) columns[b * width + j] = column(j);
     }
   }
 
@@ -110,13 +73,7 @@ void fill_rows(T* out, int64_t rows, int64_t columns, const AxisTargets& targets
 
 Tensor impulse_matrix_cpu(const Tensor& offsets, int64_t height, int64_t width, int64_t padding_mode,
                           ScalarType dtype) {
-  STD_TORCH_CHECK(offsets.dim() == 2 && offsets.size(1) == 2, "convinit: offsets must have shape [B, 2]");
-  CONVINIT_CHECK_DTYPE(offsets, Long);
-  STD_TORCH_CHECK(height > 0 && width > 0 && height <= INT32_MAX / width,
-                  "convinit: height and width must be positive, and height * width below 2^31");
-  STD_TORCH_CHECK(padding_mode >= 0 && padding_mode <= static_cast<int64_t>(PaddingMode::reflect),
-                  "convinit: padding_mode must be 0, 1, 2 or 3");
-
+  check_impulse_matrix(offsets, height, width, padding_mode);
   const int64_t batch = offsets.size(0), tokens = height * width;
   Tensor out = torch::stable::new_empty(offsets, {batch, tokens, tokens}, dtype);
   if (batch == 0) return out;

@@ -10,11 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_impulse_matrix import DTYPES, EXTREMES
 from test_qk_adam import ARGUMENTS, check_as_close_as_eager
 from test_qk_adam import problem as qk_adam_problem
 from test_qk_solver import metrics_in_float64, norms, problem
 from torch import Tensor
 
+from convinit.offsets import PADDING_MODES
+from convinit.ops.impulse_matrix import impulse_matrix_reference
 from convinit.ops.qk_adam import qk_adam_reference
 from convinit.ops.qk_solver import DIAGNOSTICS, qk_solver
 
@@ -32,7 +35,8 @@ def kernels(tmp_path_factory):
     subprocess.run(
         [
             str(COMPILER), "-std=c++20", "-O2", "-shared", "-fPIC", "-pthread", "-Wall", "-Wextra", "-Werror",
-            "-Wno-unknown-pragmas", "-U_FORTIFY_SOURCE",  # its longjmp stays on one stack, fibers do not
+            "-Wno-unknown-pragmas", "-fno-strict-aliasing",
+            "-U_FORTIFY_SOURCE",  # its longjmp stays on one stack, fibers do not
             "-I", str(here), "-I", str(ROOT / "csrc"), str(here / "kernels.cpp"), "-o", str(library),
         ],
         check=True,
@@ -147,3 +151,25 @@ def test_adam_matches_float64(kernels, device):
         qk_adam_reference(*eager, *ARGUMENTS.values(), first_step, steps)
         torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
     check_as_close_as_eager(ours, eager, exact)
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_impulse_matrix_writes_its_result_and_nothing_beside(kernels, dtype, backwards):
+    """Odd rows, results of no bytes of 16, one tile and many, memory full of garbage, offsets of any size."""
+    integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
+    one = torch.ones((), dtype=dtype).view(integer).item()
+    redzone = 64
+    for grid_size in ((1, 1), (1, 5), (3, 3), (7, 5), (13, 11), (1, 151)):
+        offsets = torch.tensor([*EXTREMES, [-2, 3], [3, 5], [-14, 12]])
+        kernels.set_device(1 if grid_size[0] == 7 else 3, 96 * 1024, backwards)
+        for mode, padding_mode in enumerate(PADDING_MODES):
+            expected = impulse_matrix_reference(offsets, grid_size, padding_mode=padding_mode, dtype=dtype)
+            memory = torch.full((expected.nbytes + 2 * redzone,), 0xA5, dtype=torch.uint8)
+            assert kernels.impulse_matrix(
+                ctypes.c_void_p(memory.data_ptr() + redzone), pointer(offsets), ctypes.c_int64(len(offsets)),
+                *grid_size, ctypes.c_int64(mode), ctypes.c_uint64(one), dtype.itemsize,
+            )  # fmt: skip
+            result = memory[redzone:-redzone].view(dtype).view(expected.shape)
+            assert torch.equal(result, expected), (grid_size, padding_mode)
+            assert (memory[:redzone] == 0xA5).all() and (memory[-redzone:] == 0xA5).all()

@@ -11,27 +11,89 @@ from convinit.offsets import PADDING_MODES
 from convinit.ops.impulse_matrix import impulse_matrix, impulse_matrix_reference
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.bool]
+devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 GRIDS = [(1, 1), (1, 5), (4, 1), (3, 4), (7, 5)]
 EXTREMES = [[0, 0], [1, -2], [9, -11], [2**62, -(2**62)], [2**63 - 1, -(2**63)], [-(2**63), 2**63 - 1]]
 
 
+@devices
 @pytest.mark.parametrize("padding_mode", PADDING_MODES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_equals_reference(dtype, padding_mode):
+def test_equals_reference(dtype, padding_mode, device):
     offsets = torch.tensor(EXTREMES)
     for grid_size in GRIDS:
-        actual = impulse_matrix(offsets, grid_size, padding_mode=padding_mode, dtype=dtype)
         expected = impulse_matrix_reference(offsets, grid_size, padding_mode=padding_mode, dtype=dtype)
-        assert actual.dtype == dtype
-        assert torch.equal(actual, expected)
+        for source in (offsets, offsets.to(device)):
+            actual = impulse_matrix(source, grid_size, padding_mode=padding_mode, dtype=dtype, device=device)
+            assert (actual.dtype, actual.device.type) == (dtype, device)
+            assert torch.equal(actual.cpu(), expected)
 
 
-def test_large_result_equals_reference(generator):
+@devices
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool], ids=str)
+def test_large_result_equals_reference(dtype, device, generator):
     """Many blocks, all threads, huge pages, and rows that do not divide a block."""
-    offsets = convinit.sample_offsets(5, 7, generator=generator)
-    actual = impulse_matrix(offsets, (29, 31))
+    offsets = convinit.sample_offsets(13, 7, generator=generator)
+    actual = impulse_matrix(offsets, (29, 31), dtype=dtype, device=device)
     assert actual.nbytes > 2**23
-    assert torch.equal(actual, impulse_matrix_reference(offsets, (29, 31), dtype=torch.float32))
+    assert torch.equal(actual.cpu(), impulse_matrix_reference(offsets, (29, 31), dtype=dtype))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bool], ids=str)
+def test_more_than_two_to_the_31_elements(dtype):
+    """6.6e9 of them, in odd rows; the sums of rows and the ones' places need no second result."""
+    if torch.cuda.mem_get_info()[0] < 40e9:
+        pytest.skip("needs 40 GB of free device memory")
+    offsets = torch.tensor([[0, 0], [-3, 50], [2, -1]]).cuda()
+    grid_size = (215, 219)
+    matrix = impulse_matrix(offsets, grid_size, padding_mode="circular", dtype=dtype)
+    assert matrix.numel() > 2**32
+    targets = convinit.impulse_targets(offsets, grid_size, padding_mode="circular")
+    assert (matrix.gather(2, targets[:, :, None]) == 1).all()
+    for rows in matrix.flatten(0, 1).split(2**14):
+        assert torch.equal(rows.count_nonzero(dim=1), torch.ones(len(rows), dtype=torch.int64, device="cuda"))
+
+
+@pytest.mark.gpu
+def test_cuda_streams(generator):
+    """Each result is made on the stream that is current, after what was there before."""
+    offsets = convinit.sample_offsets(8, 5, generator=generator)
+    expected = [impulse_matrix(offsets + i, (24, 24)) for i in range(4)]
+    results = []
+    for i in range(4):
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(10_000_000)
+            moved = offsets.cuda(non_blocking=True) + i
+            results.append((stream, impulse_matrix(moved, (24, 24))))
+    for (stream, actual), matrix in zip(results, expected, strict=True):
+        stream.synchronize()
+        assert torch.equal(actual.cpu(), matrix)
+
+
+@pytest.mark.gpu
+def test_cuda_graph_reads_new_offsets():
+    offsets = torch.tensor([[0, 1], [-2, 0]]).cuda()
+    impulse_matrix(offsets, (7, 9))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = impulse_matrix(offsets, (7, 9), dtype=torch.bfloat16)
+    for new in ([[0, 1], [-2, 0]], [[3, -4], [2**62, 1]]):
+        offsets.copy_(torch.tensor(new))
+        graph.replay()
+        expected = impulse_matrix(torch.tensor(new), (7, 9), dtype=torch.bfloat16)
+        assert torch.equal(captured.cpu(), expected)
+
+
+@pytest.mark.gpu
+def test_every_cuda_device():
+    """The result is on the device of the offsets, whichever is current."""
+    for index in range(torch.cuda.device_count()):
+        offsets = torch.tensor(EXTREMES, device=f"cuda:{index}")
+        actual = impulse_matrix(offsets, (3, 4))
+        assert actual.device == offsets.device
+        assert torch.equal(actual.cpu(), impulse_matrix(offsets.cpu(), (3, 4)))
 
 
 OFFSETS = st.lists(st.tuples(st.integers(-12, 12), st.integers(-12, 12)), min_size=1, max_size=4)
@@ -88,14 +150,17 @@ def test_is_the_convolution_of_an_impulse_kernel(generator):
     assert torch.equal(impulse_matrix(offsets, (6, 7)) @ image.flatten(), expected)
 
 
-def test_empty_batch():
-    assert impulse_matrix(torch.empty(0, 2, dtype=torch.int64), (3, 4)).shape == (0, 12, 12)
+@devices
+def test_empty_batch(device):
+    assert impulse_matrix(torch.empty(0, 2, dtype=torch.int64, device=device), (3, 4)).shape == (0, 12, 12)
 
 
-def test_offsets_may_be_strided_and_of_any_integer_dtype():
-    offsets = torch.tensor([[1, 0], [-2, 3], [0, -1]])
+@devices
+def test_offsets_may_be_strided_and_of_any_integer_dtype(device):
+    offsets = torch.tensor([[1, 0], [-2, 3], [0, -1]], device=device)
     expected = impulse_matrix(offsets, (4, 5))
-    strided = torch.stack([offsets[:, 1], torch.full((3,), 99), offsets[:, 0]])[[2, 1, 0]].T[:, ::2]
+    other = torch.full_like(offsets[:, 0], 99)
+    strided = torch.stack([offsets[:, 1], other, offsets[:, 0]])[[2, 1, 0]].T[:, ::2]
     assert not strided.is_contiguous()
     assert torch.equal(impulse_matrix(strided, (4, 5)), expected)
     for dtype in (torch.int8, torch.int16, torch.int32):
@@ -113,30 +178,20 @@ def test_default_dtype_and_device():
     assert impulse_matrix(offsets, (2, 2), device="meta").device.type == "meta"
 
 
+@devices
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bool], ids=str)
-def test_opcheck(dtype):
+def test_opcheck(dtype, device):
     op = torch.ops.convinit.impulse_matrix.default
     for offsets in (torch.tensor(EXTREMES), torch.empty(0, 2, dtype=torch.int64)):
-        torch.library.opcheck(op, (offsets, 3, 4, PADDING_MODES.index("reflect"), dtype))
+        torch.library.opcheck(op, (offsets.to(device), 3, 4, PADDING_MODES.index("reflect"), dtype))
 
 
-def test_compiles_without_graph_breaks():
+@devices
+def test_compiles_without_graph_breaks(device):
     compiled = torch.compile(impulse_matrix, fullgraph=True, backend="aot_eager")
-    offsets = torch.tensor([[1, 2], [-1, 0]])
+    offsets = torch.tensor([[1, 2], [-1, 0]], device=device)
     actual = compiled(offsets, (3, 4), padding_mode="circular", dtype=torch.float16)
     assert torch.equal(actual, impulse_matrix(offsets, (3, 4), padding_mode="circular", dtype=torch.float16))
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("padding_mode", PADDING_MODES)
-def test_cuda_equals_cpu(padding_mode):
-    offsets = torch.tensor(EXTREMES)
-    for dtype in DTYPES:
-        expected = impulse_matrix(offsets, (3, 4), padding_mode=padding_mode, dtype=dtype)
-        for source in (offsets, offsets.cuda()):
-            actual = impulse_matrix(source, (3, 4), padding_mode=padding_mode, dtype=dtype, device="cuda")
-            assert actual.is_cuda
-            assert torch.equal(actual.cpu(), expected)
 
 
 ONE = torch.zeros(1, 2, dtype=torch.int64)
@@ -184,6 +239,8 @@ def test_errors_name_the_argument(arguments, options, error, message):
         (ONE, 2, 2, 0, torch.complex64),
     ],
 )
-def test_the_bare_op_refuses_what_would_corrupt_memory(arguments):
+@devices
+def test_the_bare_op_refuses_what_would_corrupt_memory(arguments, device):
+    offsets, *rest = arguments
     with pytest.raises(RuntimeError, match="convinit: "):
-        torch.ops.convinit.impulse_matrix(*arguments)
+        torch.ops.convinit.impulse_matrix(offsets.to(device), *rest)

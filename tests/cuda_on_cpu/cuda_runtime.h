@@ -35,6 +35,10 @@ struct alignas(16) float4 {
   float x, y, z, w;
 };
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+struct alignas(16) uint4 {  // garbage at first: what shared memory holds before it is written
+  unsigned x = 0xdeadbeef, y = 0xdeadbeef, z = 0xdeadbeef, w = 0xdeadbeef;
+};
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 inline thread_local dim3 threadIdx, blockIdx, gridDim;
 using std::max, std::min;
 
@@ -157,6 +161,8 @@ T __shfl_xor_sync(unsigned, T value, int mask) {
   block.wait(barrier, 32);
   return other;
 }
+template <class T>
+void __stcs(T* to, const T& value) { *to = value; }
 inline void __threadfence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 inline void __nanosleep(unsigned) { std::this_thread::yield(); }
 inline unsigned atomicAdd(unsigned* to, unsigned x) { return __atomic_fetch_add(to, x, __ATOMIC_SEQ_CST); }

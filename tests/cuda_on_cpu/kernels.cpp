@@ -3,6 +3,7 @@
 
 #include <cuda_runtime.h>
 
+#include "impulse_matrix_kernel.cuh"
 #include "qk_adam_kernel.cuh"
 #include "qk_solver_kernel.cuh"
 
@@ -39,6 +40,19 @@ extern "C" void set_device(int multiprocessors, int shared_limit, int backwards)
   cuda_on_cpu::multiprocessors = multiprocessors;
   cuda_on_cpu::shared_limit = shared_limit;
   cuda_on_cpu::backwards = backwards;
+}
+
+extern "C" bool impulse_matrix(void* out, const int64_t* offsets, int64_t batch, int height, int width,
+                               int64_t padding_mode, uint64_t one, int itemsize) {
+  ImpulseMatrixArgs args{};
+  args.out = out;
+  args.offsets = offsets;
+  args.batch = batch;
+  args.height = height;
+  args.width = width;
+  args.padding_mode = static_cast<PaddingMode>(padding_mode);
+  args.one = one;
+  return launch_impulse_matrix(args, itemsize, nullptr) == cudaSuccess;
 }
 
 extern "C" int qk_solver(int n, int dq, int dk, int rank, double scale, int starts, int problems, const double* xq, const double* xk, const int64_t* targets,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +52,46 @@ _HAS_CUDA_OPS = _load()
 
 
 def op_device(device: torch.device) -> torch.device:
-    """Where the compiled ops run for tensors on `device`: there, if it is CUDA and they are built for it."""
-    return device if device.type == "cuda" and _HAS_CUDA_OPS else torch.device("cpu")
+    """Where the compiled ops run for tensors on `device`: there, if it is CUDA and they serve it."""
+    if device.type != "cuda" or not _HAS_CUDA_OPS:
+        return torch.device("cpu")
+    problem = _cuda_problem(_cuda_config(), torch.cuda.get_device_capability(device))
+    if problem:
+        warnings.warn(f"convinit computes on the CPU instead of {device}: {problem}", stacklevel=2)
+        return torch.device("cpu")
+    return device
+
+
+def _cuda_problem(config: dict[str, str], capability: tuple[int, int]) -> str | None:
+    """Why the CUDA ops do not run with this driver or on a GPU of this capability; None if they do."""
+    compiled, driver = config["cuda_compiled"], config["cuda_driver"]
+    if int(driver.split(".")[0]) < int(compiled.split(".")[0]):
+        return (
+            f"its CUDA ops were built with CUDA {compiled}, and the NVIDIA driver knows CUDA {driver} at "
+            "most. Update the driver, or build convinit from source with the older CUDA"
+        )
+    # Machine code runs on later GPUs of its generation; the newest has PTX beside it, for GPUs yet to come.
+    architectures = [divmod(int(number) // 10, 10) for number in config["cuda_architectures"].split(",")]
+    same_generation = any(a[0] == capability[0] and a <= capability for a in architectures)
+    if same_generation or capability > max(architectures):
+        return None
+    return (
+        f"its CUDA ops were built for {_names(config)}, and this GPU is sm_{capability[0]}{capability[1]}. "
+        "Build convinit from source with TORCH_CUDA_ARCH_LIST set"
+    )
+
+
+def _names(config: dict[str, str]) -> str:
+    return ", ".join(f"sm_{int(number) // 10}" for number in config["cuda_architectures"].split(","))
+
+
+def _cuda_config() -> dict[str, str]:
+    return _read(torch.ops.convinit.cuda_config())
+
+
+def _read(text: torch.Tensor) -> dict[str, str]:
+    """The "key=value" lines that an op returns as bytes."""
+    return dict(line.split("=", 1) for line in bytes(text.tolist()).decode().splitlines())
 
 
 def build_info() -> dict[str, Any]:
@@ -65,15 +104,20 @@ def build_info() -> dict[str, Any]:
         stable_abi: the oldest torch that they run under;
         compiler, cxx_standard: what compiled them;
         cpu_ops, cuda_ops: which compiled ops are loaded;
+        cuda_compiled: the CUDA version that compiled the CUDA ops, or None;
+        cuda_architectures: the GPUs that they have machine code for ("sm_80, sm_90, ..."), or None;
+        cuda_driver: the newest CUDA version that the NVIDIA driver knows, or None;
         cpu_capability: the instruction set that torch uses on this CPU ("AVX2", "AVX512", "NEON", ...);
         cpu_count, num_threads: CPUs of the machine, and threads that ops use;
-        gpu: name of the current CUDA device, or None;
+        gpu: name of the current CUDA device with its architecture, or None;
+        gpu_problem: why the CUDA ops do not run on it, or None;
         python, platform: the interpreter's version and the operating system.
     """
     from convinit import __version__
 
-    text = bytes(torch.ops.convinit.build_config().tolist()).decode()
-    config = dict(line.split("=", 1) for line in text.splitlines())
+    config = _read(torch.ops.convinit.build_config())
+    cuda = _cuda_config() if _HAS_CUDA_OPS else None
+    capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
     return {
         "convinit": __version__,
         "torch": torch.__version__,
@@ -83,10 +127,14 @@ def build_info() -> dict[str, Any]:
         "cxx_standard": f"C++{config['cxx_standard'][2:4]}",  # 202002L: C++20
         "cpu_ops": True,
         "cuda_ops": _HAS_CUDA_OPS,
+        "cuda_compiled": cuda and cuda["cuda_compiled"],
+        "cuda_architectures": cuda and _names(cuda),
+        "cuda_driver": cuda["cuda_driver"] if cuda and cuda["cuda_driver"] != "0.0" else None,
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cpu_count": os.cpu_count(),
         "num_threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "gpu": capability and f"{torch.cuda.get_device_name()} (sm_{capability[0]}{capability[1]})",
+        "gpu_problem": _cuda_problem(cuda, capability) if cuda and capability else None,
         "python": platform.python_version(),
         "platform": platform.platform(),
     }

@@ -20,7 +20,12 @@ inline cudaStream_t current_stream(const Tensor& tensor) {
 inline void check_cuda(cudaError_t error, const char* op) {
   if (error == cudaSuccess) return;
   cudaGetLastError();  // not to be reported again by whoever asks next
-  STD_TORCH_CHECK(false, "convinit: " + std::string(op) + " failed on this GPU: " + cudaGetErrorString(error));
+  const bool unserved = error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction ||
+                        error == cudaErrorInsufficientDriver || error == cudaErrorUnsupportedPtxVersion;
+  STD_TORCH_CHECK(false, "convinit: " + std::string(op) + " failed on this GPU: " + cudaGetErrorString(error) +
+                             (unserved ? ". convinit.build_info() tells which GPUs and drivers this build serves; "
+                                         "on the CPU it works without them"
+                                       : ""));
 }
 
 }  // namespace convinit

@@ -1,5 +1,5 @@
-// The table of contents: the schemas of all ops, and their CPU kernels.
-// Fake kernels and other devices are registered in Python, beside each op's public function.
+// The table of contents: the schemas of all ops, and their CPU kernels. Each .cu file registers its own CUDA kernel;
+// fake kernels and other devices are registered in Python, beside each op's public function.
 #include "checks.h"
 #include "impulse_matrix.h"
 #include "qk_solver.h"
@@ -38,6 +38,7 @@ Tensor build_config() {
 
 STABLE_TORCH_LIBRARY(convinit, m) {
   m.def("build_config() -> Tensor");
+  m.def("cuda_config() -> Tensor");  // of the CUDA library, where it is loaded
   m.def("impulse_matrix(Tensor offsets, int height, int width, int padding_mode, ScalarType dtype) -> Tensor");
   m.def(
       "qk_adam(Tensor tokens, Tensor directions, Tensor targets, Tensor(a!) wq, Tensor(b!) wk, Tensor(c!) moments, "

@@ -40,12 +40,44 @@ def test_build_info():
     assert info["cxx_standard"] == "C++20"
     assert info["num_threads"] == torch.get_num_threads()
     assert (info["gpu"] is not None) == torch.cuda.is_available()
+    assert (info["cuda_compiled"] is not None) == info["cuda_ops"]
 
 
-def test_shared_object_never_refers_to_python():
+def test_cuda_ops_are_registered_without_a_gpu():
+    if not convinit.build_info()["cuda_ops"]:
+        pytest.skip("needs a CUDA build of torch and the CUDA library")
+    for op in ("impulse_matrix", "qk_solver", "qk_adam"):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"convinit::{op}", "CUDA"), op
+    info = convinit.build_info()
+    assert re.fullmatch(r"\d+\.\d+", info["cuda_compiled"])
+    assert re.fullmatch(r"sm_\d+(, sm_\d+)*", info["cuda_architectures"])
+
+
+def test_op_device_leaves_gpus_that_the_library_does_not_serve(monkeypatch):
+    config = {"cuda_compiled": "13.0", "cuda_driver": "13.0", "cuda_architectures": "800,900,1000"}
+    monkeypatch.setattr(_library, "_HAS_CUDA_OPS", True)
+    monkeypatch.setattr(_library, "_cuda_config", lambda: config)
+    capabilities = iter([(8, 0), (8, 9), (9, 0), (10, 3), (12, 0), (7, 5), (9, 0)])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: next(capabilities))
+    gpu = torch.device("cuda:1")
+    for _ in range(5):  # to 12.0, by the PTX of 10.0
+        assert _library.op_device(gpu) == gpu
+    with pytest.warns(UserWarning, match="on the CPU instead of cuda:1: .* sm_80, sm_90, sm_100, .* sm_75"):
+        assert _library.op_device(gpu).type == "cpu"
+    config["cuda_driver"] = "12.8"
+    with pytest.warns(UserWarning, match="built with CUDA 13.0, .* driver knows CUDA 12.8 at most"):
+        assert _library.op_device(gpu).type == "cpu"
+    monkeypatch.setattr(_library, "_HAS_CUDA_OPS", False)
+    assert _library.op_device(gpu).type == "cpu"
+
+
+@pytest.mark.parametrize("stem", ["_C", "_C_cuda"])
+def test_shared_object_never_refers_to_python(stem):
     if sys.platform == "win32" or shutil.which("nm") is None:
         pytest.skip("needs nm")
-    path = _library._find("_C")
+    path = _library._find(stem)
+    if path is None and stem == "_C_cuda":
+        pytest.skip("built without CUDA")
     assert path is not None
     flags = ["-u"] if sys.platform == "darwin" else ["-D", "--undefined-only"]
     listing = subprocess.run(["nm", *flags, path], capture_output=True, text=True, check=True).stdout
@@ -74,6 +106,18 @@ def test_broken_library_explains_itself(tmp_path):
     message = run_python(code, cwd=tmp_path)
     assert f"cannot be loaded under torch {torch.__version__}" in message
     assert "build it again" in message
+
+
+def test_cuda_library_is_left_alone_under_a_cpu_torch(tmp_path):
+    source = Path(convinit.__file__).parent
+    shutil.copytree(source, tmp_path / "convinit", ignore=shutil.ignore_patterns("_C_cuda*", "__pycache__"))
+    (tmp_path / "convinit" / "_C_cuda.abi3.so").write_bytes(b"no library")
+    code = "try:\n    import convinit.ops.impulse_matrix\nexcept ImportError as error:\n    print(error)"
+    message = run_python(code, cwd=tmp_path)
+    if torch.version.cuda is None:
+        assert message == ""
+    else:
+        assert "_C_cuda.abi3.so cannot be loaded" in message
 
 
 def test_old_torch_explains_itself(monkeypatch):

@@ -3,6 +3,7 @@
 The shared object never refers to Python; `torch.ops.load_library` loads it.
 CUDA sources, where the tree has any, become a second one, `convinit._C_cuda`, under the control of
 `CONVINIT_CUDA`: 0 leaves it out, 1 insists on it, unset builds it where nvcc is found.
+`CONVINIT_WERROR=1`, for releases, makes errors of warnings; other people's newer compilers may find new ones.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ ROOT = Path(__file__).resolve().parent
 STABLE_ABI = (2, 10)  # the oldest torch that a wheel runs on
 STABLE_ABI_FLAG = f"-DTORCH_TARGET_VERSION=0x{STABLE_ABI[0]:02x}{STABLE_ABI[1]:02x}000000000000"
 CXX_STANDARD_PROBE = "#include <concepts>\n#include <span>\ntemplate <std::integral T> T same(T x);\n"
+WARNINGS_ARE_ERRORS = os.environ.get("CONVINIT_WERROR", "") == "1"
 
 
 def check_torch() -> None:
@@ -93,11 +95,18 @@ def want_cuda(cuda_home: Path | None, sources: list[str]) -> bool:
 
 def common_flags() -> list[str]:
     flags = ["-O3", "-std=c++20", "-ffp-contract=fast", "-fvisibility=hidden", "-g0", "-Wall", "-Wextra"]
+    flags += ["-Werror"] if WARNINGS_ARE_ERRORS else []
     flags.append(STABLE_ABI_FLAG)
     flags.append(f"-ffile-prefix-map={ROOT}=convinit")  # error messages must not hold the builder's paths
     for path in cpp_extension.include_paths():
         flags += ["-isystem", path, f"-ffile-prefix-map={path}=torch"]  # -isystem: no warnings from there
     return flags
+
+
+def runtime_libraries() -> list[str]:
+    """The C++ library comes before torch, which has copies of some of its symbols without their versions:
+    linked to those, nothing would tell which systems the result runs on."""
+    return [] if sys.platform == "darwin" else ["stdc++"]
 
 
 def strip_flags() -> list[str]:
@@ -112,7 +121,7 @@ def cpu_extension() -> Extension:
         language="c++",
         py_limited_api=True,
         library_dirs=cpp_extension.library_paths(),
-        libraries=["torch_cpu", "c10"],
+        libraries=[*runtime_libraries(), "torch_cpu", "c10"],
         extra_compile_args=common_flags(),
         extra_link_args=strip_flags(),
     )
@@ -121,7 +130,7 @@ def cpu_extension() -> Extension:
 def cuda_extension(cuda_home: Path) -> Extension:
     cpp_extension.CUDA_HOME = str(cuda_home)
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0;10.0;12.0+PTX")
-    host = [flag for flag in common_flags() if flag.startswith(("-f", "-Wall", "-Wextra"))]
+    host = [flag for flag in common_flags() if flag.startswith(("-f", "-W"))]
     includes = [*cpp_extension.include_paths(), str(cuda_home / "include")]
     # Not CUDAExtension: it links libtorch_cuda, which a CPU build of torch does not have. Linking libtorch as
     # the last library, needed or not, brings libtorch_cuda in at load time.
@@ -132,10 +141,11 @@ def cuda_extension(cuda_home: Path) -> Extension:
         language="c++",
         py_limited_api=True,
         library_dirs=[*cpp_extension.library_paths(), str(cuda_home / "lib64"), str(cuda_home / "lib")],
-        libraries=["torch_cpu", "c10", "cudart_static", "dl", "rt", "pthread"],
+        libraries=[*runtime_libraries(), "torch_cpu", "c10", "cudart_static", "dl", "rt", "pthread"],
         extra_compile_args={
             "cxx": common_flags(),
             "nvcc": ["-O3", "-std=c++20", "-DUSE_CUDA", STABLE_ABI_FLAG]
+            + (["-Werror", "all-warnings"] if WARNINGS_ARE_ERRORS else [])
             + [arg for path in includes for arg in ("-isystem", path)]
             + [f"-Xcompiler={flag}" for flag in host],
         },

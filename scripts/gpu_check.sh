@@ -66,8 +66,9 @@ assert convinit.build_info()["cuda_ops"], "the CUDA library is not loaded"
 if convinit.build_info()["gpu_problem"]: sys.exit(convinit.build_info()["gpu_problem"])
 print(torch.cuda.get_device_name(), torch.__version__)'
 
-# Checks of correctness run side by side, the benchmarks after them alone. compute-sanitizer sees our kernels in a small
-# selection of tests, on memory straight from the driver: torch's pool would hide what is out of bounds.
+# Checks of correctness run side by side, the benchmarks after them alone. compute-sanitizer sees a small selection of
+# tests, on memory straight from the driver: torch's pool would hide what is out of bounds. It looks at our kernels alone,
+# but for initcheck, which has to see who else has written what they read.
 pytest=("$python" -m pytest -q -p no:cacheprovider)
 workers=()
 "$python" -c 'import xdist' 2> /dev/null && workers=(-n "$(($(nproc) < 12 ? $(nproc) : 12))")
@@ -75,14 +76,14 @@ small='test_equals_reference or test_offsets_may_be_strided or (test_cuda_matche
 small+=' or test_strided_inputs or test_sharp_logits'
 sanitizer() {
     part "$1" 170 "$out/tests.log" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
-        compute-sanitizer --tool "$1" --kernel-name kns=convinit --error-exitcode 66 "${pytest[@]}" -m gpu -k "$small" \
+        compute-sanitizer --tool "$1" "${@:2}" --error-exitcode 66 "${pytest[@]}" -m gpu -k "$small" \
         tests/test_impulse_matrix.py tests/test_qk_adam.py tests/test_qk_solver.py
 }
 part tests 170 "$out/tests.log" "${pytest[@]}" -m gpu tests --ignore tests/test_kernels_gpu.py &
 part triton_tests 180 "$out/tests.log" "${pytest[@]}" "${workers[@]}" -m gpu tests/test_kernels_gpu.py &
 if command -v compute-sanitizer > /dev/null; then
-    sanitizer memcheck &
-    sanitizer racecheck &
+    sanitizer memcheck --kernel-name kns=convinit &
+    sanitizer racecheck --kernel-name kns=convinit &
     sanitizer initcheck &
 else
     echo "compute-sanitizer is not installed: memcheck, racecheck and initcheck were not run" | tee -a "$summary"

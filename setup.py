@@ -2,7 +2,7 @@
 
 The shared object never refers to Python; `torch.ops.load_library` loads it.
 CUDA sources, where the tree has any, become a second one, `convinit._C_cuda`, under the control of
-`CONVINIT_CUDA`: 0 leaves it out, 1 insists on it, unset builds it where nvcc is found.
+`CONVINIT_CUDA`: 0 leaves it out, 1 insists on it, unset builds it where nvcc is found and torch could load it.
 `CONVINIT_WERROR=1`, for releases, makes errors of warnings; other people's newer compilers may find new ones.
 """
 
@@ -29,6 +29,8 @@ except ImportError as error:
 
 ROOT = Path(__file__).resolve().parent
 STABLE_ABI = (2, 10)  # the oldest torch that a wheel runs on
+CUDA_ARCHITECTURES = "8.0;9.0;10.0;12.0+PTX"
+FIRST_NVCC = (12, 8)  # that knows them all
 STABLE_ABI_FLAG = f"-DTORCH_TARGET_VERSION=0x{STABLE_ABI[0]:02x}{STABLE_ABI[1]:02x}000000000000"
 CXX_STANDARD_PROBE = "#include <concepts>\n#include <span>\ntemplate <std::integral T> T same(T x);\n"
 WARNINGS_ARE_ERRORS = os.environ.get("CONVINIT_WERROR", "") == "1"
@@ -75,6 +77,12 @@ def find_cuda_home() -> Path | None:
     return Path(top[1]).resolve() if top else Path(nvcc).resolve().parent.parent
 
 
+def nvcc_version(cuda_home: Path) -> tuple[int, int]:
+    text = subprocess.run([cuda_home / "bin" / "nvcc", "--version"], capture_output=True, text=True).stdout
+    release = re.search(r"release (\d+)\.(\d+)", text)
+    return (int(release[1]), int(release[2])) if release else (0, 0)
+
+
 def want_cuda(cuda_home: Path | None, sources: list[str]) -> bool:
     choice = os.environ.get("CONVINIT_CUDA", "")
     if choice not in ("", "0", "1"):
@@ -85,6 +93,13 @@ def want_cuda(cuda_home: Path | None, sources: list[str]) -> bool:
         problem = "this source tree has no CUDA sources (csrc/*.cu)"
     elif cuda_home is None:
         problem = "nvcc was found neither through CUDA_HOME nor on PATH; install the CUDA toolkit"
+    elif "TORCH_CUDA_ARCH_LIST" not in os.environ and nvcc_version(cuda_home) < FIRST_NVCC:
+        problem = (
+            f"nvcc in {cuda_home} is older than {FIRST_NVCC[0]}.{FIRST_NVCC[1]} and cannot compile for "
+            f"{CUDA_ARCHITECTURES}; take a newer one, or name fewer in TORCH_CUDA_ARCH_LIST"
+        )
+    elif choice == "" and torch.version.cuda is None:
+        problem = "this torch is a CPU build, under which they are not loaded; CONVINIT_CUDA=1 builds them"
     else:
         return True
     if choice == "1":
@@ -129,7 +144,7 @@ def cpu_extension() -> Extension:
 
 def cuda_extension(cuda_home: Path) -> Extension:
     cpp_extension.CUDA_HOME = str(cuda_home)
-    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0;10.0;12.0+PTX")
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)
     host = [flag for flag in common_flags() if flag.startswith(("-f", "-W"))]
     includes = [*cpp_extension.include_paths(), str(cuda_home / "include")]
     # Not CUDAExtension: it links libtorch_cuda, which a CPU build of torch does not have. Linking libtorch as

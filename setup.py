@@ -2,7 +2,7 @@
 
 The shared object never refers to Python; `torch.ops.load_library` loads it.
 CUDA sources, where the tree has any, become a second one, `convinit._C_cuda`, under the control of
-`CONVINIT_CUDA`: 0 leaves it out, 1 insists on it, unset builds it where nvcc is found and torch could load it.
+`CONVINIT_CUDA`: 0 leaves it out, 1 insists, unset builds it where nvcc is found and torch could load it.
 `CONVINIT_WERROR=1`, for releases, makes errors of warnings; other people's newer compilers may find new ones.
 """
 

@@ -171,7 +171,7 @@ def mimetic_qk_(
     heads, dim, rank = _check_qk(wq, wk)
     if rank > dim:
         raise ValueError(f"wq must have r <= D for mimetic weights, got r = {rank} and D = {dim}")
-    u, s, vh = mimetic_svd((heads, dim, dim), noise, identity, distribution, generator)
+    u, s, vh = mimetic_svd((heads, dim, dim), noise, identity, distribution, generator, truncated=True)
     root = s[:, :rank].sqrt().unsqueeze(1)
     wq.copy_(u[:, :, :rank] * root)
     wk.copy_(vh[:, :rank].mT * root)

@@ -44,7 +44,7 @@ def mimetic_vo_(
     check_floating("wv", wv)
     check_floating("wo", wo)
     dim, inner = wv.shape
-    u, s, vh = mimetic_svd((dim, dim), noise, identity, distribution, generator)
+    u, s, vh = mimetic_svd((dim, dim), noise, identity, distribution, generator, truncated=inner < dim)
     rank = min(dim, inner)
     root = s[:rank].sqrt()
     wv[:, :rank] = (u[:, :rank] * root).to(wv)

@@ -62,7 +62,8 @@ def adapter(module: nn.Module, name: str) -> Layout | None:
     return AdditiveLayout(
         name, module, (8, 8), attentions,
         position=Slot(module.positions, slice(1, None)),  # the rows of the patches
-        prefix=lambda: Slot(module.class_token).read() + Slot(module.positions, slice(1)).read(),
+        prefix=[Slot(module.class_token)],
+        prefix_position=Slot(module.positions, slice(1)),
         content=module.patches,
     )  # fmt: skip
 

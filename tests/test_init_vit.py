@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
+import pickle
 import warnings
 
 import pytest
@@ -256,6 +258,70 @@ def test_qk_norm_sets_the_peak_by_its_own_weights():
         assert "qk_norm" in record.note
 
 
+def test_controls_under_qk_norm_have_the_temperature_of_the_impulses():
+    weights = {}
+    for method in ("newton", "scrambled", "norm_matched"):
+        model = timm_vit(qk_norm=True)
+        quietly(model, method=method, pos_embed_gain=60.0)
+        weights[method] = [float(block.attn.q_norm.weight[0]) for block in model.blocks]
+    assert weights["newton"] == weights["scrambled"] == weights["norm_matched"]
+    assert all(0.5 < weight < 2 for weight in weights["newton"])
+
+
+@pytest.mark.parametrize("copied", ["deepcopy", "pickle"])
+def test_models_and_reports_are_copied_together(copied):
+    model = timm_vit(reg_tokens=2)
+    model.report = quietly(model)
+    other = copy.deepcopy(model) if copied == "deepcopy" else pickle.loads(pickle.dumps(model))
+    nn.init.zeros_(model.cls_token)
+    nn.init.zeros_(model.pos_embed)
+    layout, layer = other.report.places[0]
+    fresh = timm_vit(reg_tokens=2)
+    quietly(fresh)
+    (expected,) = find_layouts(fresh, grid_size=None, pos_embed=None, adapter=None)
+    assert torch.equal(layout.position_maps(layer), expected.position_maps(0))
+
+
+def test_position_embedding_that_is_not_saved():
+    model, new = vit_pytorch("SimpleViT"), vit_pytorch("SimpleViT")
+    with pytest.warns(UserWarning, match="not in its state_dict"):
+        convinit.init_vit_(model, pos_embed_gain=4.0)
+    quietly(new, method="keep", values="keep", pos_embed_gain=4.0)
+    new.load_state_dict(model.state_dict())
+    images = torch.randn(2, 3, SIDE, SIDE)
+    assert torch.equal(new(images), model(images))
+
+
+def test_grid_that_the_model_does_not_keep():
+    sizes = {"image_size": (64, 16)}
+    report = quietly(vit_pytorch("ViT", **sizes), grid_size=(8, 2))
+    assert report.grid_size == (8, 2)
+    with pytest.raises(ValueError, match="H·W = 16"):
+        convinit.init_vit_(vit_pytorch("ViT", **sizes), grid_size=(8, 3))
+    with pytest.raises(ValueError, match="grid_size must be given"):
+        convinit.init_vit_(vit_pytorch("ViT", image_size=(64, 24)))
+
+
+def test_images_of_another_size_are_not_measured():
+    model = timm_vit(dynamic_img_size=True)
+    report = quietly(model, images=torch.randn(1, 3, 2 * SIDE, SIDE))
+    assert report.records[0].peak_on_images is None
+    assert "129 tokens in place of 65" in report.notes[0]
+    with pytest.warns(UserWarning, match="could not be run"):
+        report = convinit.init_vit_(timm_vit().bfloat16(), images=torch.randn(1, 3, SIDE, SIDE))
+    assert len(report.records) == 3
+
+
+def test_learned_rotary_frequencies_are_followed():
+    model = timm_rope(rope_type="mixed")
+    report = quietly(model)
+    layout, layer = report.places[0]
+    before = layout.position_maps(layer)
+    with torch.no_grad():
+        model.rope.freqs *= 1.5
+    assert (layout.position_maps(layer) - before).abs().max() > 0.1
+
+
 def test_stratified_offsets_cover_the_window_over_the_layers():
     report = quietly(timm_vit())
     offsets = torch.cat([record.offsets for record in report.records])
@@ -374,16 +440,19 @@ class Plain(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.pos = nn.Parameter(torch.randn(1, 24, 32))
-        layer = nn.TransformerEncoderLayer(32, 2, 64, batch_first=True, dropout=0.1, **options)
+        self.batch_first = options["batch_first"]
+        layer = nn.TransformerEncoderLayer(32, 2, 64, dropout=0.1, **options)
         self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
 
     def forward(self, x):
-        return self.encoder(0.1 * x + self.pos)
+        x = 0.1 * x + self.pos
+        return self.encoder(x if self.batch_first else x.transpose(0, 1))
 
 
+@pytest.mark.parametrize("batch_first", [False, True])
 @pytest.mark.parametrize("norm_first", [False, True])
-def test_grid_and_position_by_hand(norm_first):
-    model = Plain(norm_first=norm_first)
+def test_grid_and_position_by_hand(norm_first, batch_first):
+    model = Plain(norm_first=norm_first, batch_first=batch_first)
     with pytest.raises(
         ValueError, match=r"(?s)encoder.layers.0.self_attn: 2 heads of 16.*pos: \[1, 24, 32\]"
     ):
@@ -442,6 +511,7 @@ def test_masked_autoencoder_is_fitted_and_says_nothing_of_images():
     report = quietly(model, images=torch.randn(2, 3, SIDE, SIDE), pos_embed_gain=6.0)
     assert torch.cat([record.peak for record in report.records]).mean() > 0.65
     assert report.records[0].peak_on_images is None  # three quarters of the tokens are masked out
+    assert "17 tokens in place of 65" in report.notes[0]
 
 
 @pytest.mark.parametrize("library", ["timm", "torchvision", "transformers"])
@@ -498,7 +568,14 @@ def test_mlp_mixer():
         ({"layers": []}, "at least one"),
         ({"offsets": torch.zeros(4, 2).long()}, r"offsets must be \[9, 2\]"),
         ({"offsets": "fixed", "kernel_size": 5}, "kernel_size must be 3"),
-        ({"grid_size": (8, 8)}, "together"),
+        ({"pos_embed": torch.zeros(4, 48)}, "together"),
+        ({"grid_size": (8, 7)}, "H·W = 64"),
+        ({"padding_mode": "wrap", "pos_embed_gain": 5.0}, "padding_mode must be"),
+        ({"method": "svd", "peak": 0.5, "pos_embed_gain": 5.0}, "peak must be None"),
+        (
+            {"grid_size": (8, 8), "pos_embed": torch.randn(64, 48), "pos_embed_gain": 5.0},
+            "parameter or buffer of the model",
+        ),
         ({"grid_size": (2, 2), "pos_embed": torch.zeros(4, 7)}, r"pos_embed must be \[4, 48\]"),
     ],
 )

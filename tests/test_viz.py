@@ -220,7 +220,7 @@ def test_pictures_of_a_model_refuse(vit):
         viz.model_filters(report, radius=4)
     model.patch_drop = torch.nn.Module()
     model.patch_drop.forward = lambda x: x[:, :10]
-    with pytest.raises(ValueError, match=r"all 24 patches to blocks\.0\.attn, got 10"):
+    with pytest.raises(ValueError, match=r"27 tokens to blocks\.0\.attn, got 10"):
         viz.head_maps(report, model, torch.randn(1, 3, 16, 24))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from convinit import init as init_
-from convinit.adapters.layout import Layout, SelfAttention, Slot, apply_norm
+from convinit.adapters.layout import Layout, SelfAttention, Slot, apply_norm, is_sharded
 from convinit.adapters.report import LayerRecord, measured
 from convinit.adapters.request import Request
 from convinit.fit import fit_qk
@@ -23,24 +23,22 @@ from convinit.offsets import impulse_targets
 _SMALL_SHARE, _GOOD_SHARE = 0.8, 0.9
 
 
-def no_prefix() -> None:
-    return None
-
-
 @dataclass(eq=False)
 class AdditiveLayout(Layout):
     """Tokens are content + P, perhaps behind class and register tokens.
 
     Attributes:
         position: P of the patch tokens, [N, D].
-        prefix: returns the class and register tokens [n, D] as they enter the first layer, or None.
+        prefix: class and register tokens, each [k, D], in their order before the patches.
+        prefix_position: what is added to them, [n, D]; None: nothing.
         entry: what all tokens go through before the first layer (CLIP's norm_pre), or None.
         content: the last module of the patch embedding that has a weight; its weight and bias scale the
             content. None: unknown.
     """
 
     position: Slot | None = None
-    prefix: Callable[[], Tensor | None] = no_prefix
+    prefix: Sequence[Slot] = ()
+    prefix_position: Slot | None = None
     entry: nn.Module | None = None
     content: Any = None
 
@@ -60,19 +58,20 @@ class AdditiveLayout(Layout):
         dealt = dict(zip(chosen, of_layer, strict=True))
         live = {i: attention for i, attention in chosen.items() if not attention.frozen}
         targets: dict[int, Tensor] = {}
+        temperature: dict[int, str] = {}  # what was done about qk_norm
         if request.method == "mimetic":
             for attention in live.values():
                 attention.set_mimetic_qk_(request.generator)
         elif request.method != "keep":
             for group in _alike(live, tokens):
-                targets |= self._set_fitted_(request, group, live, tokens, prefix, dealt)
+                members = {i: live[i] for i in group}
+                targets |= self._set_fitted_(request, members, tokens, prefix, dealt, temperature)
         records = []
         for i, attention in chosen.items():
             notes: list[str | None] = []
             if i not in live:
                 notes.append("queries and keys are frozen: left alone")
-            if i in targets and attention.has_qk_norm and request.target_peak is not None:
-                notes.append(_set_temperature_(attention, tokens, targets[i], request.target_peak))
+            notes.append(temperature.get(i))
             if i in live and request.values == "mimetic":
                 notes.append(attention.set_values_(request.generator))
             wq, wk = attention.qk_weights()
@@ -84,12 +83,17 @@ class AdditiveLayout(Layout):
     def position_maps(self, layer: int) -> Tensor:
         return self.attentions[layer].position_map(self.tokens()[0])
 
+    def num_tokens(self, layer: int) -> int:
+        return len(self.tokens()[0])
+
     def tokens(self) -> tuple[Tensor, int]:
         """Class and register tokens and P as they enter the first layer, [n + N, D], and n."""
         assert self.position is not None
-        P, prefix = self.position.read(), self.prefix()
-        tokens = P if prefix is None else torch.cat([prefix.to(P), P])
-        return apply_norm(self.entry, tokens), len(tokens) - len(P)
+        P = self.position.read()
+        prefix = torch.cat([P[:0], *(slot.read().to(P) for slot in self.prefix)])
+        if self.prefix_position is not None:
+            prefix = prefix + self.prefix_position.read()
+        return apply_norm(self.entry, torch.cat([prefix, P])), len(prefix)
 
     # --- content against position -------------------------------------------------------------------------
 
@@ -107,6 +111,7 @@ class AdditiveLayout(Layout):
             weights = [self.content.weight, getattr(self.content, "bias", None)]
             _rescale_(self.root, "content", [Slot(w) for w in weights if w is not None], alpha)
         if alpha is not None or gain is not None:
+            self._check_saved()
             factor = (1.0 if gain is None else gain) * (1.0 if alpha is None else 1 - alpha)
             _rescale_(self.root, "position", [self.position], factor)
         share = self.position_share()
@@ -120,6 +125,25 @@ class AdditiveLayout(Layout):
                 "the content down with alpha; images= measures the maps that remain",
                 stacklevel=5,  # past this layout, init_vit_ and its no_grad, to the caller
             )
+
+    def _check_saved(self) -> None:
+        """A P that is to be scaled must be the model's own, and saved with it."""
+        assert self.position is not None
+        memory = _memory(self.position.tensor)
+        if any(memory == _memory(tensor) for tensor in self.root.state_dict(keep_vars=True).values()):
+            return
+        kept = (*vars(self.root).values(), *self.root.buffers())
+        if not any(isinstance(tensor, Tensor) and memory == _memory(tensor) for tensor in kept):
+            raise ValueError(
+                "pos_embed must be a parameter or buffer of the model, or a view of one, where it is to be "
+                "scaled: scaling a copy would not reach the model"
+            )
+        warnings.warn(
+            f"the position embedding of {type(self.root).__name__} is not in its state_dict. Before these "
+            "weights are loaded into a new model, scale its P too: "
+            'init_vit_(new, method="keep", values="keep", pos_embed_gain=...)',
+            stacklevel=6,
+        )
 
     def position_share(self) -> float | None:
         """rms(P) / rms(content + P), the content estimated from its last weight; None: unknown."""
@@ -138,18 +162,18 @@ class AdditiveLayout(Layout):
     def _set_fitted_(
         self,
         request: Request,
-        group: Sequence[int],
-        live: Mapping[int, SelfAttention],
+        members: Mapping[int, SelfAttention],
         tokens: Tensor,
         prefix: int,
         dealt: Mapping[int, Tensor],
+        temperature: dict[int, str],
     ) -> dict[int, Tensor]:
-        """Sets the layers of a group, which see the same P, in one fit; targets [heads, N] of each."""
-        first, generator = live[group[0]], request.generator
-        heads = [live[i].num_heads for i in group]
+        """Sets layers that see the same P, in one fit; targets [heads, N] of each."""
+        first, generator = next(iter(members.values())), request.generator
+        heads = [attention.num_heads for attention in members.values()]
         seen = first.see(tokens)
         P = _without(seen[prefix:], seen[:prefix])
-        offsets = torch.cat([dealt[i] for i in group])
+        offsets = torch.cat([dealt[i] for i in members])
         # A LayerNorm of queries takes off their mean over r: one direction less, and none of it is wasted.
         rank = first.head_dim - first.has_qk_norm
         weight_norm: float | Tensor
@@ -164,6 +188,12 @@ class AdditiveLayout(Layout):
                 generator=generator,
             )  # fmt: skip
             wq, wk, weight_norm, targets = fit.wq, fit.wk, fit.weight_norm, fit.targets
+            if first.has_qk_norm and request.target_peak is not None:
+                # The weights' norm is divided out there, so that of the norms is what the controls share.
+                parts = zip(*self._parts(first, heads, wq, wk, targets), members.items(), strict=True)
+                for own_wq, own_wk, own_targets, (i, attention) in parts:
+                    attention.set_qk_(own_wq, own_wk, dealt[i])
+                    temperature[i] = _set_temperature_(attention, tokens, own_targets, request.target_peak)
         if request.method == "norm_matched":
             init_.norm_matched_qk_(wq, wk, weight_norm, generator=generator)
         elif request.method == "scrambled":
@@ -171,15 +201,22 @@ class AdditiveLayout(Layout):
                 wq, wk, P, scale=first.scale, weight_norm=weight_norm, generator=generator
             )
             targets = scrambled.targets
+        of_layer = {}
+        parts = zip(*self._parts(first, heads, wq, wk, targets), members.items(), strict=True)
+        for own_wq, own_wk, own_targets, (i, attention) in parts:
+            attention.set_qk_(own_wq, own_wk, None if request.method == "scrambled" else dealt[i])
+            of_layer[i] = own_targets
+        return of_layer
+
+    @staticmethod
+    def _parts(
+        first: SelfAttention, heads: list[int], wq: Tensor, wk: Tensor, targets: Tensor
+    ) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]:
+        """wq, wk [heads, D, r] and targets of each layer; with qk_norm queries and keys of sum zero."""
         if first.has_qk_norm:
             centred = _zero_mean_basis(first.head_dim).to(wq)
             wq, wk = wq @ centred, wk @ centred
-        parts = zip(group, wq.split(heads), wk.split(heads), targets.split(heads), strict=True)
-        of_layer = {}
-        for i, own_wq, own_wk, own_targets in parts:
-            live[i].set_qk_(own_wq, own_wk, None if request.method == "scrambled" else dealt[i])
-            of_layer[i] = own_targets
-        return of_layer
+        return wq.split(heads), wk.split(heads), targets.split(heads)
 
 
 def _set_temperature_(attention: SelfAttention, tokens: Tensor, targets: Tensor, peak: float) -> str:
@@ -192,6 +229,8 @@ def _set_temperature_(attention: SelfAttention, tokens: Tensor, targets: Tensor,
     if any(not weight.requires_grad for weight in weights):
         return "qk_norm is frozen: how sharp the map is cannot be chosen"
 
+    before = [Slot(weight).read() for weight in weights]
+
     def reached(gain: float) -> float:
         for weight in weights:
             Slot(weight).write_(torch.full(weight.shape, gain))
@@ -199,7 +238,9 @@ def _set_temperature_(attention: SelfAttention, tokens: Tensor, targets: Tensor,
 
     low, high = 0.1, 10.0
     if reached(high) < peak:
-        return f"qk_norm: peak {peak} is out of reach"
+        for weight, values in zip(weights, before, strict=True):
+            Slot(weight).write_(values)
+        return f"qk_norm: peak {peak} is out of reach; the norms were left as they were"
     for _ in range(12):  # to a thousandth of the gain
         middle = math.sqrt(low * high)
         low, high = (middle, high) if reached(middle) < peak else (low, middle)
@@ -240,6 +281,11 @@ def _zero_mean_basis(rank: int) -> Tensor:
     k = torch.arange(1, rank, dtype=torch.float64).unsqueeze(1)
     n = torch.arange(rank, dtype=torch.float64) + 0.5
     return math.sqrt(2 / rank) * torch.cos(math.pi * k * n / rank)
+
+
+def _memory(tensor: Tensor) -> Any:
+    """The storage that a tensor, perhaps a view, lies in."""
+    return id(tensor) if is_sharded(tensor) else tensor.untyped_storage().data_ptr()
 
 
 def _rescale_(root: nn.Module, key: str, slots: Sequence[Slot], factor: float) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from convinit.adapters import mixer, own, rotary, swin, timm, torch_nn, torchvision, transformers, vit_pytorch
 from convinit.adapters.additive import AdditiveLayout
-from convinit.adapters.layout import Layout, SelfAttention, Slot
+from convinit.adapters.layout import UNKNOWN_GRID, Layout, SelfAttention, Slot
 
 Adapter = Callable[[nn.Module, str], Layout | None]
 
@@ -54,10 +54,9 @@ def find_layouts(
     adapter: Adapter | None,
 ) -> list[Layout]:
     """The layouts of all known models in `model`, in the order of its modules; by hand if P is given."""
-    if (grid_size is None) != (pos_embed is None):
-        raise ValueError("give grid_size and pos_embed together, or neither for a model that is known")
     if pos_embed is not None:
-        assert grid_size is not None
+        if grid_size is None:
+            raise ValueError("grid_size must be given together with pos_embed")
         return [_by_hand(model, grid_size, pos_embed)]
     adapters = MODELS if adapter is None else (adapter, *MODELS)
     found: list[Layout] = []
@@ -73,14 +72,43 @@ def find_layouts(
                 break
     if not found:
         raise ValueError(_unknown(model))
+    for layout in found:
+        _set_grid(layout, grid_size)
     return found
+
+
+def _set_grid(layout: Layout, grid_size: tuple[int, int] | None) -> None:
+    """The caller's grid in place of the one that the model tells or that was guessed."""
+    tokens = len(layout.position.read()) if isinstance(layout, AdditiveLayout) and layout.position else None
+    if grid_size is None:
+        if layout.grid_size == UNKNOWN_GRID:
+            raise ValueError(
+                f"grid_size must be given: {type(layout.root).__name__} does not keep the grid of its "
+                f"{tokens} tokens, and they make no square; init_vit_(model, grid_size=(H, W))"
+            )
+        return
+    if tokens is None or grid_size[0] * grid_size[1] != tokens:
+        raise ValueError(
+            f"grid_size must be None for {type(layout.root).__name__}"
+            if tokens is None
+            else f"grid_size must have H·W = {tokens} tokens, got {grid_size[0]} x {grid_size[1]}"
+        )
+    layout.grid_size = grid_size
 
 
 def _by_hand(model: nn.Module, grid_size: tuple[int, int], pos_embed: Tensor) -> Layout:
     attentions = _attentions(model)
     if not attentions:
         raise ValueError(_unknown(model))
-    dim = attentions[0].query.weight.read().shape[1]
+    if not isinstance(pos_embed, Tensor):
+        raise TypeError(f"pos_embed must be a tensor [N, D], got {type(pos_embed).__name__}")
+    widths = {attention.query.weight.read().shape[1] for attention in attentions}
+    if len(widths) > 1:
+        raise ValueError(
+            f"model must have attentions of one width D for one pos_embed, got {sorted(widths)}; call "
+            "init_vit_ on its parts"
+        )
+    dim = widths.pop()
     height, width = grid_size
     if pos_embed.dim() == 3 and pos_embed.shape[0] == 1:
         pos_embed = pos_embed[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Sequence
 
 import torch
@@ -76,8 +77,10 @@ def init_vit_(
         padding_mode: where tokens look whose target is off the grid, see :func:`convinit.impulse_matrix`.
         pos_embed_gain: multiplies P (the patches' rows) in place, for learned embeddings that are drawn too
             small to be seen beside the content. arXiv 2505.19985 multiplies by 18 in the forward pass; here
-            it is done to the weights, so P also learns at its new size. None leaves P as it is.
-        grid_size: (H, W) of the tokens, for models that are not known.
+            it is done to the weights, so P also learns at its new size. None leaves P as it is. It is done
+            once, however often the function is called on one model object.
+        grid_size: (H, W) of the tokens, for models that are not known, and for those that do not keep their
+            grid (vit-pytorch's, which are taken to be square otherwise).
         pos_embed: P [N, D] as it is added to the tokens, for models that are not known; row-major.
         adapter: ``adapter(module, name) -> Layout | None``, asked before the known ones; see
             :mod:`convinit.adapters.layout`.
@@ -127,7 +130,11 @@ def init_vit_(
         places=chosen,
     )
     if images is not None:
-        measure_on_images_(report, model, images)
+        try:
+            measure_on_images_(report, model, images)
+        except Exception as error:  # the model's own; what was done to it must not be lost for that
+            report.notes.append(f"images could not be run through the model: {error}")
+            warnings.warn(f"convinit: {report.notes[-1]}", stacklevel=3)
     return report
 
 

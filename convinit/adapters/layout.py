@@ -1,6 +1,6 @@
 """What an adapter says of a model: where its position embedding and its self-attentions are.
 
-An adapter is one file with one function, ``layouts(module, name)``, which returns a :class:`Layout` for a
+An adapter is one file with one function, ``layout(module, name)``, which returns a :class:`Layout` for a
 module that it knows and None for any other. It describes; reading, fitting and writing are done here, in
 the same way for every library: see `timm.py` for an example.
 """
@@ -21,6 +21,9 @@ from convinit.adapters.report import LayerRecord, measured, no_figures
 
 if TYPE_CHECKING:
     from convinit.adapters.request import Request
+
+
+UNKNOWN_GRID = (0, 0)  # of a model that does not say; the caller of init_vit_ has to
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,7 +106,7 @@ class Linear:
     def set_(self, weight: Tensor) -> None:
         """The weight, and a bias of zero."""
         self.weight.write_(weight)
-        if self.bias is not None:
+        if self.bias is not None and not self.bias.frozen:
             self.bias.write_(torch.zeros_like(self.bias.read()))
 
     @property
@@ -130,6 +133,7 @@ class SelfAttention:
         value, output: [heads·r, D] and [D, heads·r]; None where the model has none.
         norm: what tokens go through before `reads`: the layer's LayerNorm, or None.
         query_norm, key_norm: over the r numbers of each query and key, where the model has them (qk_norm).
+        batch_first: False where the input of `reads` is [T, B, D].
     """
 
     name: str
@@ -144,6 +148,7 @@ class SelfAttention:
     norm: nn.Module | None = None
     query_norm: nn.Module | None = None
     key_norm: nn.Module | None = None
+    batch_first: bool = True
 
     @property
     def frozen(self) -> bool:
@@ -227,7 +232,7 @@ class Layout(ABC):
     Attributes:
         name: of the module, as in ``model.named_modules()``; "" for the model itself.
         root: the module.
-        grid_size: (H, W) of the patch tokens.
+        grid_size: (H, W) of the patch tokens, or UNKNOWN_GRID.
         attentions: in the order of the layers.
     """
 
@@ -262,3 +267,8 @@ class Layout(ABC):
         offsets = None if targets is None else offsets
         name = self.attentions[layer].name
         return LayerRecord(layer, name, offsets, targets, **figures, weight_norm=weight_norm, note=note or "")
+
+    def num_tokens(self, layer: int) -> int:
+        """T, the number of tokens that a layer sees, class and register tokens included."""
+        height, width = self.grid_of(layer)
+        return height * width

@@ -26,7 +26,8 @@ def on_images(report: InitReport, model: nn.Module, images: Any, use: Callable[[
     def watch(i: int, attention: Any) -> None:
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
             x = args[0] if args else next(iter(kwargs.values()))
-            use(i, attention.attention_map(x.detach()))
+            x = x.detach() if getattr(attention, "batch_first", True) else x.detach().transpose(0, 1)
+            use(i, attention.attention_map(x))
 
         handles.append(attention.reads.register_forward_pre_hook(hook, with_kwargs=True))
 
@@ -34,7 +35,8 @@ def on_images(report: InitReport, model: nn.Module, images: Any, use: Callable[[
         for i, attention in enumerate(report.attentions):
             watch(i, attention)
         model.eval()
-        model(images)
+        with torch.random.fork_rng():  # some models draw even then, such as masked autoencoders
+            model(images)
     finally:
         for handle in handles:
             handle.remove()
@@ -69,11 +71,13 @@ def head_maps(report: InitReport, model: nn.Module | None = None, images: Any = 
     else:
         on_images(report, model, images, lambda i, maps: found.__setitem__(i, maps.mean(dim=0)))
     maps = []
-    for i, count in enumerate(counts):
-        if i not in found or found[i].shape[-1] < count:
+    for i, (count, (layout, layer)) in enumerate(zip(counts, report.places, strict=True)):
+        expected = layout.num_tokens(layer)
+        if i not in found or found[i].shape[-1] != expected:
             raise ValueError(
-                f"model must show all {count} patches to {report.records[i].name or 'its attention'}, got "
-                f"{found[i].shape[-1] if i in found else 'no call of it'}: does it drop or mask tokens?"
+                f"model must show {expected} tokens to {report.records[i].name or 'its attention'}, got "
+                f"{found[i].shape[-1] if i in found else 'no call of it'}: are the images of another size, "
+                "or does it drop or mask tokens?"
             )
         maps.append(found[i][:, -count:, -count:].float().cpu())
     return maps
@@ -82,15 +86,23 @@ def head_maps(report: InitReport, model: nn.Module | None = None, images: Any = 
 def measure_on_images_(report: InitReport, model: nn.Module, images: Any) -> InitReport:
     """Fills peak_on_images and prefix_on_images of the report: means over the batch."""
 
+    notes: set[str] = set()
+
     def use(i: int, maps: Tensor) -> None:
         record = report.records[i]
-        targets = record.targets
-        # With dropped or masked tokens, rows are no longer places of the grid.
-        if targets is None or maps.shape[-1] < targets.shape[-1]:
+        targets, (layout, layer) = record.targets, report.places[i]
+        if targets is None:
+            return
+        if maps.shape[-1] != layout.num_tokens(layer):  # rows are no longer the places of the grid
+            notes.add(
+                f"peak on images: not measured, for the layers saw {maps.shape[-1]} tokens in place of "
+                f"{layout.num_tokens(layer)} (images of another size, or tokens dropped or masked)"
+            )
             return
         figures = [measured(one, targets) for one in maps]
         record.peak_on_images = torch.stack([each["peak"] for each in figures]).mean(dim=0)
         record.prefix_on_images = torch.stack([each["prefix"] for each in figures]).mean(dim=0)
 
     on_images(report, model, images, use)
+    report.notes += sorted(notes)
     return report

@@ -15,6 +15,7 @@ from convinit.adapters.layout import Layout, Linear
 from convinit.adapters.report import LayerRecord
 from convinit.adapters.request import Request
 from convinit.adapters.types import child_name, is_a
+from convinit.fit import Newton
 from convinit.offsets import impulse_targets
 
 
@@ -52,7 +53,7 @@ class MixerLayout(Layout):
     def init_(self, request: Request, layers: Sequence[int], offsets: Tensor) -> list[LayerRecord]:
         request.refuse_additive(self.root)
         if (
-            request.method not in ("newton", "keep")
+            not (isinstance(request.method, Newton) or request.method in ("newton", "keep"))
             or request.peak is not None
             or request.weight_norm is not None
         ):

@@ -10,7 +10,7 @@ from torch import nn
 
 from convinit.fit import Adam, Newton
 from convinit.fit.api import DEFAULT_PEAK, METHODS, Method
-from convinit.offsets import check_generator
+from convinit.offsets import check_generator, check_padding_mode
 
 UNFITTED = ("mimetic", "norm_matched", "scrambled", "keep")
 VALUES = ("mimetic", "keep")
@@ -59,6 +59,12 @@ class Request:
                 bracket = "[" if name == "alpha" else "("
                 raise ValueError(f"{name} must lie in {bracket}0, {upper}), got {value}")
         check_generator(self.generator)
+        check_padding_mode(self.padding_mode)
+        goals = [name for name in ("weight_norm", "peak") if getattr(self, name) is not None]
+        if goals and (self.method in ("mimetic", "keep") or self.by_papers):
+            raise ValueError(
+                f"{goals[0]} must be None with method {self.method!r}, which does not aim at one"
+            )
 
     @property
     def target_peak(self) -> float | None:
@@ -83,6 +89,11 @@ class Request:
     def biases_method(self, root: nn.Module) -> str:
         """The method, where impulses are made by biases instead of a fit."""
         known = ("newton", "norm_matched", "mimetic", "keep")
+        if self.padding_mode != "zeros":
+            raise ValueError(
+                f"padding_mode must be zeros for {type(root).__name__}, whose biases depend on the shift "
+                f"between tokens alone, got {self.padding_mode!r}"
+            )
         method = "newton" if isinstance(self.method, Newton) else self.method
         if method not in known:
             raise ValueError(

@@ -7,7 +7,9 @@ bias on the keys there is nothing that could hold it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,11 +28,12 @@ class RotaryAttention(SelfAttention):
     """A self-attention that turns queries and keys of patches by angles.
 
     Attributes:
-        angles: [N, m] or [heads, N, m] in rad, of the patch tokens; class and register tokens are not turned.
+        angles: returns the model's angles as they are now, [N, m] or [heads, N, m] in rad, of the patch
+            tokens; class and register tokens are not turned.
         pairs: "interleaved" or "half", see :func:`convinit.init.rotary_impulse_qk_`.
     """
 
-    angles: Tensor | None = None
+    angles: Callable[[], Tensor] | None = None
     pairs: str = "interleaved"
 
     @property
@@ -40,7 +43,7 @@ class RotaryAttention(SelfAttention):
     def queries_keys(self, x: Tensor) -> tuple[Tensor, Tensor]:
         assert self.angles is not None
         q, k = super().queries_keys(x)
-        angles = self.angles.to(q)
+        angles = self.angles().to(q)
         return _turned(q, angles, self.pairs), _turned(k, angles, self.pairs)
 
     def position_map(self, tokens: Tensor) -> Tensor:
@@ -67,6 +70,7 @@ class RotaryLayout(Layout):
         live = [i for i, attention in chosen.items() if not attention.frozen]
         targets: dict[int, Tensor] = {}
         if method == "mimetic":
+            live = [i for i in live if not (chosen[i].query.frozen or chosen[i].key.frozen)]
             for i in live:
                 chosen[i].set_mimetic_qk_(request.generator)
         elif method != "keep" and live:
@@ -74,7 +78,7 @@ class RotaryLayout(Layout):
             targets = dict(zip(live, found, strict=True))
         records = []
         for i, attention in chosen.items():
-            note = None if i in live else "query and key biases are frozen: left alone"
+            note = None if i in live else "queries and keys are frozen: left alone"
             if request.values == "mimetic" and i in live:
                 note = attention.set_values_(request.generator)
             norm = torch.stack(_biases(attention)).double().norm(dim=2).prod(dim=0).sqrt()
@@ -86,6 +90,9 @@ class RotaryLayout(Layout):
         attention = self.attentions[layer]
         dim = attention.query.weight.read().shape[1]
         return attention.position_map(torch.empty(self.num_prefix + height * width, dim))
+
+    def num_tokens(self, layer: int) -> int:
+        return self.num_prefix + super().num_tokens(layer)
 
     def _set_biases_(
         self, request: Request, attentions: Sequence[RotaryAttention], offsets: Tensor
@@ -117,7 +124,7 @@ class RotaryLayout(Layout):
 
 def _of_all_heads(attentions: Sequence[RotaryAttention]) -> Tensor:
     """The angles [N, m] of all, or [heads, N, m] where they differ."""
-    parts = [attention.angles for attention in attentions if attention.angles is not None]
+    parts = [attention.angles() for attention in attentions if attention.angles is not None]
     if all(part.dim() == 2 and torch.equal(part, parts[0]) for part in parts):
         return parts[0]
     return torch.cat([part.expand(a.num_heads, -1, -1) for part, a in zip(parts, attentions, strict=True)])
@@ -166,14 +173,13 @@ def _eva(module: Any, name: str) -> Layout:
             raise ValueError(_no_bias(full_name, attn))
     attentions = []
     grid_size = tuple(module.patch_embed.grid_size)
-    table = _evaluated(module.rope, lambda rope: _eva_table(rope, grid_size))
     for i, (full_name, block) in enumerate(zip(names, module.blocks, strict=True)):
         attn = block.attn
         pairs = "half" if attn.rotate_half else "interleaved"
-        own = table[i] if module.rope_mixed else table
         query, key, value = packed_qkv(attn.qkv, attn.num_heads * attn.head_dim)
         output = Linear.of(attn.proj)
-        angles = init_.rotary_angles(*own.chunk(2, dim=-1), layout=pairs)
+        layer = i if module.rope_mixed else None
+        angles = functools.partial(_eva_angles, module.rope, grid_size, layer, pairs)
         sizes = (attn.num_heads, attn.head_dim, float(attn.scale))
         attentions.append(
             RotaryAttention(
@@ -183,11 +189,12 @@ def _eva(module: Any, name: str) -> Layout:
     return RotaryLayout(name, module, grid_size, attentions, num_prefix=module.num_prefix_tokens)
 
 
-def _eva_table(rope: Any, grid_size: tuple[int, ...]) -> Tensor:
-    """[..., N, 2r]: sines, then cosines."""
-    cached = getattr(rope, "feat_shape", None) is not None
-    table = rope.get_embed() if cached else rope.get_embed(shape=grid_size)
-    return table.detach().cpu()
+def _eva_angles(rope: Any, grid_size: tuple[int, int], layer: int | None, pairs: str) -> Tensor:
+    with _evaluating(rope):
+        cached = getattr(rope, "feat_shape", None) is not None
+        table = rope.get_embed() if cached else rope.get_embed(shape=grid_size)
+    table = table.detach().cpu() if layer is None else table[layer].detach().cpu()
+    return init_.rotary_angles(*table.chunk(2, dim=-1), layout=pairs)  # sines, then cosines
 
 
 def _dinov3(module: Any, name: str) -> Layout:
@@ -197,8 +204,7 @@ def _dinov3(module: Any, name: str) -> Layout:
         for size in (config.image_size, config.patch_size)
     )
     grid_size = (image[0] // patch[0], image[1] // patch[1])
-    cos, sin = _evaluated(module.rope_embeddings, lambda rope: rope(torch.zeros(1, 1, *image)))
-    angles = init_.rotary_angles(sin, cos, layout="half")
+    angles = functools.partial(_dinov3_angles, module.rope_embeddings, image)
     attentions = []
     for i, block in enumerate(module.model.layer):
         attn, full_name = block.attention, child_name(name, f"model.layer.{i}.attention")
@@ -216,11 +222,19 @@ def _dinov3(module: Any, name: str) -> Layout:
     )
 
 
-def _evaluated(rope: nn.Module, table: Callable[[Any], Any]) -> Any:
-    """The table without the noise that some models add to their angles in training."""
+def _dinov3_angles(rope: Any, image: tuple[int, int]) -> Tensor:
+    with _evaluating(rope):
+        cos, sin = rope(torch.zeros(1, 1, *image, device=rope.inv_freq.device))
+    return init_.rotary_angles(sin.cpu(), cos.cpu(), layout="half")
+
+
+@contextmanager
+def _evaluating(rope: nn.Module) -> Iterator[None]:
+    """Without the noise that some models add to their angles in training."""
     mode = rope.training
+    rope.eval()
     try:
-        return table(rope.eval())
+        yield
     finally:
         rope.train(mode)
 

@@ -86,12 +86,14 @@ class WindowLayout(Layout):
         for layer, attention, own in zip(layers, chosen, of_layer, strict=True):
             assert attention.table is not None
             targets = None
-            if not attention.frozen and method == "mimetic":
+            weights_frozen = attention.query.frozen or attention.key.frozen
+            if method == "mimetic" and not weights_frozen:
                 attention.set_mimetic_qk_(request.generator)
-            elif not attention.frozen and method != "keep":
+            elif method not in ("mimetic", "keep") and not attention.frozen:
                 targets = self._set_table_(request, attention, own)
-            note = "relative position bias is frozen: left alone" if attention.frozen else None
-            if request.values == "mimetic" and not attention.frozen:
+            left = weights_frozen if method == "mimetic" else attention.frozen
+            note = "frozen: left alone" if left else None
+            if request.values == "mimetic" and not left:
                 note = attention.set_values_(request.generator)
             norm = attention.table.read().double().norm(dim=0)
             records.append(self.record(layer, targets, own, norm, note))

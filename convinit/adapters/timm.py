@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from convinit.adapters.additive import AdditiveLayout
@@ -47,7 +46,8 @@ def layout(module: Any, name: str) -> Layout | None:
         tuple(module.patch_embed.grid_size),
         known,
         position=Slot(module.pos_embed, (0, slice(prefix, None))),
-        prefix=lambda: _prefix_tokens(module),
+        prefix=[Slot(token, 0) for token in _prefix_tokens(module)],
+        prefix_position=Slot(module.pos_embed, (0, slice(prefix))) if prefix else None,
         entry=learned_norm(module.norm_pre),
         content=learned_norm(getattr(module.patch_embed, "norm", None)) or _weighted(projection),
     )
@@ -72,12 +72,7 @@ def _weighted(module: nn.Module | None) -> nn.Module | None:
     return module if isinstance(getattr(module, "weight", None), Tensor) else None
 
 
-def _prefix_tokens(module: Any) -> Tensor | None:
+def _prefix_tokens(module: Any) -> list[Tensor]:
+    """[1, k, D] each, in the model's order."""
     tokens = [getattr(module, name, None) for name in ("cls_token", "dist_token", "reg_token")]
-    rows = [Slot(token, 0).read() for token in tokens if token is not None]
-    if not rows:
-        return None
-    prefix = torch.cat(rows)
-    return (
-        prefix if module.no_embed_class else prefix + Slot(module.pos_embed, (0, slice(len(prefix)))).read()
-    )
+    return [token for token in tokens if token is not None]

@@ -11,7 +11,8 @@ from convinit.adapters.types import child_name
 
 
 def attention(module: Any, name: str, norm: nn.Module | None = None) -> SelfAttention | None:
-    if isinstance(module, nn.TransformerEncoderLayer):
+    # Of a decoder layer, its self-attention alone: the other one is between two sequences.
+    if isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)):
         norm = module.norm1 if module.norm_first else None
         return attention(module.self_attn, child_name(name, "self_attn"), norm)
     if not isinstance(module, nn.MultiheadAttention):
@@ -35,5 +36,5 @@ def attention(module: Any, name: str, norm: nn.Module | None = None) -> SelfAtte
     )
     return SelfAttention(
         name, module, module.num_heads, module.head_dim, module.head_dim**-0.5, query, key, value,
-        Linear.of(module.out_proj), norm,
+        Linear.of(module.out_proj), norm, batch_first=module.batch_first,
     )  # fmt: skip

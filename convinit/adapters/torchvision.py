@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from convinit.adapters.additive import AdditiveLayout
 from convinit.adapters.layout import Layout, Slot
@@ -28,16 +28,13 @@ def layout(module: Any, name: str) -> Layout | None:
     if isinstance(projection, nn.Sequential):
         projection = projection.conv_last
 
-    def prefix() -> Tensor:
-        position = Slot(module.encoder.pos_embedding, (0, slice(1))).read()
-        return Slot(module.class_token, 0).read() + position
-
     return AdditiveLayout(
         name,
         module,
         (side, side),
         attentions,
         position=Slot(module.encoder.pos_embedding, (0, slice(1, None))),
-        prefix=prefix,
+        prefix=[Slot(module.class_token, 0)],
+        prefix_position=Slot(module.encoder.pos_embedding, (0, slice(1))),
         content=projection,
     )

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from convinit.adapters.additive import AdditiveLayout
 from convinit.adapters.layout import Layout, Linear, SelfAttention, Slot
@@ -39,17 +38,14 @@ def layout(module: Any, name: str) -> Layout | None:
     patches = embeddings.patch_embeddings
     height, width = (patches.image_size[i] // patches.patch_size[i] for i in range(2))
 
-    def prefix() -> Tensor:
-        rows = torch.cat([Slot(token, 0).read() for token in special])
-        return rows + Slot(position, (0, slice(len(special)))).read()
-
     return AdditiveLayout(
         name,
         module,
         (height, width),
         attentions,
         position=Slot(position, (0, slice(len(special), None))),
-        prefix=prefix,
+        prefix=[Slot(token, 0) for token in special],
+        prefix_position=Slot(position, (0, slice(len(special)))),
         content=patches.projection,
     )
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from convinit.adapters.additive import AdditiveLayout
-from convinit.adapters.layout import Layout, Linear, SelfAttention, Slot, packed_qkv
+from convinit.adapters.layout import UNKNOWN_GRID, Layout, Linear, SelfAttention, Slot, packed_qkv
 from convinit.adapters.types import child_name, is_a
 
 
@@ -22,16 +23,14 @@ def layout(module: Any, name: str) -> Layout | None:
     position = module.pos_embedding
     first = module.cls_token.shape[0] if vit else 0
 
-    def prefix() -> Tensor | None:
-        return Slot(module.cls_token).read() + Slot(position, slice(first)).read() if first else None
-
     return AdditiveLayout(
         name,
         module,
-        _grid_size(module, position.shape[0] - first),
+        _grid_size(position.shape[0] - first),
         attentions,
         position=Slot(position, slice(first, None)),
-        prefix=prefix,
+        prefix=[Slot(module.cls_token)] if first else [],
+        prefix_position=Slot(position, slice(first)) if first else None,
         content=module.to_patch_embedding[-1],
     )
 
@@ -48,12 +47,7 @@ def attention(module: Any, name: str) -> SelfAttention | None:
     )  # fmt: skip
 
 
-def _grid_size(module: Any, tokens: int) -> tuple[int, int]:
-    """The model does not keep its grid; a square of as many tokens, else a grid given by the user."""
-    side = round(tokens**0.5)
-    if side * side != tokens:
-        raise ValueError(
-            f"grid_size must be given for a vit-pytorch model that is not square: it has {tokens} tokens and "
-            "does not keep their grid; init_vit_(model, grid_size=(H, W), pos_embed=model.pos_embedding[...])"
-        )
-    return side, side
+def _grid_size(tokens: int) -> tuple[int, int]:
+    """The models do not keep their grid: a square, if that many tokens make one; else it must be given."""
+    side = math.isqrt(tokens)
+    return (side, side) if side * side == tokens else UNKNOWN_GRID

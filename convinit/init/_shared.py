@@ -48,8 +48,8 @@ def svd_by_eigh(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """An SVD of square matrices A [..., D, D] from the eigenvectors V of AᵀA, several times as fast.
 
     A = (A V / s) · s · Vᵀ holds to rounding whatever s is; but squaring costs half the digits, so small
-    singular values are rough, in float32 from a thousandth of the largest. The largest entry of each row of Vᵀ is
-    positive.
+    singular values are rough, in float32 from a thousandth of the largest. The largest entry of each row
+    of Vᵀ is positive.
     """
     squares, v = torch.linalg.eigh(matrix.mT @ matrix)
     squares, v = squares.flip(-1), v.flip(-1)

@@ -53,11 +53,14 @@ def check_reported_figures(fit, rtol=1e-3):
         expected = {
             "mse": (attention - M).square().mean(),
             "peak": attention[rows, columns].mean(),
-            "hit_rate": (attention[rows].argmax(1) == columns).double().mean(),
             "weight_norm": (wq.norm() * wk.norm()).sqrt(),
         }
         for name, value in expected.items():
             torch.testing.assert_close(getattr(fit, name)[b], value, rtol=rtol, atol=1e-9, msg=name)
+        # A tie is no hit, and rounding decides what is one.
+        lead = attention[rows, columns] - attention[rows].scatter(1, columns[:, None], -1).amax(1)
+        surely, perhaps = (lead > 1e-6).double().mean(), (lead > -1e-6).double().mean()
+        assert surely - 1e-6 <= fit.hit_rate[b] <= perhaps + 1e-6
 
 
 def test_baseline_case_beats_the_papers_fit_tenfold():
@@ -408,7 +411,7 @@ def test_any_problem_gives_finite_weights_with_true_figures(height, width, dim, 
         torch.testing.assert_close(fit.wq.norm(dim=(1, 2)), torch.full((3,), goal["weight_norm"]))
     reported = fit.weight_norm.clone()
     torch.testing.assert_close(
-        (fit.wq.norm(dim=(1, 2)) * fit.wk.norm(dim=(1, 2))).sqrt().double(), reported, rtol=1e-5, atol=0
+        (fit.wq.norm(dim=(1, 2)) * fit.wk.norm(dim=(1, 2))).sqrt().double(), reported, rtol=1e-5, atol=1e-12
     )
 
 

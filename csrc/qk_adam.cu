@@ -36,7 +36,8 @@ void check_qk_adam(const Tensor& tokens, const Tensor& directions, const Tensor&
   CONVINIT_CHECK_SAME_DEVICE(wk, tokens);
   CONVINIT_CHECK_SAME_DEVICE(moments, tokens);
   // Within a head the kernel counts with 32 bits.
-  STD_TORCH_CHECK((n + dim + kTile) * (2 * basis + rank + kStride) < INT_MAX && problems < INT_MAX,
+  STD_TORCH_CHECK((n + dim + kTile) * (2 * basis + rank + kStride) < INT_MAX && 2 * basis * rank < INT_MAX &&
+                      problems < INT_MAX,
                   "convinit: the problem is too large for the CUDA kernel");
 }
 

@@ -131,7 +131,10 @@ cudaError_t plan_groups(void (*kernel)(Args), int problems, int most_ctas, size_
   const bool fits = attributes.sharedSizeBytes + tile_bytes <= static_cast<size_t>(largest);
   plan.shared_bytes = fits ? tile_bytes : 0;
   plan.tile_bytes = fits ? 0 : tile_bytes;
-  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(plan.shared_bytes));
+  // The limit belongs to the kernel, not to this launch: always the same, or calls of other sizes in other threads and
+  // launches captured before would lose theirs.
+  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               largest - static_cast<int>(attributes.sharedSizeBytes));
   if (error == cudaSuccess)
     error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, kThreads, plan.shared_bytes);
   if (error != cudaSuccess) return error;

@@ -146,6 +146,8 @@ def cpu_extension() -> Extension:
 def cuda_extension(cuda_home: Path) -> Extension:
     cpp_extension.CUDA_HOME = str(cuda_home)
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)
+    # "code=sm_90" is machine code; "code=compute_90" PTX, which later GPUs compile (not that of compute_90a).
+    ptx = re.findall(r"code=compute_(\d+)\b", " ".join(cpp_extension._get_cuda_arch_flags()))
     host = [flag for flag in common_flags() if flag.startswith(("-f", "-W"))]
     includes = [*cpp_extension.include_paths(), str(cuda_home / "include")]
     # Not CUDAExtension: it links libtorch_cuda, which a CPU build of torch does not have. Linking libtorch as
@@ -161,6 +163,7 @@ def cuda_extension(cuda_home: Path) -> Extension:
         extra_compile_args={
             "cxx": common_flags(),
             "nvcc": ["-O3", "-std=c++20", "-DUSE_CUDA", STABLE_ABI_FLAG]
+            + ["-DCONVINIT_PTX=" + ",".join(f"{architecture}0" for architecture in ptx)]
             + (["-Werror", "all-warnings"] if WARNINGS_ARE_ERRORS else [])
             + [arg for path in includes for arg in ("-isystem", path)]
             + [f"-Xcompiler={flag}" for flag in host],

@@ -70,10 +70,11 @@ def _cuda_problem(config: dict[str, str], capability: tuple[int, int]) -> str | 
             f"its CUDA ops were built with CUDA {compiled}, and the NVIDIA driver knows CUDA {driver} at "
             "most. Update the driver, or build convinit from source with the older CUDA"
         )
-    # Machine code runs on later GPUs of its generation; the newest has PTX beside it, for GPUs yet to come.
-    architectures = [divmod(int(number) // 10, 10) for number in config["cuda_architectures"].split(",")]
-    same_generation = any(a[0] == capability[0] and a <= capability for a in architectures)
-    if same_generation or capability > max(architectures):
+    # Machine code runs on later GPUs of its generation, PTX on all later ones.
+    same_generation = any(
+        a[0] == capability[0] and a <= capability for a in _capabilities(config["cuda_architectures"])
+    )
+    if same_generation or any(a <= capability for a in _capabilities(config["cuda_ptx"])):
         return None
     return (
         f"its CUDA ops were built for {_names(config)}, and this GPU is sm_{capability[0]}{capability[1]}. "
@@ -81,8 +82,13 @@ def _cuda_problem(config: dict[str, str], capability: tuple[int, int]) -> str | 
     )
 
 
+def _capabilities(numbers: str) -> list[tuple[int, int]]:
+    """Compute capabilities of "900,1000": (9, 0), (10, 0)."""
+    return [divmod(int(number) // 10, 10) for number in numbers.split(",") if number]
+
+
 def _names(config: dict[str, str]) -> str:
-    return ", ".join(f"sm_{int(number) // 10}" for number in config["cuda_architectures"].split(","))
+    return ", ".join(f"sm_{major}{minor}" for major, minor in _capabilities(config["cuda_architectures"]))
 
 
 def _cuda_config() -> dict[str, str]:

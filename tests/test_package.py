@@ -54,15 +54,21 @@ def test_cuda_ops_are_registered_without_a_gpu():
 
 
 def test_op_device_leaves_gpus_that_the_library_does_not_serve(monkeypatch):
-    config = {"cuda_compiled": "13.0", "cuda_driver": "13.0", "cuda_architectures": "800,900,1000"}
+    config = {
+        "cuda_compiled": "13.0", "cuda_driver": "13.0", "cuda_architectures": "800,900,1000",
+        "cuda_ptx": "1000",
+    }  # fmt: skip
     monkeypatch.setattr(_library, "_HAS_CUDA_OPS", True)
     monkeypatch.setattr(_library, "_cuda_config", lambda: config)
-    capabilities = iter([(8, 0), (8, 9), (9, 0), (10, 3), (12, 0), (7, 5), (9, 0)])
+    capabilities = iter([(8, 0), (8, 9), (9, 0), (10, 3), (12, 0), (7, 5), (12, 0), (9, 0)])
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: next(capabilities))
     gpu = torch.device("cuda:1")
     for _ in range(5):  # to 12.0, by the PTX of 10.0
         assert _library.op_device(gpu) == gpu
     with pytest.warns(UserWarning, match="on the CPU instead of cuda:1: .* sm_80, sm_90, sm_100, .* sm_75"):
+        assert _library.op_device(gpu).type == "cpu"
+    config["cuda_ptx"] = ""
+    with pytest.warns(UserWarning, match="built for sm_80, sm_90, sm_100, and this GPU is sm_120"):
         assert _library.op_device(gpu).type == "cpu"
     config["cuda_driver"] = "12.8"
     with pytest.warns(UserWarning, match="built with CUDA 13.0, .* driver knows CUDA 12.8 at most"):

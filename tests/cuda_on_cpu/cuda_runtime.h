@@ -1,9 +1,10 @@
 // As much of CUDA as csrc's kernels use, in ordinary C++: the tests compile a kernel's own source with it and run it
-// where there is no GPU. A thread block is an operating-system thread, its CUDA threads are fibers that take turns at
+// where there is no GPU (Linux). A thread block is an operating-system thread, its CUDA threads are fibers that take turns at
 // barriers and shuffles; blocks run at the same time, as a cooperative launch wants. It checks arithmetic, indices,
 // the use of uninitialised memory, and that all threads reach each barrier; not speed, nor races within a turn.
 #pragma once
 
+#include <link.h>
 #include <setjmp.h>
 #include <ucontext.h>
 
@@ -35,8 +36,8 @@ struct alignas(16) float4 {
   float x, y, z, w;
 };
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
-struct alignas(16) uint4 {  // garbage at first: what shared memory holds before it is written
-  unsigned x = 0xdeadbeef, y = 0xdeadbeef, z = 0xdeadbeef, w = 0xdeadbeef;
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
 };
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 inline thread_local dim3 threadIdx, blockIdx, gridDim;
@@ -136,6 +137,24 @@ inline void Block::begin() {
   self.leave();
 }
 
+// Fills shared memory with 0xff, NaN in floating point, so that what is read before it is written shows. It is this
+// library's thread-local storage without an initial value; what else lies there is set after.
+inline void poison_shared_memory() {
+  block = nullptr;  // a thread's storage is made when it is first touched
+  dl_iterate_phdr(
+      [](dl_phdr_info* library, size_t, void*) {
+        const char* const storage = static_cast<const char*>(library->dlpi_tls_data);
+        for (int i = 0; i < library->dlpi_phnum; ++i) {
+          const auto& part = library->dlpi_phdr[i];
+          const char* const mine = reinterpret_cast<const char*>(&block);
+          if (part.p_type != PT_TLS || mine < storage || mine >= storage + part.p_memsz) continue;
+          std::memset(static_cast<char*>(library->dlpi_tls_data) + part.p_filesz, 0xff, part.p_memsz - part.p_filesz);
+        }
+        return 0;
+      },
+      nullptr);
+}
+
 }  // namespace cuda_on_cpu
 
 inline void __syncthreads() { cuda_on_cpu::block->wait(cuda_on_cpu::block->all, cuda_on_cpu::block->fibers.size()); }
@@ -211,6 +230,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   for (unsigned b = 0; b < config->gridDim.x; ++b)
     blocks.emplace_back([&, b] {
       cuda_on_cpu::Block block;
+      cuda_on_cpu::poison_shared_memory();
       cuda_on_cpu::block = &block;
       blockIdx = dim3(b);
       gridDim = config->gridDim;

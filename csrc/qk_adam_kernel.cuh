@@ -68,6 +68,12 @@ __global__ void __launch_bounds__(kThreads, 1) qk_adam_kernel(const __grid_const
   for (int problem = index; problem < args.problems; problem += args.plan.groups) {
     const int64_t* target = args.targets + static_cast<size_t>(problem) * shape.n;
     const size_t head = static_cast<size_t>(args.dim) * rank, all = head * args.problems;
+    if (!targets_fit(target, shape.n)) {  // no figure that could be taken for a result
+      for (int e = begin * rank + threadIdx.x; e < end * rank; e += kThreads)
+        args.wq[problem * head + e] = args.wk[problem * head + e] = NAN;
+      if (group.rank == 0 && threadIdx.x == 0) args.loss[problem] = NAN;
+      continue;
+    }
     double power1 = pow(args.beta1, static_cast<double>(args.first_step));
     double power2 = pow(args.beta2, static_cast<double>(args.first_step));
     double squares = 0;

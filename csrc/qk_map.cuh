@@ -46,6 +46,13 @@ struct MapSums {
   double radial;         // <dA, logits / scale> = <dWq, Wq> = <dWk, Wk>
 };
 
+// Whether all targets lie in [-1, n). Every CTA of a group looks, so that all agree.
+__device__ inline bool targets_fit(const int64_t* target, int n) {
+  bool fit = true;
+  for (int i = threadIdx.x; i < n; i += kThreads) fit &= target[i] >= -1 && target[i] < n;
+  return __syncthreads_and(fit);
+}
+
 // The kernel waits for memory more than it computes: a CTA has 8 warps, and what other CTAs wrote comes from the L2 cache.
 // So each thread has kFlight loads on their way at once, also where fewer are left.
 

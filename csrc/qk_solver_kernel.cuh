@@ -73,13 +73,6 @@ class DeviceProblem {
     evaluations = 0;
   }
 
-  // Whether all targets lie in [-1, n). Every CTA looks, so that all agree.
-  __device__ bool targets_fit() const {
-    bool fit = true;
-    for (int i = threadIdx.x; i < shape_.n; i += kThreads) fit &= target_[i] >= -1 && target_[i] < shape_.n;
-    return __syncthreads_and(fit);
-  }
-
   __device__ double evaluate() { return evaluate(point_, gradient_); }
   __device__ double value() { return evaluate(point_, nullptr); }
   __device__ double try_step(double length) {
@@ -281,7 +274,7 @@ __global__ void __launch_bounds__(kThreads, 1) qk_solver_kernel(const __grid_con
   DeviceProblem space(args, index, group, map);
   for (int problem = index; problem < args.problems; problem += args.plan.groups) {
     space.take_problem(problem);
-    if (!space.targets_fit()) {
+    if (!targets_fit(args.targets + static_cast<size_t>(problem) * args.shape.n, args.shape.n)) {
       space.write_nan();
       continue;
     }

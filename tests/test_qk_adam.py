@@ -80,6 +80,21 @@ def test_no_heads_and_no_steps(device):
 
 
 @devices
+@pytest.mark.parametrize("target", [-2, 35, 2**32])
+def test_targets_outside_are_refused_or_give_nan(target, device):
+    inputs = problem(device=device)
+    inputs[2][1, 3] = target
+    if device == "cpu":
+        with pytest.raises(ValueError, match=r"targets must lie in \[-1, 35\)"):
+            qk_adam(*inputs, **ARGUMENTS, first_step=0, steps=2)
+        return
+    loss = qk_adam(*inputs, **ARGUMENTS, first_step=0, steps=2)
+    for result in (loss, inputs[3], inputs[4]):
+        assert result[[0, 2]].isfinite().all()
+        assert result[1].isnan().all()
+
+
+@devices
 def test_opcheck(device):
     inputs = problem(n=9, basis=4, dim=6, rank=2, device=device)
     torch.library.opcheck(torch.ops.convinit.qk_adam.default, (*inputs, *ARGUMENTS.values(), 0, 2))

@@ -54,6 +54,7 @@ def qk_adam(
 
     Raises:
         RuntimeError: shapes, dtypes or devices do not fit (`convinit.fit_qk` checks its arguments).
+        ValueError: a target lies outside [−1, N); on CUDA that makes its head's loss and weights NaN instead.
 
     Source: loss, optimiser and constants are those of arXiv 2401.12511 and 2404.01139; the basis is ours and
     changes rounding alone.
@@ -69,6 +70,8 @@ def qk_adam_reference(
 ) -> Tensor:  # fmt: skip
     """`qk_adam` in plain PyTorch; the gradient by hand, which takes half the time and memory of autograd."""
     X, V, n = tokens, directions, tokens.shape[0]
+    if ((targets < -1) | (targets >= n)).any():
+        raise ValueError(f"targets must lie in [-1, {n}), the number of tokens")
     inside, column = (targets >= 0)[:, :, None].to(X), targets.clamp(min=0)[:, :, None]
     loss = X.new_zeros(len(targets))
     for step in range(first_step + 1, first_step + steps + 1):

@@ -54,7 +54,13 @@ def test_reference_follows_autograd_and_torch_adam():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    "shape", [{}, {"n": 256, "basis": 31, "dim": 512, "rank": 64, "heads": 8}, {"n": 1024, "heads": 2}]
+    "shape",
+    [
+        {},
+        {"n": 256, "basis": 31, "dim": 512, "rank": 64, "heads": 8},
+        {"n": 1024, "heads": 2},
+        {"n": 3001, "heads": 1},  # tiles of the map in global memory
+    ],
 )
 def test_cuda_matches_float64_and_itself(shape):
     exact, eager = problem(**shape, dtype=torch.float64), problem(**shape)
@@ -67,6 +73,33 @@ def test_cuda_matches_float64_and_itself(shape):
             torch.testing.assert_close(loss.cpu().double(), expected, rtol=1e-5, atol=0)
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
     check_as_close_as_eager(results[0], eager, exact)
+
+
+@pytest.mark.gpu
+def test_cuda_graph_and_stream():
+    expected, on_stream, captured = (problem(n=1024, device="cuda") for _ in range(3))
+    first_weights = [x.clone() for x in captured[3:]]
+    arguments = {**ARGUMENTS, "first_step": 0, "steps": 3}
+    loss = qk_adam(*expected, **arguments)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        loss_on_stream = qk_adam(*on_stream, **arguments)
+    torch.cuda.current_stream().wait_stream(stream)
+    assert all(
+        torch.equal(a, b) for a, b in zip((loss_on_stream, *on_stream), (loss, *expected), strict=True)
+    )
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured_loss = qk_adam(*captured, **arguments)
+    qk_adam(*problem(device="cuda"), **arguments)  # needs less shared memory: the graph's stays as it was
+    for _ in range(2):
+        for x, first in zip(captured[3:], first_weights, strict=True):
+            x.copy_(first)
+        graph.replay()
+        assert all(
+            torch.equal(a, b) for a, b in zip((captured_loss, *captured), (loss, *expected), strict=True)
+        )
 
 
 @devices

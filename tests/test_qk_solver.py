@@ -196,6 +196,42 @@ def test_cuda_matches_the_cpu_and_itself(goal, count):
 
 
 @pytest.mark.gpu
+def test_cuda_with_tiles_in_global_memory():
+    """3,025 tokens are more than any GPU's shared memory takes rows of the map for."""
+    inputs = problem((55, 55), offsets=((0, 1), (-1, 2)))
+    arguments = {"scale": 0.3, "max_iterations": 3}
+    expected = qk_solver(*inputs, **arguments, weight_norm=norms(inputs, 3.5))[2]
+    on_gpu = [x.cuda() for x in inputs]
+    results = [qk_solver(*on_gpu, **arguments, weight_norm=norms(on_gpu, 3.5)) for _ in range(2)]
+    wq, wk, diagnostics = (x.cpu() for x in results[0])
+    torch.testing.assert_close(diagnostics[:, :2], expected[:, :2], rtol=1e-3, atol=0)
+    truth = metrics_in_float64(*inputs[:3], wq, wk, 0.3)
+    torch.testing.assert_close(diagnostics[:, :2], truth[:, :2], rtol=1e-4, atol=1e-9)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.gpu
+def test_two_solvers_on_two_streams_at_once():
+    """Of unequal sizes: neither may take the other's shared memory, nor wait for blocks that get no place."""
+    offsets = tuple((i % 3 - 1, i // 3 - 1) for i in range(9))
+    cases = [problem(device="cuda"), problem((28, 29), 40, 24, offsets, device="cuda")]
+
+    def solve(inputs):
+        return qk_solver(*inputs, scale=0.3, weight_norm=norms(inputs, 3.0))
+
+    alone, streams = [solve(inputs) for inputs in cases], [torch.cuda.Stream() for _ in cases]
+    torch.cuda.synchronize()
+    results = []
+    for _ in range(5):
+        for inputs, stream, expected in zip(cases, streams, alone, strict=True):
+            with torch.cuda.stream(stream):
+                results.append((solve(inputs), expected))
+    torch.cuda.synchronize()
+    for result, expected in results:
+        assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
+
+
+@pytest.mark.gpu
 def test_cuda_graph_and_stream():
     inputs = problem(device="cuda")
     arguments = {"scale": 0.3, "weight_norm": norms(inputs, 3.0)}

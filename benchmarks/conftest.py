@@ -30,12 +30,13 @@ COLUMNS = (
     "machine threads torch convinit date revision command"
 ).split()
 MIN_SAMPLE_S = 1e-3  # shorter calls are repeated within a sample
-MIN_ROUNDS, MAX_ROUNDS = 5, 200
+MAX_ROUNDS = 200
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--rows", metavar="FILE.csv", help="write one row per competitor to this file")
     parser.addoption("--seconds", type=float, default=10.0, help="time to spend on each comparison")
+    parser.addoption("--min-rounds", type=int, default=5, help="rounds at least, whatever time they take")
 
 
 def machine() -> str:
@@ -83,8 +84,7 @@ def sample(fn: Callable[[], Any], number: int) -> float:
 
 @pytest.fixture(scope="session")
 def rows(pytestconfig: pytest.Config) -> Iterator[list[dict[str, Any]]]:
-    """The rows of this run, written at its end: those of comparisons that passed their checks, also where others
-    failed or time ran out."""
+    """The rows of this run, written at its end: those of comparisons that passed, also where others failed."""
     collected: list[dict[str, Any]] = []
     yield collected
     path = pytestconfig.getoption("--rows")
@@ -133,7 +133,8 @@ def compare(rows: list[dict[str, Any]], pytestconfig: pytest.Config) -> Callable
         first = {name: sample(fn, 1) for name, fn in competitors.items()}
         number = {name: max(1, round(MIN_SAMPLE_S / seconds)) for name, seconds in first.items()}
         round_s = sum(first[name] * number[name] for name in competitors)
-        rounds = int(min(max(pytestconfig.getoption("--seconds") / round_s, MIN_ROUNDS), MAX_ROUNDS))
+        fewest = pytestconfig.getoption("--min-rounds")
+        rounds = int(min(max(pytestconfig.getoption("--seconds") / round_s, fewest), MAX_ROUNDS))
         times: dict[str, list[float]] = {name: [] for name in competitors}
         for _ in range(rounds):
             for name, fn in competitors.items():

@@ -84,7 +84,7 @@ def sample(fn: Callable[[], Any], number: int) -> float:
 
 @pytest.fixture(scope="session")
 def rows(pytestconfig: pytest.Config) -> Iterator[list[dict[str, Any]]]:
-    """The rows of this run, written at its end: those of comparisons that passed, also where others failed."""
+    """The rows of this run, written at its end: those of comparisons that passed, whatever others did."""
     collected: list[dict[str, Any]] = []
     yield collected
     path = pytestconfig.getoption("--rows")

@@ -9,14 +9,19 @@ namespace {
 
 using Vector = std::vector<double>;
 
-double dot(const Vector& a, const Vector& b) {
+// Passes over several long vectors take a block of each in turn: what all of them share stays in the nearest cache.
+constexpr size_t kBlock = 1024;
+
+double dot(const double* a, const double* b, size_t size) {
   double s[4] = {0, 0, 0, 0};  // four chains, so that additions overlap; the order is fixed
   size_t i = 0;
-  for (; i + 4 <= a.size(); i += 4)
+  for (; i + 4 <= size; i += 4)
     for (size_t j = 0; j < 4; ++j) s[j] += a[i + j] * b[i + j];
-  for (; i < a.size(); ++i) s[0] += a[i] * b[i];
+  for (; i < size; ++i) s[0] += a[i] * b[i];
   return (s[0] + s[1]) + (s[2] + s[3]);
 }
+
+double dot(const Vector& a, const Vector& b) { return dot(a.data(), b.data(), a.size()); }
 
 // The Space of lbfgs.h and qk_search.h. Vectors are [wq | wk_t].
 class Problem {
@@ -50,37 +55,45 @@ class Problem {
 
   void inner_products(LbfgsMemory& memory, int pair) const {
     constexpr int kGradient = LbfgsMemory::kGradient;
-    std::vector<int> columns;
-    for (int i = 0; i < memory.count; ++i) {
-      columns.push_back(memory.slot(i));
-      columns.push_back(LbfgsMemory::change(memory.slot(i)));
-    }
-    const auto fill = [&](int row, int column) {
-      memory.gram[row][column] = memory.gram[column][row] = dot(memory_[row], memory_[column]);
-    };
-    if (pair != LbfgsMemory::kNoPair) {
-      const int y = LbfgsMemory::change(pair);
-      // With the change of the gradient: the change of the products with the gradient.
+    const bool with_pair = pair != LbfgsMemory::kNoPair;
+    const int y = with_pair ? LbfgsMemory::change(pair) : LbfgsMemory::kNoPair;
+    std::vector<int> columns{kGradient};
+    if (with_pair) columns.insert(columns.end(), {pair, y});
+    for (int i = 0; i < memory.count; ++i)
+      columns.insert(columns.end(), {memory.slot(i), LbfgsMemory::change(memory.slot(i))});
+
+    double by_gradient[LbfgsMemory::kVectors] = {}, by_pair[LbfgsMemory::kVectors] = {};
+    for (size_t begin = 0; begin < size_; begin += kBlock) {
+      const size_t block = std::min(kBlock, size_ - begin);
       for (const int column : columns) {
-        const double before = memory.gram[kGradient][column];
-        fill(kGradient, column);
-        memory.gram[y][column] = memory.gram[column][y] = memory.gram[kGradient][column] - before;
-        fill(pair, column);
+        const double* vector = memory_[column].data() + begin;
+        by_gradient[column] += dot(memory_[kGradient].data() + begin, vector, block);
+        if (with_pair) by_pair[column] += dot(memory_[pair].data() + begin, vector, block);
       }
-      fill(pair, pair);
-      fill(pair, y);
-      fill(y, y);
-      columns = {pair, y};
     }
-    for (const int column : columns) fill(kGradient, column);
-    fill(kGradient, kGradient);
+    const auto set = [&](int row, int column, double product) {
+      memory.gram[row][column] = memory.gram[column][row] = product;
+    };
+    if (with_pair) {
+      for (const int column : columns) {
+        if (column == kGradient) continue;
+        // With the change of the gradient: the change of the products with the gradient.
+        if (column != pair && column != y) set(y, column, by_gradient[column] - memory.gram[kGradient][column]);
+        set(pair, column, by_pair[column]);
+      }
+      set(y, y, dot(memory_[y], memory_[y]));
+    }
+    for (const int column : columns) set(kGradient, column, by_gradient[column]);
   }
 
   void combine(const LbfgsMemory& memory) {
-    for (size_t i = 0; i < size_; ++i) step_[i] = memory.weights[LbfgsMemory::kGradient] * gradient()[i];
-    for (int p = 0; p < memory.count; ++p)
-      for (const int v : {memory.slot(p), LbfgsMemory::change(memory.slot(p))})
-        for (size_t i = 0; i < size_; ++i) step_[i] += memory.weights[v] * memory_[v][i];
+    for (size_t begin = 0; begin < size_; begin += kBlock) {
+      const size_t end = std::min(begin + kBlock, size_);
+      for (size_t i = begin; i < end; ++i) step_[i] = memory.weights[LbfgsMemory::kGradient] * gradient()[i];
+      for (int p = 0; p < memory.count; ++p)
+        for (const int v : {memory.slot(p), LbfgsMemory::change(memory.slot(p))})
+          for (size_t i = begin; i < end; ++i) step_[i] += memory.weights[v] * memory_[v][i];
+    }
   }
 
   template <class F>

@@ -35,7 +35,9 @@ def on_images(report: InitReport, model: nn.Module, images: Any, use: Callable[[
         for i, attention in enumerate(report.attentions):
             watch(i, attention)
         model.eval()
-        with torch.random.fork_rng():  # some models draw even then, such as masked autoencoders
+        # Some models draw even then, such as masked autoencoders. Named devices: fork_rng warns of all GPUs.
+        gpus = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
+        with torch.random.fork_rng(devices=gpus):
             model(images)
     finally:
         for handle in handles:

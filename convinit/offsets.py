@@ -43,7 +43,7 @@ def check_offsets(offsets: Tensor) -> Tensor:
         raise TypeError(f"offsets must have an integer dtype that fits in int64, got {offsets.dtype}")
     if offsets.dim() != 2 or offsets.shape[1] != 2:
         raise ValueError(f"offsets must have shape [B, 2], one (dy, dx) per head, got {list(offsets.shape)}")
-    return offsets.to(torch.int64)
+    return offsets if offsets.dtype == torch.int64 else offsets.to(torch.int64)
 
 
 def check_padding_mode(padding_mode: str) -> int:

@@ -29,11 +29,28 @@ struct AxisTargets {
     }
   }
 
-  // The column of the 1 in a row of the [B * N, N] result, or kOutside.
-  int64_t operator()(int64_t row) const {
-    const int64_t y = rows[row / width];  // row / width = b * height + i
-    const int64_t x = columns[row / (height * width) * width + row % width];
-    return y == kOutside || x == kOutside ? kOutside : y * width + x;
+  // Calls visit(row, column) for the rows in [begin, end) of the [B * N, N] result that have a 1. Rows are counted up,
+  // not divided: the divisions would cost as much as writing short rows.
+  template <class Visit>
+  void for_each_one(int64_t begin, int64_t end, Visit visit) const {
+    int64_t band = begin / width;  // = b * height + i
+    int64_t position = begin % width;
+    int64_t in_image = band % height;
+    const int* column = &columns[band / height * width];
+    for (int64_t row = begin; row < end; ++band) {
+      const int64_t y = rows[band], count = std::min(width - position, end - row);
+      if (y != kOutside) {
+        for (int64_t j = position; j < position + count; ++j) {
+          if (column[j] != kOutside) visit(row + j - position, y * width + column[j]);
+        }
+      }
+      row += count;
+      position = 0;
+      if (++in_image == height) {
+        in_image = 0;
+        column += width;
+      }
+    }
   }
 };
 
@@ -60,11 +77,8 @@ void fill_rows(T* out, int64_t rows, int64_t columns, const AxisTargets& targets
     for (int64_t first = begin; first < end; first += block) {
       const int64_t last = std::min(first + block, end);
       std::memset(static_cast<void*>(out + first * columns), 0, (last - first) * row_bytes);
-      for (int64_t row = first; row < last; ++row) {
-        if (const int64_t column = targets(row); column != kOutside) {
-          out[row * columns + column] = static_cast<T>(1);
-        }
-      }
+      targets.for_each_one(first, last,
+                           [&](int64_t row, int64_t column) { out[row * columns + column] = static_cast<T>(1); });
     }
   });
 }
@@ -78,7 +92,7 @@ Tensor impulse_matrix_cpu(const Tensor& offsets, int64_t height, int64_t width, 
   Tensor out = torch::stable::new_empty(offsets, {batch, tokens, tokens}, dtype);
   if (batch == 0) return out;
 
-  const Tensor packed = torch::stable::contiguous(offsets);
+  const Tensor packed = offsets.is_contiguous() ? offsets : torch::stable::contiguous(offsets);
   const AxisTargets targets(packed.const_data_ptr<int64_t>(), batch, height, width,
                             static_cast<PaddingMode>(padding_mode));
   const auto fill = [&]<class T>(T* data) { fill_rows(data, batch * tokens, tokens, targets); };

@@ -51,6 +51,15 @@ def test_error_is_that_of_eager(dtype):
     assert (ours.double() - exact).abs().max() <= 2 * (eager.double() - exact).abs().max()
 
 
+@pytest.mark.parametrize("map_rank", [4, 6])
+def test_inference_of_a_single_image(map_rank):
+    q_map, k_map = torch.randn(2, 3, 65, map_rank, dtype=torch.float64)
+    v = torch.randn(1, 3, 65, 4, dtype=torch.float64)
+    with torch.no_grad():
+        out = shared_attention(q_map, k_map, v, scale=0.3)
+    torch.testing.assert_close(out, shared_attention_reference(q_map, k_map, v, scale=0.3))
+
+
 def test_dropout_mask_is_shared_by_the_images():
     maps, _, v = inputs(2)
     v = v[:1].expand(2, -1, -1, -1)

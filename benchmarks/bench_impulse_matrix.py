@@ -1,6 +1,6 @@
 """impulse_matrix against the plain fill of the same memory, plain PyTorch, and the papers' Python loops.
 
-    python -m pytest benchmarks/bench_impulse_matrix.py -s --rows rows.csv
+    python -m pytest benchmarks/bench_impulse_matrix.py -s --benchmark-json impulse_matrix.json
 
 `torch.zeros` writes every byte (torch's CPU allocator does not hand out memory known to be zero): its time is
 that of touching the result once, page faults included. convinit is faster where the system grants huge pages.
@@ -68,7 +68,7 @@ def bench_impulse_matrix(compare, heads, grid_size, dtype):
         baseline="torch.zeros",
         check=check,
         dtype=dtype,
-        bytes_written=expected.nbytes,
+        bytes_moved=expected.nbytes,
     )
 
 
@@ -122,5 +122,5 @@ def bench_impulse_matrix_on_cuda(compare, heads, grid_size, dtype):
         baseline="torch.zeros",
         check=check,
         dtype=dtype,
-        bytes_written=nbytes,
+        bytes_moved=nbytes,
     )

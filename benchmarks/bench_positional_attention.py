@@ -1,6 +1,6 @@
 """positional_attention against the eager formula, SDPA and its back ends, torch.compile, FlexAttention.
 
-    python -m pytest benchmarks/bench_positional_attention.py -s --rows rows.csv
+    python -m pytest benchmarks/bench_positional_attention.py -s --benchmark-json positional_attention.json
 
 On a GPU the paper's shape and its neighbours, in bfloat16 and float16; q, k and v are views of one packed
 product. On a CPU a small shape in float32. Every competitor's output and gradients are checked against
@@ -130,6 +130,5 @@ def bench_positional_attention(compare, shape, dtype, direction):
         baseline="eager",
         check=check,
         dtype=dtype,
-        bytes_written=bytes_moved(shape, dtype, backward),
-        extra={"bytes": "read and written"},
+        bytes_moved=bytes_moved(shape, dtype, backward),
     )

@@ -1,6 +1,6 @@
 """fit_qk against the papers' own fits: time, and how good the maps are.
 
-    python -m pytest benchmarks/bench_qk_fit.py -s --rows rows.csv
+    python -m pytest benchmarks/bench_qk_fit.py -s --benchmark-json qk_fit.json
 
 "papers' adam" is the loop of arXiv 2401.12511 in eager PyTorch with autograd. A few of its 10,000 steps are
 timed and multiplied; what the papers' own code ended with on this case is in tests/data/official_fit.json.

@@ -1,6 +1,6 @@
 """shared_attention against the eager formula, SDPA, torch.compile and the tall product.
 
-    python -m pytest benchmarks/bench_shared_attention.py -s --rows rows.csv
+    python -m pytest benchmarks/bench_shared_attention.py -s --benchmark-json shared_attention.json
 
 On a GPU the paper's shape and its neighbours, in bfloat16 and float16; v is a view of [B, N, heads·r].
 On a CPU a small shape in float32. Every competitor's output and gradients are checked against float64 first.
@@ -100,6 +100,5 @@ def bench_shared_attention(compare, shape, dtype, direction):
         baseline="eager",
         check=check,
         dtype=dtype,
-        bytes_written=moved,
-        extra={"bytes": "read and written"},
+        bytes_moved=moved,
     )

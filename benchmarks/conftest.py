@@ -1,178 +1,214 @@
-"""Timing for the benchmarks: competitors take turns, round by round, and results become rows of a CSV file.
+"""The `compare` fixture and its place in pytest-benchmark.
 
-    python -m pytest benchmarks/bench_impulse_matrix.py -s --rows rows.csv
+    python -m pytest benchmarks/bench_impulse_matrix.py -s --benchmark-json impulse_matrix.json
 
-Machines drift while they are measured. Taking turns lets the drift fall on all competitors alike, which
-one-after-the-other harnesses cannot do.
+timing.py takes the times, results.py makes rows of them, machine.py describes the machine.
 """
 
 from __future__ import annotations
 
-import csv
-import datetime
-import json
+import functools
 import os
-import platform
-import subprocess
-import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
-import numpy as np
+import machine
 import pytest
+import results
 import torch
+from timing import Absent, Outcome, measure, try_out, without_gc
 
-import convinit
-
-COLUMNS = (
-    "op problem competitor dtype median_ms q20_ms q80_ms rounds ratio extra "
-    "machine threads torch convinit date revision command"
-).split()
-MIN_SAMPLE_S = 1e-3  # shorter calls are repeated within a sample
-MAX_ROUNDS = 200
+FAILURES = pytest.StashKey[list[str]]()
+CEILINGS = pytest.StashKey[dict[str, Any]]()
+FAILED = ("wrong", "failed")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--rows", metavar="FILE.csv", help="write one row per competitor to this file")
-    parser.addoption("--seconds", type=float, default=10.0, help="time to spend on each comparison")
-    parser.addoption("--min-rounds", type=int, default=5, help="rounds at least, whatever time they take")
-
-
-def machine() -> str:
-    """The GPU's name, or the CPU's model and number of cores."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [
-            line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line
-        ]
-        model = names[0] if names else model
-    return f"{model}, {os.cpu_count()} cores"
-
-
-def revision() -> str:
-    """The commit measured; "+" marks uncommitted changes to what is installed.
-
-    CONVINIT_REVISION says it where the sources came without git.
-    """
-    if "CONVINIT_REVISION" in os.environ:
-        return os.environ["CONVINIT_REVISION"]
-    git = ["git", "-C", str(Path(__file__).parent.parent)]
-    commit = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)
-    if commit.returncode:
-        return "unknown"
-    changed = subprocess.run(
-        [*git, "status", "--porcelain", "--", "convinit", "csrc", "kernels"], capture_output=True
+    parser.addoption(
+        "--threads", type=int, help="CPU threads for everything timed; PyTorch's choice unless given"
     )
-    return commit.stdout.strip() + ("+" if changed.stdout else "")
 
 
-def sample(fn: Callable[[], Any], number: int) -> float:
-    """Seconds per call, over `number` calls."""
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[CEILINGS] = {}
+    if config.getoption("--threads"):
+        torch.set_num_threads(config.getoption("--threads"))
+
+
+def pytest_report_header() -> list[str]:
+    lines = [f"benchmarks on {machine.device_name('cpu')}, {torch.get_num_threads()} threads"]
     if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    for _ in range(number):
-        fn()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return (time.perf_counter() - start) / number
+        lines.append(f"benchmarks on {machine.device_name('cuda')}")
+    if hasattr(os, "getloadavg") and os.getloadavg()[0] > 0.5:
+        lines.append(
+            f"other work is running on this machine (load {os.getloadavg()[0]:.1f}): times will be spread"
+        )
+    return lines
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        skip = pytest.mark.skip(reason="needs a CUDA device")
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(skip)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Iterator[None]:
+    """A benchmark with a wrong competitor fails at its end, when the others have been measured."""
+    result = yield
+    failures = pyfuncitem.stash.get(FAILURES, [])
+    if failures:
+        pytest.fail("\n".join(failures), pytrace=False)
+    return result
+
+
+# pytest-benchmark's hooks. The machine and the commit are described our way: briefly, and without directories.
+
+
+def pytest_benchmark_generate_machine_info() -> dict[str, Any]:
+    return machine.machine()
+
+
+def pytest_benchmark_generate_commit_info() -> dict[str, Any]:
+    return {"id": machine.revision()}
+
+
+def pytest_benchmark_update_json(
+    config: pytest.Config, benchmarks: list[Any], output_json: dict[str, Any]
+) -> None:
+    arguments = [str(argument) for argument in config.invocation_params.args]
+    results.compact(output_json, benchmarks, machine.run(arguments, config.stash[CEILINGS]))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    path = session.config.getoption("--benchmark-json")
+    if path and path.exists() and path.stat().st_size:
+        results.write_lines(path)
 
 
 @pytest.fixture(scope="session")
-def rows(pytestconfig: pytest.Config) -> Iterator[list[dict[str, Any]]]:
-    """The rows of this run, written at its end: those of comparisons that passed, whatever others did."""
-    collected: list[dict[str, Any]] = []
-    yield collected
-    path = pytestconfig.getoption("--rows")
-    if path and collected:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(collected)
+def ceilings(pytestconfig: pytest.Config) -> Callable[..., dict[str, float]]:
+    """ceilings(device, dtype, bytes_moved, flops): GB/s and TFLOP/s that the machine reaches, where they limit."""
+    return functools.partial(machine.ceiling, pytestconfig.stash[CEILINGS])
 
 
 @pytest.fixture
-def compare(rows: list[dict[str, Any]], pytestconfig: pytest.Config) -> Callable[..., dict[str, float]]:
-    """compare(op, problem, competitors, baseline=...): median milliseconds of each competitor.
+def compare(
+    request: pytest.FixtureRequest, benchmark: Any, ceilings: Callable[..., dict[str, float]]
+) -> Iterator[Callable[..., dict[str, float]]]:
+    """compare(op, problem, competitors, baseline=..., check=...): median milliseconds of each competitor.
+
+    With --benchmark-disable every competitor is called and checked, and nothing is timed.
 
     Args:
         op, problem: names for the rows.
-        competitors: {name: function without arguments}. Each is called once, and its result checked, before
-            anything is timed.
+        competitors: {name: function without arguments, or Absent(reason)}. Each is called once, and its result
+            checked, before anything is timed. NotImplementedError and ImportError mean absent, too. What is
+            wrong, absent or out of memory gets a row that says so; what is wrong or breaks fails the benchmark
+            in the end.
         baseline: the competitor whose time, divided by a competitor's own, is its `ratio`.
-        check: called with (name, result); raises if the result is wrong. May return facts about the result,
-            for the competitor's row.
+        check: called with (name, result); raises if the result is wrong (WrongResult carries the error's
+            size). May return facts about the result, for the competitor's row.
         dtype: what the competitors compute in.
-        bytes_written: size of the result, from which each row's "gb_per_s" follows.
-        extra: more facts about the problem, for the row's JSON column.
+        device: "cpu" or "cuda", or {name: device}; found from each competitor's first call unless given.
+        bytes_moved, flops: what has to be read and written, and computed, at least: for rates and roofline.
+        extra: more facts about the problem.
         extrapolate: {name: factor} for competitors of which only a part is run; their times are multiplied,
             and the rows say so.
+        sweep: {variable: value} of one problem of a series that differ in this alone; "series" names the series
+            where an op has several with the same variable.
+        rounds: this many, for competitors that are slow; --benchmark-max-time (for each competitor) and
+            --benchmark-min-rounds say how many otherwise.
+        capture: False keeps a GPU's competitors out of CUDA graphs.
     """
+    session = request.config.pluginmanager.get_plugin("pytest-benchmark")
+    node = request.node
+    node.stash[FAILURES] = []
 
     def compare(
         op: str,
         problem: str,
-        competitors: dict[str, Callable[[], Any]],
+        competitors: dict[str, Callable[[], Any] | Absent],
         *,
         baseline: str,
         check: Callable[[str, Any], dict[str, Any] | None],
         dtype: torch.dtype = torch.float32,
-        bytes_written: int | None = None,
+        device: str | dict[str, str] | None = None,
+        bytes_moved: float | None = None,
+        flops: float | None = None,
         extra: dict[str, Any] | None = None,
         extrapolate: dict[str, float] | None = None,
+        sweep: dict[str, Any] | None = None,
+        rounds: int | None = None,
+        capture: bool = True,
     ) -> dict[str, float]:
         if baseline not in competitors:
             raise ValueError(f"baseline must be one of {', '.join(competitors)}, got {baseline!r}")
-        extrapolate = extrapolate or {}
-        found = {name: check(name, fn()) or {} for name, fn in competitors.items()}
-        first = {name: sample(fn, 1) for name, fn in competitors.items()}
-        number = {name: max(1, round(MIN_SAMPLE_S / seconds)) for name, seconds in first.items()}
-        round_s = sum(first[name] * number[name] for name in competitors)
-        fewest = pytestconfig.getoption("--min-rounds")
-        rounds = int(min(max(pytestconfig.getoption("--seconds") / round_s, fewest), MAX_ROUNDS))
-        times: dict[str, list[float]] = {name: [] for name in competitors}
-        for _ in range(rounds):
-            for name, fn in competitors.items():
-                times[name].append(1e3 * sample(fn, number[name]) * extrapolate.get(name, 1))
-
-        medians = {name: float(np.median(values)) for name, values in times.items()}
-        print(f"\n{op}: {problem}, {str(dtype).removeprefix('torch.')}, {rounds} rounds")
-        for name, values in times.items():
-            median, q20, q80 = medians[name], *np.quantile(values, [0.2, 0.8])
-            ratio = medians[baseline] / median
-            facts = {**(extra or {}), **found[name]}
-            if name in extrapolate:
-                facts["extrapolated_by"] = extrapolate[name]
-            if bytes_written is not None:
-                facts["gb_per_s"] = round(bytes_written / median / 1e6, 2)
-            line = f"  {name:<24} {median:10.4f} ms  ({q20:.4f} to {q80:.4f})  {ratio:9.3f}x {baseline}"
-            print(line, *(f"{key}={value}" for key, value in facts.items()))
-            rows.append(
-                {
-                    "op": op,
-                    "problem": problem,
-                    "competitor": name,
-                    "dtype": str(dtype).removeprefix("torch."),
-                    "median_ms": f"{median:.6g}",
-                    "q20_ms": f"{q20:.6g}",
-                    "q80_ms": f"{q80:.6g}",
-                    "rounds": rounds,
-                    "ratio": f"{ratio:.4g}",
-                    "extra": json.dumps(facts),
-                    "machine": machine(),
-                    "threads": torch.get_num_threads(),
-                    "torch": torch.__version__,
-                    "convinit": convinit.__version__,
-                    "date": datetime.date.today().isoformat(),
-                    "revision": revision(),
-                    "command": " ".join(["python -m pytest", *map(str, pytestconfig.invocation_params.args)]),
-                }
-            )
+        sweep = dict(sweep or {})
+        series = sweep.pop("series", "")
+        if len(sweep) > 1:
+            raise ValueError(f"sweep must name one variable, got {', '.join(sweep)}")
+        outcomes = {name: try_out(name, competitor, check) for name, competitor in competitors.items()}
+        found = [outcome.device for outcome in outcomes.values() if outcome.device]
+        for name, outcome in outcomes.items():
+            given = device.get(name) if isinstance(device, dict) else device
+            outcome.device = given or outcome.device or (found[0] if found else "cpu")
+        if not session.disabled:
+            with without_gc(session.options["disable_gc"]):
+                measure(
+                    {name: fn for name, fn in competitors.items() if not isinstance(fn, Absent)},
+                    outcomes,
+                    seconds=float(session.options["max_time"]) * len(competitors),
+                    min_rounds=session.options["min_rounds"],
+                    rounds=rounds,
+                    capture=capture,
+                )
+        precision = str(dtype).removeprefix("torch.")
+        print(f"\n{op}: {problem}, {precision}")
+        medians = {}
+        for name, outcome in outcomes.items():
+            facts = {"status": outcome.status, "sweep": sweep, "series": series, "baseline": baseline}
+            if outcome.reason:
+                facts["reason"] = outcome.reason
+            if outcome.seconds:
+                limits = ceilings(outcome.device, dtype, bytes_moved, flops)
+                facts |= {"timer": outcome.timer, "threads": torch.get_num_threads()}
+                facts |= results.figures(
+                    name, outcomes, baseline=baseline, factors=extrapolate or {}, bytes_moved=bytes_moved,
+                    flops=flops, ceiling=limits,
+                )  # fmt: skip
+                medians[name] = facts["median_ms"]
+            facts["facts"] = {**(extra or {}), **outcome.facts}
+            print(results.line(name, facts))
+            if outcome.status in FAILED:
+                node.stash[FAILURES].append(f"{op}, {problem}, {name}: {outcome.status}: {outcome.reason}")
+            if not session.disabled:
+                add_row(name, outcome, facts, op, problem, precision)
         return medians
 
-    return compare
+    def add_row(
+        name: str, outcome: Outcome, facts: dict[str, Any], op: str, problem: str, precision: str
+    ) -> None:
+        params = {
+            "op": op,
+            "problem": problem,
+            "competitor": name,
+            "dtype": precision,
+            "device": outcome.device,
+        }
+        case = ", ".join([problem, precision, outcome.device, *facts["sweep"]])
+        entry = {
+            "name": f"{node.originalname}[{case}-{name}]",
+            "fullname": f"{node.nodeid.partition('[')[0]}[{op}: {case}-{name}]",
+            "group": f"{op}: {problem}, {precision}",
+            "params": params,
+            "extra_info": results.rounded(facts),
+        }
+        factor = facts.get("extrapolated_by", 1.0)
+        results.hand_over(session, entry, [factor * seconds for seconds in outcome.seconds])
+
+    yield compare
+    benchmark.skipped = True  # its own timer has not been used, and that is no mistake

@@ -64,7 +64,7 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Iterator[None]:
     return result
 
 
-# pytest-benchmark's hooks. The machine and the commit are described our way: briefly, and without directories.
+# pytest-benchmark's hooks. Machine and commit are described our way: briefly, and without directories.
 
 
 def pytest_benchmark_generate_machine_info() -> dict[str, Any]:
@@ -91,7 +91,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 @pytest.fixture(scope="session")
 def ceilings(pytestconfig: pytest.Config) -> Callable[..., dict[str, float]]:
-    """ceilings(device, dtype, bytes_moved, flops): GB/s and TFLOP/s that the machine reaches, where they limit."""
+    """ceilings(device, dtype, bytes_moved, flops): GB/s and TFLOP/s of this machine, where they limit."""
     return functools.partial(machine.ceiling, pytestconfig.stash[CEILINGS])
 
 
@@ -105,12 +105,12 @@ def compare(
 
     Args:
         op, problem: names for the rows.
-        competitors: {name: function without arguments, or Absent(reason)}. Each is called once, and its result
-            checked, before anything is timed. NotImplementedError and ImportError mean absent, too. What is
-            wrong, absent or out of memory gets a row that says so; what is wrong or breaks fails the benchmark
-            in the end.
+        competitors: {name: function without arguments, or Absent(reason)}. Each is called once, and its
+            result checked, before anything is timed. NotImplementedError and ImportError mean absent, too. What
+            is wrong, absent or out of memory gets a row that says so; what is wrong or breaks fails the
+            benchmark in the end.
         baseline: the competitor whose time, divided by a competitor's own, is its `ratio`.
-        check: called with (name, result); raises if the result is wrong (WrongResult carries the error's
+        check: called with (name, result); raises if the result is wrong (WrongResultError carries the error's
             size). May return facts about the result, for the competitor's row.
         dtype: what the competitors compute in.
         device: "cpu" or "cuda", or {name: device}; found from each competitor's first call unless given.
@@ -118,8 +118,8 @@ def compare(
         extra: more facts about the problem.
         extrapolate: {name: factor} for competitors of which only a part is run; their times are multiplied,
             and the rows say so.
-        sweep: {variable: value} of one problem of a series that differ in this alone; "series" names the series
-            where an op has several with the same variable.
+        sweep: {variable: value} of one problem in a series that differ in this alone; "series" names the
+            series where an op has several with the same variable.
         rounds: this many, for competitors that are slow; --benchmark-max-time (for each competitor) and
             --benchmark-min-rounds say how many otherwise.
         capture: False keeps a GPU's competitors out of CUDA graphs.

@@ -1,4 +1,4 @@
-"""What is kept of a measurement: figures from samples, rows for pytest-benchmark, its JSON file, and tables of it."""
+"""What is kept of a measurement: figures from samples, pytest-benchmark's rows and JSON, and a table of it."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def line(name: str, facts: dict[str, Any]) -> str:
 
 
 def hand_over(session: Any, benchmark: dict[str, Any], seconds: list[float]) -> None:
-    """Adds a benchmark to pytest-benchmark's session, as its own fixture would: its tables and files then have it.
+    """Adds a benchmark to pytest-benchmark's session, as its own fixture does: tables and files then have it.
 
     Args:
         benchmark: name, fullname, group, params and extra_info.
@@ -144,7 +144,7 @@ def hand_over(session: Any, benchmark: dict[str, Any], seconds: list[float]) -> 
 
 
 def compact(output: dict[str, Any], benchmarks: list[Any], run: dict[str, Any]) -> None:
-    """Makes pytest-benchmark's JSON small enough to commit: figures without samples, and the untimed beside them."""
+    """Makes pytest-benchmark's JSON small enough to commit: figures, no samples; the untimed beside them."""
     for row in output["benchmarks"]:
         row["stats"] = {key: row["stats"][key] for key in STATS}
         for key in ("options", "param"):

@@ -1,4 +1,4 @@
-"""How times are taken: competitors in turns, on a CPU by the clock, on a GPU by events around a graph's replay.
+"""How times are taken: in turns, on a CPU by the clock, on a GPU by events around the replay of a graph.
 
 Machines drift while they are measured. Taking turns lets the drift fall on all competitors alike, which
 one-after-the-other harnesses cannot do.
@@ -32,7 +32,7 @@ class Absent:
     reason: str
 
 
-class WrongResult(AssertionError):
+class WrongResultError(AssertionError):
     """For `check` to raise: says what is wrong, and by how much, in `facts` for the competitor's row."""
 
     def __init__(self, message: str, **facts: Any) -> None:
@@ -42,7 +42,7 @@ class WrongResult(AssertionError):
 
 @dataclass
 class Outcome:
-    """What became of one competitor: its samples in the order of the rounds, or the reason why there are none."""
+    """What became of one competitor: its samples, one a round, or the reason why there are none."""
 
     status: str = "ok"  # or absent, wrong, failed, out of memory
     reason: str = ""
@@ -102,7 +102,7 @@ def gpu_allocations() -> int:
 
 
 def turns(names: list[str], rounds: int) -> Iterator[list[str]]:
-    """The order of each round: every competitor comes first, second, … equally often, after different ones."""
+    """The order of each round: everyone comes first, second, … equally often, after different ones."""
     for i in range(rounds):
         shift = i % len(names)
         order = names[shift:] + names[:shift]
@@ -209,10 +209,11 @@ def clock_sampler(fn: Function, number: int, on_gpu: bool) -> Sample:
 def gpu_sampler(fn: Function, host_s: float, number: int, pool: Any) -> tuple[Callable[[], Sample], str]:
     """A sampler of (GPU's seconds, host's seconds) a call, and the name of the GPU's timer.
 
-    The GPU's time is that between two events around one call, or around the replay of its CUDA graph if it can be
-    captured. Before each call the L2 cache is overwritten, as it would be by the rest of a model. Writing it keeps the GPU
-    busy while the host launches the call: an uncaptured call shows the gaps between its kernels only where the host is
-    slower than the flushes, or waits for the GPU. The host's time is that of calls in a row, launches included.
+    The GPU's time is that between two events around one call, or around the replay of its CUDA graph if it can
+    be captured. Before each call the L2 cache is overwritten, as it would be by the rest of a model. That keeps
+    the GPU busy while the host launches the call: an uncaptured one shows gaps between its kernels only where
+    the host is slower than the flushes, or waits for the GPU. The host's time is that of calls in a row,
+    launches included.
     """
     replay = None if pool is None else captured(fn, pool)
     flushes = 1
@@ -231,8 +232,8 @@ def gpu_sampler(fn: Function, host_s: float, number: int, pool: Any) -> tuple[Ca
 def captured(fn: Function, pool: Any) -> Function | None:
     """The replay of `fn` as a CUDA graph; None if it cannot be captured.
 
-    What waits for the GPU cannot be, and is found before a capture is tried: a failed one can leave the allocator in a bad
-    state. All graphs share a memory pool, so that competitors do not add up; nothing is read from it afterwards.
+    What waits for the GPU cannot be, and is found before a capture is tried: a failed one can leave the allocator
+    in a bad state. Graphs share a memory pool, so that competitors do not add up; nothing is read from it later.
     """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())

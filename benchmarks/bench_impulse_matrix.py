@@ -5,7 +5,7 @@
 `torch.zeros` writes every byte (torch's CPU allocator does not hand out memory known to be zero): its time is
 that of touching the result once, page faults included. convinit is faster where the system grants huge pages.
 
-On a machine with a GPU, rows whose problem ends in "cuda" compare the CUDA kernel with `torch.zeros`, with
+On a machine with a GPU, `bench_impulse_matrix_on_cuda` compares the CUDA kernel with `torch.zeros`, with
 the reference and with one indexed write of the ones, all on the GPU with offsets that are there already.
 """
 
@@ -43,7 +43,13 @@ PROBLEMS = [
 ]
 
 
-@pytest.mark.parametrize(("heads", "grid_size", "dtype"), PROBLEMS)
+@pytest.mark.parametrize(
+    ("heads", "grid_size", "dtype"),
+    [
+        pytest.param(*problem, marks=pytest.mark.quick if problem[1] == (16, 16) else ())
+        for problem in PROBLEMS
+    ],
+)
 def bench_impulse_matrix(compare, heads, grid_size, dtype):
     offsets = sample_offsets(heads, 5, generator=torch.Generator().manual_seed(0))
     tokens = grid_size[0] * grid_size[1]
@@ -93,7 +99,7 @@ CUDA_PROBLEMS = [
 ]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.gpu
 @pytest.mark.parametrize(("heads", "grid_size", "dtype"), CUDA_PROBLEMS)
 def bench_impulse_matrix_on_cuda(compare, heads, grid_size, dtype):
     offsets = sample_offsets(heads, 5, generator=torch.Generator().manual_seed(0)).cuda()
@@ -112,7 +118,7 @@ def bench_impulse_matrix_on_cuda(compare, heads, grid_size, dtype):
 
     compare(
         "impulse_matrix",
-        f"{heads} heads, {grid_size[0]}x{grid_size[1]}, cuda",
+        f"{heads} heads, {grid_size[0]}x{grid_size[1]}",
         {
             "torch.zeros": lambda: torch.zeros(shape, dtype=dtype, device="cuda"),
             "convinit": lambda: impulse_matrix(offsets, grid_size, dtype=dtype),

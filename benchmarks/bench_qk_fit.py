@@ -31,8 +31,6 @@ OFFICIAL = json.loads((Path(__file__).parent.parent / "tests" / "data" / "offici
 ADAM_STEPS = 10
 ADAM_STEPS_CUDA = 500
 
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-
 
 def learned(tokens: int, dim: int) -> Tensor:
     P = torch.nn.init.trunc_normal_(torch.empty(tokens, dim), std=0.02, generator=seeded())
@@ -83,6 +81,7 @@ def facts(fit: QKFit) -> dict[str, float]:
     }
 
 
+@pytest.mark.quick
 def bench_baseline(compare):
     """The papers' case: 6 layers of 8 heads at the weight norm that the papers' own fit ends with."""
     P, grid_size, scale = sincos_2d((16, 16), 512), (16, 16), 0.1
@@ -107,7 +106,7 @@ def bench_baseline(compare):
     )
 
 
-@needs_cuda
+@pytest.mark.gpu
 def bench_baseline_on_cuda(compare):
     """The same case with the position embedding on the GPU: all of fit_qk, the parts on the CPU included."""
     P, offsets = sincos_2d((16, 16), 512), sample_offsets(48, 5, generator=seeded())
@@ -139,7 +138,7 @@ SOLVER_CASES = [
 ]
 
 
-@needs_cuda
+@pytest.mark.gpu
 @pytest.mark.parametrize("case", SOLVER_CASES, ids=lambda case: case[0])
 def bench_solver_on_cuda(compare, case):
     """The op alone, for the distinct problems of a 5 x 5 window at r = 64, against the CPU's two threads."""
@@ -188,7 +187,7 @@ def bench_solver_on_cuda(compare, case):
         torch.set_num_threads(threads)
 
 
-@needs_cuda
+@pytest.mark.gpu
 def bench_adam_on_cuda(compare):
     """One layer of the papers' own fit, 500 of its 10,000 steps: their loop in eager PyTorch, and the op."""
     P, grid_size, heads, rank, scale = sincos_2d((16, 16), 512).cuda(), (16, 16), 8, 64, 0.1
@@ -226,11 +225,11 @@ def bench_adam_on_cuda(compare):
         "one layer of 8 heads, 16x16, D=512, r=64, f=5, scale 0.1, 10,000 steps",
         {
             "papers' adam": lambda: papers_adam(P, offsets, grid_size, rank, scale, ADAM_STEPS_CUDA),
-            "qk_adam": fused,
+            "convinit": fused,
         },
         baseline="papers' adam",
         check=check,
-        extrapolate={"papers' adam": times, "qk_adam": times},
+        extrapolate={"papers' adam": times, "convinit": times},
     )
 
 
@@ -252,6 +251,7 @@ def bench_each_offset(compare):
     )  # fmt: skip
 
 
+@pytest.mark.quick
 def bench_learned(compare):
     """A timm ViT-Tiny's learned embedding: 12 layers of 3 heads at the norm of the papers' svd."""
     P, offsets = learned(196, 192), sample_offsets(36, 3, generator=seeded())

@@ -18,18 +18,24 @@ from convinit.ops.fused import HAS_TRITON
 from convinit.ops.shared_attention import shared_attention, shared_attention_reference
 
 CUDA = torch.cuda.is_available()
+pytestmark = [pytest.mark.gpu] if CUDA else []
 SHAPES = (  # [B, heads, N, r]
     [
         (512, 8, 256, 64),  # the paper
-        (256, 3, 196, 64),
-        (256, 3, 197, 64),
-        (256, 6, 196, 64),
-        (256, 12, 197, 64),
-        (1024, 4, 64, 32),
-        (128, 6, 576, 64),
+        *(
+            pytest.param(shape, marks=pytest.mark.slow)  # a quarter of an hour, most of it in compilers
+            for shape in [
+                (256, 3, 196, 64),
+                (256, 3, 197, 64),
+                (256, 6, 196, 64),
+                (256, 12, 197, 64),
+                (1024, 4, 64, 32),
+                (128, 6, 576, 64),
+            ]
+        ),
     ]
     if CUDA
-    else [(8, 4, 64, 32)]
+    else [pytest.param((8, 4, 64, 32), marks=pytest.mark.quick)]
 )
 
 

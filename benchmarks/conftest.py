@@ -106,8 +106,8 @@ def compare(
     Args:
         op, problem: names for the rows.
         competitors: {name: function without arguments, or Absent(reason)}. Each is called once, and its
-            result checked, before anything is timed. NotImplementedError and ImportError mean absent, too. What
-            is wrong, absent or out of memory gets a row that says so; what is wrong or breaks fails the
+            result checked, before anything is timed. NotImplementedError and ImportError mean absent, too.
+            What is wrong, absent or out of memory gets a row that says so; what is wrong or breaks fails the
             benchmark in the end.
         baseline: the competitor whose time, divided by a competitor's own, is its `ratio`.
         check: called with (name, result); raises if the result is wrong (WrongResultError carries the error's
@@ -192,13 +192,8 @@ def compare(
     def add_row(
         name: str, outcome: Outcome, facts: dict[str, Any], op: str, problem: str, precision: str
     ) -> None:
-        params = {
-            "op": op,
-            "problem": problem,
-            "competitor": name,
-            "dtype": precision,
-            "device": outcome.device,
-        }
+        keys = ("op", "problem", "competitor", "dtype", "device")
+        params = dict(zip(keys, (op, problem, name, precision, outcome.device), strict=True))
         case = ", ".join([problem, precision, outcome.device, *facts["sweep"]])
         entry = {
             "name": f"{node.originalname}[{case}-{name}]",

@@ -132,7 +132,7 @@ def last_cache_bytes(device: str) -> int:
 
 def bandwidth(device: str) -> dict[str, float]:
     """GB/s of fill, copy and triad on memory that has been touched, each array four times the last cache."""
-    size = 2**30 if device == "cuda" else min(max(4 * last_cache_bytes(device), 2**26), 2**29)
+    size = min(max(4 * last_cache_bytes(device), 2**26), 2**29)
     a, b, c = (torch.ones(size // 4, device=device) for _ in range(3))
     return {
         "fill": a.nbytes / fastest(lambda: a.fill_(2.0), device) / 1e9,
@@ -164,12 +164,15 @@ def ceiling(
         "cuda" if device == "cuda" else f"cpu, {threads} threads", {"gb_per_s": {}, "tflop_per_s": {}}
     )
     result = {}
-    if bytes_moved is not None and bytes_moved > last_cache_bytes(device):
-        here["gb_per_s"] = here["gb_per_s"] or bandwidth(device)
-        result["gb_per_s"] = max(here["gb_per_s"].values())
-    if flops is not None and (dtype.is_floating_point or dtype.is_complex):
-        name = str(dtype).removeprefix("torch.")
-        if name not in here["tflop_per_s"]:
-            here["tflop_per_s"][name] = matrix_rate(device, dtype)
-        result["tflop_per_s"] = here["tflop_per_s"][name]
+    name = str(dtype).removeprefix("torch.")
+    try:
+        if bytes_moved is not None and bytes_moved > last_cache_bytes(device):
+            here["gb_per_s"] = here["gb_per_s"] or bandwidth(device)
+            result["gb_per_s"] = max(here["gb_per_s"].values())
+        if flops is not None and (dtype.is_floating_point or dtype.is_complex):
+            if name not in here["tflop_per_s"]:
+                here["tflop_per_s"][name] = matrix_rate(device, dtype)
+            result["tflop_per_s"] = here["tflop_per_s"][name]
+    except torch.OutOfMemoryError:
+        pass  # a problem that fills the GPU goes without a roofline
     return result

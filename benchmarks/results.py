@@ -1,4 +1,4 @@
-"""What is kept of a measurement: figures from samples, pytest-benchmark's rows and JSON, and a table of it."""
+"""What is kept of a measurement: figures from samples, pytest-benchmark's rows and JSON, and a table."""
 
 from __future__ import annotations
 

@@ -209,11 +209,11 @@ def clock_sampler(fn: Function, number: int, on_gpu: bool) -> Sample:
 def gpu_sampler(fn: Function, host_s: float, number: int, pool: Any) -> tuple[Callable[[], Sample], str]:
     """A sampler of (GPU's seconds, host's seconds) a call, and the name of the GPU's timer.
 
-    The GPU's time is that between two events around one call, or around the replay of its CUDA graph if it can
-    be captured. Before each call the L2 cache is overwritten, as it would be by the rest of a model. That keeps
-    the GPU busy while the host launches the call: an uncaptured one shows gaps between its kernels only where
-    the host is slower than the flushes, or waits for the GPU. The host's time is that of calls in a row,
-    launches included.
+    The GPU's time is that between two events around one call, or around the replay of its CUDA graph if it
+    can be captured. Before each call the L2 cache is overwritten, as it would be by the rest of a model. That
+    keeps the GPU busy while the host launches the call: an uncaptured one shows gaps between its kernels only
+    where the host is slower than the flushes, or waits for the GPU. The host's time is that of calls in a
+    row, launches included.
     """
     replay = None if pool is None else captured(fn, pool)
     flushes = 1
@@ -232,8 +232,9 @@ def gpu_sampler(fn: Function, host_s: float, number: int, pool: Any) -> tuple[Ca
 def captured(fn: Function, pool: Any) -> Function | None:
     """The replay of `fn` as a CUDA graph; None if it cannot be captured.
 
-    What waits for the GPU cannot be, and is found before a capture is tried: a failed one can leave the allocator
-    in a bad state. Graphs share a memory pool, so that competitors do not add up; nothing is read from it later.
+    What waits for the GPU cannot be, and is found before a capture is tried: a failed one can leave the
+    allocator in a bad state. Graphs share a memory pool, so that competitors do not add up; nothing is read
+    from it later.
     """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())

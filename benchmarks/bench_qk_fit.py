@@ -122,8 +122,8 @@ def bench_baseline_on_cuda(compare):
     compare(
         "qk_fit",
         "6 layers x 8 heads, 16x16, D=512, r=64, f=5, scale 0.1, weight_norm 8.77, CPU and CUDA",
-        {"cpu": lambda: fit(P), "cuda": lambda: fit(on_gpu)},
-        baseline="cpu",
+        {"convinit, cpu": lambda: fit(P), "convinit, cuda": lambda: fit(on_gpu)},
+        baseline="convinit, cpu",
         check=check,
     )
 
@@ -161,7 +161,7 @@ def bench_solver_on_cuda(compare, case):
     def check(competitor: str, diagnostics: Tensor) -> dict[str, float]:
         figures[competitor] = found = diagnostics.cpu()
         mse, peak = (found[:, DIAGNOSTICS.index(column)] for column in ("mse", "peak"))
-        first = figures["cpu, 2 threads"]
+        first = figures["convinit, cpu, 2 threads"]
         errors = (mse / first[:, DIAGNOSTICS.index("mse")] - 1).abs()
         if weight_norm is None:  # as qk_solver's docstring says
             assert errors.median() < 0.05 and errors.max() < 0.2
@@ -180,7 +180,8 @@ def bench_solver_on_cuda(compare, case):
     try:
         compare(
             "qk_solver", f"25 offsets, r=64, {name}",
-            {"cpu, 2 threads": solver("cpu"), "cuda": solver("cuda")}, baseline="cpu, 2 threads", check=check,
+            {"convinit, cpu, 2 threads": solver("cpu"), "convinit, cuda": solver("cuda")},
+            baseline="convinit, cpu, 2 threads", check=check,
             dtype=torch.float64,
         )  # fmt: skip
     finally:

@@ -52,14 +52,14 @@ def competitors() -> dict[str, functools.partial[Tensor]]:
     found = {
         "eager": functools.partial(shared_attention_reference),
         "sdpa": functools.partial(shared_attention, backend="sdpa"),
-        "tall product": functools.partial(shared_attention, backend="auto"),
+        "convinit": functools.partial(shared_attention, backend="auto"),
         "head by head": functools.partial(head_by_head),
     }
     if CUDA:
         found["compiled eager"] = functools.partial(torch.compile(shared_attention_reference))
-        found["compiled tall product"] = functools.partial(torch.compile(shared_attention), backend="auto")
+        found["convinit, compiled"] = functools.partial(torch.compile(shared_attention), backend="auto")
         if HAS_TRITON:
-            found["convinit"] = functools.partial(shared_attention, backend="triton")
+            found["convinit, triton"] = functools.partial(shared_attention, backend="triton")
     return found
 
 

@@ -11,6 +11,10 @@ the reference and with one indexed write of the ones, all on the GPU with offset
 
 from __future__ import annotations
 
+import ctypes
+import sys
+
+import papers
 import pytest
 import torch
 from torch import Tensor
@@ -19,19 +23,19 @@ from convinit import impulse_matrix, impulse_targets, sample_offsets
 from convinit.ops.impulse_matrix import impulse_matrix_reference
 
 
-def python_loops(offsets: Tensor, grid_size: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """One entry at a time, over heads and rows, as the papers build their targets."""
-    height, width = grid_size
-    tokens = height * width
-    matrix = torch.zeros(len(offsets), tokens, tokens, dtype=dtype)
-    for head, (dy, dx) in enumerate(offsets.tolist()):
-        for i in range(height):
-            for j in range(width):
-                if 0 <= i + dy < height and 0 <= j + dx < width:
-                    matrix[head, i * width + j, (i + dy) * width + j + dx] = 1
-    return matrix
+def fresh_fill(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Fresh memory in huge pages, filled with zeros: what writing a result of this size takes at least."""
+    result = torch.empty(shape, dtype=dtype)
+    page = 2**21
+    begin = -(-result.data_ptr() // page) * page
+    size = (result.data_ptr() + result.nbytes) // page * page - begin
+    if size > 0:
+        libc = ctypes.CDLL(None, use_errno=True)
+        libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(size), 14)  # MADV_HUGEPAGE
+    return result.zero_()
 
 
+ZEROS = ("torch.zeros", "fresh huge pages, filled")
 PROBLEMS = [
     # heads, grid, dtype
     (8, (16, 16), torch.float32),  # the papers' own: 2 MB
@@ -52,21 +56,24 @@ PROBLEMS = [
 )
 def bench_impulse_matrix(compare, heads, grid_size, dtype):
     offsets = sample_offsets(heads, 5, generator=torch.Generator().manual_seed(0))
+    cells = (offsets[:, 0] + 2) * 5 + offsets[:, 1] + 2
     tokens = grid_size[0] * grid_size[1]
     shape = (heads, tokens, tokens)
     expected = impulse_matrix_reference(offsets, grid_size, dtype=dtype)
 
     def check(name: str, result: Tensor) -> None:
         assert result.shape == shape and result.dtype == dtype, name
-        assert torch.equal(result, torch.zeros_like(result) if name == "torch.zeros" else expected), name
+        assert torch.equal(result, torch.zeros_like(result) if name in ZEROS else expected), name
 
     competitors = {
         "torch.zeros": lambda: torch.zeros(shape, dtype=dtype),
         "convinit": lambda: impulse_matrix(offsets, grid_size, dtype=dtype),
         "reference": lambda: impulse_matrix_reference(offsets, grid_size, dtype=dtype),
     }
+    if sys.platform == "linux":
+        competitors["fresh huge pages, filled"] = lambda: fresh_fill(shape, dtype)
     if expected.nbytes < 2**22:
-        competitors["python loops"] = lambda: python_loops(offsets, grid_size, dtype)
+        competitors["papers' loops"] = lambda: papers.impulse_matrix_loops(cells, 5, grid_size)
     compare(
         "impulse_matrix",
         f"{heads} heads, {grid_size[0]}x{grid_size[1]}",

@@ -29,7 +29,7 @@ env=${ENV:-$scratch/env}
 [ -x "$env/bin/python" ] || "${PYTHON:-python3}" -m venv "$env"
 python=$env/bin/python
 echo "torch==$torch" > "$scratch/constraints"
-"$python" -m pip install --quiet --constraint "$scratch/constraints" torch pytest hypothesis "$wheel[train]"
+"$python" -m pip install --quiet --constraint "$scratch/constraints" torch pytest hypothesis "$wheel[demo]"
 "$python" -m pip install --quiet --no-deps --force-reinstall "$wheel"
 
 cp -r "$root"/{tests,benchmarks,csrc,scripts,pyproject.toml} "$scratch"

@@ -30,7 +30,7 @@ def new_figure(width: float, height: float) -> Figure:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError(
-            "figures need matplotlib, which is not installed; get it with: pip install 'convinit[train]'"
+            "figures need matplotlib, which is not installed; get it with: pip install 'convinit[demo]'"
         ) from error
     return Figure(figsize=(width, height), facecolor="white")
 

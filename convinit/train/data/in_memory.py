@@ -51,7 +51,7 @@ def load_digits_split(num_train: int = 1000, *, num_test: int | None = None, see
     except ImportError as error:
         raise ImportError(
             "the digits come with scikit-learn, which is not installed; get it with: "
-            "pip install 'convinit[train]'"
+            "pip install 'convinit[demo]'"
         ) from error
 
     digits = load_digits()

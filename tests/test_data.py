@@ -1,0 +1,626 @@
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+import random
+import struct
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from convinit.train import (
+    Augmented,
+    AugmentOptions,
+    augmentation,
+    load_data,
+    load_digits_split,
+    test_loader,
+    train_loader,
+)
+from convinit.train.data import subset_indices
+from convinit.train.data.draws import derived_seed, permutation
+
+try:
+    import torchvision
+    from torchvision.datasets import CIFAR10, CIFAR100, SVHN
+except ImportError:
+    torchvision = None
+
+needs_torchvision = pytest.mark.skipif(torchvision is None, reason="torchvision is not installed")
+
+
+def pixels(n: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (n, 3, 32, 32), dtype=np.uint8)
+
+
+def md5(path: Path) -> str:
+    return hashlib.md5(path.read_bytes()).hexdigest()
+
+
+# ---- Draws and subsets
+
+
+def test_draws_are_the_same_on_every_machine():
+    """Fixed values: a change would change every subset and every order."""
+    assert derived_seed("augment", 0, 1, 2) == 17935655439119338817
+    assert permutation(8, "order", 0, 0).tolist() == [2, 5, 7, 6, 4, 1, 0, 3]
+    assert sorted(permutation(1000, "order", 1)) == list(range(1000))
+    assert derived_seed("a", np.int64(3)) == derived_seed("a", 3)
+
+
+@pytest.mark.parametrize("sizes", [[50] * 10, [100, 40, 7, 1], [3]])
+def test_subsets_are_nested_and_stratified(sizes):
+    labels = torch.from_numpy(np.random.default_rng(0).permutation(np.repeat(np.arange(len(sizes)), sizes)))
+    n, sizes = len(labels), np.array(sizes)
+    smaller: set[int] = set()
+    for count in range(1, n + 1):
+        indices = subset_indices(labels, count=count, seed=3)
+        assert len(set(indices)) == count and (np.diff(indices) > 0).all()
+        assert smaller < set(indices)
+        smaller = set(indices)
+        taken = np.bincount(labels[indices], minlength=len(sizes))
+        assert count < len(sizes) or taken.min() >= 1
+        assert (np.abs(taken - count * sizes / n) < len(sizes)).all()
+        if len(set(sizes)) == 1:
+            assert taken.max() - taken.min() <= 1
+    assert subset_indices(labels).tolist() == list(range(n))
+
+
+def test_subsets_follow_the_seed():
+    labels = torch.arange(100) % 10
+    chosen = [subset_indices(labels, fraction=0.3, seed=seed).tolist() for seed in (0, 0, 1)]
+    assert chosen[0] == chosen[1] != chosen[2]
+    assert len(chosen[0]) == 30
+
+
+def test_subset_refuses():
+    labels = torch.arange(10)
+    with pytest.raises(ValueError, match="not both, got 3 and 0.5"):
+        subset_indices(labels, count=3, fraction=0.5)
+    with pytest.raises(ValueError, match="train_count must be at most 10"):
+        subset_indices(labels, count=11)
+    with pytest.raises(ValueError, match="train_count must be at least 1"):
+        subset_indices(labels, count=0)
+    for bad in (0.0, 1.5, float("nan")):
+        with pytest.raises(ValueError, match="train_fraction must be above 0 and at most 1"):
+            subset_indices(labels, fraction=bad)
+    with pytest.raises(TypeError, match="train_fraction must be a number"):
+        subset_indices(labels, fraction="0.5")
+    with pytest.raises(ValueError, match="seed must be at least 0"):
+        subset_indices(labels, count=1, seed=-1)
+
+
+# ---- Digits
+
+
+def test_digits():
+    data = load_data("digits", train_fraction=0.1, seed=2)
+    assert (data.num_classes, data.image_size, data.channels, data.mean) == (10, (8, 8), 1, (0.0,))
+    assert (len(data.train), len(data.test)) == (100, 797)
+    image, label = data.train[0]
+    assert image.dtype == torch.uint8 and image.shape == (1, 8, 8) and isinstance(label, int)
+    split = load_digits_split()
+    normal = Augmented(data.test, augmentation("none", data))
+    images, labels = normal.batch(range(797))
+    assert data.std == pytest.approx([split.train_images.double().std(correction=0).item()])
+    torch.testing.assert_close(
+        images, split.test_images / data.std[0], rtol=0, atol=0.5 / 255 / data.std[0] + 1e-6
+    )
+    assert torch.equal(labels, split.test_labels)
+    assert torch.equal(images, torch.stack([normal[i][0] for i in range(797)]))
+    assert (images[split.test_images == 0] == 0).all()
+
+
+def test_load_data_refuses(tmp_path):
+    with pytest.raises(ValueError, match="name must be one of cifar10, .*got 'mnist'"):
+        load_data("mnist")
+    with pytest.raises(ValueError, match="root must be the folder with the data set 'cifar10', got None"):
+        load_data("cifar10")
+    with pytest.raises(FileNotFoundError, match="nowhere is no folder"):
+        load_data("svhn", tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="download=True is for cifar10, cifar100 and svhn"):
+        load_data("tiny-imagenet", tmp_path, download=True)
+    with pytest.raises(ValueError, match=r"image_size must be a side or \(H, W\)"):
+        load_data("digits", image_size=(1, 2, 3))
+
+
+# ---- CIFAR and SVHN
+
+
+class Python2Pickler(pickle._Pickler):
+    """Writes bytes as Python 2 wrote its `str`: keys, labels' names and pixels of the real CIFAR files."""
+
+    dispatch = dict(pickle._Pickler.dispatch)
+
+    def save_bytes(self, value: bytes) -> None:
+        self.write(pickle.BINSTRING + struct.pack("<i", len(value)) + value)
+        self.memoize(value)
+
+    dispatch[bytes] = save_bytes
+
+
+def write_pickle(path: Path, value: object) -> None:
+    with path.open("wb") as file:
+        Python2Pickler(file, protocol=2).dump(value)
+
+
+def write_cifar10(root: Path, monkeypatch, per_batch: int = 10, labels_short: int = 0) -> np.ndarray:
+    """The python version's files, small; torchvision is told their MD5 sums."""
+    folder = root / "cifar-10-batches-py"
+    folder.mkdir()
+    images = pixels(6 * per_batch)
+    names = [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]
+    for i, name in enumerate(names):
+        part = images[i * per_batch : (i + 1) * per_batch]
+        labels = [j % 10 for j in range(per_batch - labels_short)]
+        files = [f"{j}.png".encode() for j in range(per_batch)]
+        batch = {b"batch_label": name.encode(), b"labels": labels, b"data": part.reshape(per_batch, -1)}
+        write_pickle(folder / name, batch | {b"filenames": files})
+    classes = [
+        b"airplane",
+        b"automobile",
+        b"bird",
+        b"cat",
+        b"deer",
+        b"dog",
+        b"frog",
+        b"horse",
+        b"ship",
+        b"truck",
+    ]
+    meta = {b"num_cases_per_batch": per_batch, b"label_names": classes, b"num_vis": 3072}
+    write_pickle(folder / "batches.meta", meta)
+    monkeypatch.setattr(CIFAR10, "train_list", [[name, md5(folder / name)] for name in names[:5]])
+    monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", md5(folder / "test_batch")]])
+    monkeypatch.setattr(CIFAR10, "meta", CIFAR10.meta | {"md5": md5(folder / "batches.meta")})
+    return images
+
+
+@needs_torchvision
+def test_cifar10(tmp_path, monkeypatch):
+    images = write_cifar10(tmp_path, monkeypatch)
+    data = load_data("cifar10", tmp_path)
+    assert (len(data.train), len(data.test), data.image_size, data.channels) == (50, 10, (32, 32), 3)
+    assert data.class_names[0] == "airplane" and data.num_classes == 10
+    got = torch.stack([data.train[i][0] for i in range(50)] + [data.test[i][0] for i in range(10)])
+    assert got.dtype == torch.uint8 and np.array_equal(got.numpy(), images)
+    assert [data.train[i][1] for i in range(50)] == [j % 10 for _ in range(5) for j in range(10)]
+    normal, _ = Augmented(data.test, augmentation("none", data)).batch([3])
+    mean, std = (np.array(x).reshape(3, 1, 1) for x in ((0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)))
+    np.testing.assert_allclose(normal[0].numpy(), (images[53] / 255 - mean) / std, atol=1e-5)
+    subset = load_data("cifar10", str(tmp_path), train_count=20)
+    assert Counter(subset.train.labels.tolist()) == dict.fromkeys(range(10), 2)
+
+
+@needs_torchvision
+def test_cifar100(tmp_path, monkeypatch):
+    folder = tmp_path / "cifar-100-python"
+    folder.mkdir()
+    images = pixels(200)
+    for name, part in (("train", images[:100]), ("test", images[100:])):
+        entry = {b"filenames": [b"x"] * 100, b"batch_label": name.encode(), b"fine_labels": list(range(100))}
+        entry |= {b"coarse_labels": [0] * 100, b"data": part.reshape(100, -1)}
+        write_pickle(folder / name, entry)
+        monkeypatch.setattr(CIFAR100, f"{name}_list", [[name, md5(folder / name)]])
+    meta = {b"fine_label_names": [f"class{i}".encode() for i in range(100)], b"coarse_label_names": []}
+    write_pickle(folder / "meta", meta)
+    monkeypatch.setattr(CIFAR100, "meta", CIFAR100.meta | {"md5": md5(folder / "meta")})
+    data = load_data("cifar100", tmp_path)
+    assert data.num_classes == 100 and data.class_names[7] == "class7"
+    assert np.array_equal(data.test[5][0].numpy(), images[105]) and data.test[5][1] == 5
+
+
+@needs_torchvision
+def test_cifar_errors_name_the_file(tmp_path, monkeypatch):
+    write_cifar10(tmp_path, monkeypatch)
+    path = tmp_path / "cifar-10-batches-py" / "data_batch_3"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-100])
+    with pytest.raises(
+        ValueError, match=r"data_batch_3 is damaged.*MD5.*cifar-10-python.tar.gz.*download=True"
+    ):
+        load_data("cifar10", tmp_path)
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match=r"data_batch_3 is missing; .*cifar-10-python.tar.gz"):
+        load_data("cifar10", tmp_path)
+    monkeypatch.setattr(CIFAR10, "url", "http://localhost:9/cifar-10-python.tar.gz")
+    with pytest.raises(FileNotFoundError, match=r"data_batch_3 is missing; .*download=True failed with"):
+        load_data("cifar10", tmp_path, download=True)
+    path.write_bytes(whole)
+    (path.parent / "batches.meta").write_bytes(b"")
+    with pytest.raises(ValueError, match="batches.meta is damaged"):
+        load_data("cifar10", tmp_path)
+
+
+@needs_torchvision
+def test_cifar_labels_of_the_wrong_number(tmp_path, monkeypatch):
+    write_cifar10(tmp_path, monkeypatch, labels_short=1)
+    with pytest.raises(ValueError, match="got 50 images and 45 labels"):
+        load_data("cifar10", tmp_path)
+
+
+def write_svhn(root: Path, monkeypatch, labels: int = 12) -> np.ndarray:
+    from scipy.io import savemat
+
+    images = pixels(12)
+    splits = {}
+    for split in ("train", "test"):
+        path = root / f"{split}_32x32.mat"
+        y = np.arange(1, labels + 1)[:, None].clip(max=10).astype(np.uint8)  # 10 stands for the digit 0
+        savemat(path, {"X": images.transpose(2, 3, 1, 0), "y": y})
+        splits[split] = [f"http://localhost:9/{path.name}", path.name, md5(path)]
+    monkeypatch.setattr(SVHN, "split_list", splits)
+    return images
+
+
+@needs_torchvision
+def test_svhn(tmp_path, monkeypatch):
+    images = write_svhn(tmp_path, monkeypatch)
+    data = load_data("svhn", tmp_path)
+    assert np.array_equal(data.train.images.numpy(), images)
+    assert data.test.labels.tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 0, 0]
+    assert data.mean == (0.4377, 0.4438, 0.4728) and data.image_size == (32, 32)
+    assert not augmentation("flip-crop", data).options.flip
+    (tmp_path / "test_32x32.mat").unlink()
+    with pytest.raises(FileNotFoundError, match=r"test_32x32.mat is missing; .*download=True"):
+        load_data("svhn", tmp_path)
+
+
+@needs_torchvision
+def test_svhn_labels_of_the_wrong_number(tmp_path, monkeypatch):
+    write_svhn(tmp_path, monkeypatch, labels=11)
+    with pytest.raises(ValueError, match=r"train_32x32.mat must hold a label for each image, got 12 .* 11"):
+        load_data("svhn", tmp_path)
+
+
+# ---- Folders
+
+
+def write_image(path: Path, size: tuple[int, int] = (64, 64), mode: str = "RGB", seed: int = 0) -> None:
+    from PIL import Image
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    noise = np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
+    Image.fromarray(noise).convert(mode).save(path)
+
+
+@pytest.fixture
+def tiny(tmp_path) -> Path:
+    pytest.importorskip("PIL", reason="Pillow is not installed")
+    root = tmp_path / "tiny-imagenet-200"
+    wnids = ["n02124075", "n01443537", "n04067472"]
+    for k, wnid in enumerate(wnids):
+        names = [f"{wnid}_{i}.JPEG" for i in range(4)]
+        for i, name in enumerate(names):
+            write_image(root / "train" / wnid / "images" / name, mode="L" if i == 1 else "RGB", seed=k)
+        rows = "".join(f"{name}\t0\t10\t63\t58\n" for name in names)
+        (root / "train" / wnid / f"{wnid}_boxes.txt").write_text(rows)
+    (root / "wnids.txt").write_text("\n".join(wnids) + "\n")
+    words = ["n00001740\tentity", "n01443537\tgoldfish, Carassius auratus", "n02124075\tEgyptian cat"]
+    (root / "words.txt").write_text("\n".join([*words, "n04067472\treel"]))
+    for i in range(5):
+        write_image(root / "val" / "images" / f"val_{i}.JPEG", seed=i)
+    rows = "".join(f"val_{i}.JPEG\t{wnids[i % 3]}\t0\t32\t44\t62\n" for i in range(5))
+    (root / "val" / "val_annotations.txt").write_text(rows)
+    return root
+
+
+def tree(root: Path) -> list[str]:
+    return sorted(str(path) for path in root.rglob("*"))
+
+
+def test_tiny_imagenet(tiny):
+    before = tree(tiny)
+    data = load_data("tiny-imagenet", tiny)
+    assert data.class_names == ("goldfish, Carassius auratus", "Egyptian cat", "reel")
+    assert (len(data.train), len(data.test), data.image_size) == (12, 5, (64, 64))
+    assert data.test.labels.tolist() == [1, 0, 2, 1, 0]
+    assert [path.split(os.sep)[-1] for path in data.test.paths] == [f"val_{i}.JPEG" for i in range(5)]
+    assert data.train.labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    image, label = data.train[1]  # stored as grey
+    assert image.mode == "RGB" and image.size == (64, 64) and label == 0
+    assert augmentation("none", data)(image).shape == (3, 64, 64)
+    assert len(load_data("tiny-imagenet", tiny.parent, train_fraction=0.5).train) == 6
+    assert tree(tiny) == before
+
+
+@pytest.mark.parametrize(
+    "damage, error, message",
+    [
+        (lambda root: (root / "wnids.txt").unlink(), FileNotFoundError, "wnids.txt cannot be read"),
+        (
+            lambda root: (root / "words.txt").write_text("n1\tx"),
+            ValueError,
+            "words.txt has no line for n01443537",
+        ),
+        (
+            lambda root: (root / "train" / "n04067472" / "images" / "n04067472_2.JPEG").unlink(),
+            FileNotFoundError,
+            r"n04067472_2.JPEG and 0 others .*n04067472_boxes.txt are missing.*tiny-imagenet-200.zip",
+        ),
+        (
+            lambda root: (root / "train" / "n04067472" / "n04067472_boxes.txt").write_text(""),
+            ValueError,
+            "n04067472_boxes.txt names no images",
+        ),
+        (lambda root: (root / "train" / "n9").mkdir(), ValueError, "n9 is not a class of wnids.txt"),
+        (
+            lambda root: (root / "val" / "images" / "val_3.JPEG").unlink(),
+            FileNotFoundError,
+            "val_3.JPEG and 0 others named in .*val_annotations.txt are missing",
+        ),
+        (
+            lambda root: (root / "val" / "val_annotations.txt").write_text("val_0.JPEG\tn7\t0\t0\t1\t1\n"),
+            ValueError,
+            "val_annotations.txt gives val_0.JPEG the class n7",
+        ),
+        (
+            lambda root: (root / "val" / "val_annotations.txt").write_text("val_0.JPEG\n"),
+            ValueError,
+            "val_annotations.txt must have 6 columns, got 1 in line 1",
+        ),
+        (
+            lambda root: (root / "val" / "val_annotations.txt").write_text(
+                "val_0.JPEG\tn02124075\t0\t0\t1\t1\n"
+            ),
+            ValueError,
+            "val_1.JPEG and 3 others are not named in",
+        ),
+        (
+            lambda root: (root / "val" / "val_annotations.txt").unlink(),
+            FileNotFoundError,
+            "val_annotations.txt",
+        ),
+    ],
+)
+def test_tiny_imagenet_errors(tiny, damage, error, message):
+    damage(tiny)
+    with pytest.raises(error, match=message):
+        load_data("tiny-imagenet", tiny)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("content", [b"", b"not an image", None])
+def test_undecodable_image_is_named(tiny, content, num_workers):
+    data = load_data("tiny-imagenet", tiny)
+    path = Path(data.train.paths[6])
+    path.write_bytes(path.read_bytes()[:400] if content is None else content)
+    loader = train_loader(
+        Augmented(data.train, augmentation("none", data)), 4, seed=0, epoch=0, num_workers=num_workers
+    )
+    with pytest.raises(OSError, match=f"{path.name} cannot be decoded as an image"):
+        list(loader)
+
+
+@needs_torchvision
+def test_folder_with_train_and_val(tmp_path):
+    for part, count in (("train", 3), ("val", 2)):
+        for name in ("ant", "bee", "cat"):
+            for i in range(count):
+                write_image(tmp_path / part / name / f"{i}.png", (40 + 9 * i, 30), seed=i)
+    data = load_data("folder", tmp_path)
+    expected = torchvision.datasets.ImageFolder(tmp_path / "train")
+    assert list(zip(data.train.paths, data.train.labels.tolist(), strict=True)) == expected.samples
+    assert data.class_names == ("ant", "bee", "cat") and data.image_size is None and len(data.test) == 6
+    with pytest.raises(ValueError, match="differ in size; give load_data an image_size"):
+        augmentation("none", data)
+    data = load_data("folder", tmp_path, image_size=(16, 24))
+    for name in ("none", "flip-crop", "paper", "paper-code"):
+        assert Augmented(data.train, augmentation(name, data)).batch([0, 1, 2])[0].shape == (3, 3, 16, 24)
+
+    write_image(tmp_path / "val" / "dog" / "0.png")
+    with pytest.raises(ValueError, match="dog is a class that .*train lacks"):
+        load_data("folder", tmp_path)
+    (tmp_path / "train" / "eel").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"train must hold a folder for each class .*eel"):
+        load_data("folder", tmp_path)
+
+
+@needs_torchvision
+def test_folder_split_by_seed(tmp_path):
+    for name in ("ant", "bee"):
+        for i in range(10):
+            write_image(tmp_path / name / f"{i}.png", (4, 4), seed=i)
+    data = load_data("folder", tmp_path, test_fraction=0.3)
+    assert Counter(data.test.labels.tolist()) == {0: 3, 1: 3} and len(data.train) == 14
+    assert not set(data.train.paths) & set(data.test.paths)
+    other = load_data("folder", tmp_path, test_fraction=0.3, seed=5, train_count=6)
+    assert other.test.paths == data.test.paths and set(other.train.paths) < set(data.train.paths)
+    assert load_data("folder", tmp_path, test_fraction=0.3, split_seed=1).test.paths != data.test.paths
+    write_image(tmp_path / "cat" / "0.png")
+    with pytest.raises(ValueError, match="'cat' has 1 images, .* leaves 0 to train on and 1 to test on"):
+        load_data("folder", tmp_path)
+
+
+@needs_torchvision
+def test_folder_refuses(tmp_path, monkeypatch):
+    with pytest.raises(FileNotFoundError, match="must hold a folder for each class"):
+        load_data("folder", tmp_path)
+    (tmp_path / "train").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"must hold train/ and val/ or test/, .*got train/"):
+        load_data("folder", tmp_path)
+    # A folder that may not be read; real permissions do not bind root.
+    monkeypatch.setattr(
+        os, "scandir", lambda path: (_ for _ in ()).throw(PermissionError(13, "denied", path))
+    )
+    (tmp_path / "val").mkdir()
+    with pytest.raises(OSError, match="train cannot be listed: denied"):
+        load_data("folder", tmp_path)
+
+
+# ---- Augmentation
+
+
+def test_augment_options_refuse():
+    assert AugmentOptions(scale=[0.5, 1.0]).scale == (0.5, 1.0)
+    for bad in (
+        {"magnitude": 31},
+        {"crop": "centre"},
+        {"scale": (0.5, 0.2)},
+        {"erasing": 1.5},
+        {"num_ops": -1},
+    ):
+        with pytest.raises(ValueError, match=f"{next(iter(bad))} must be"):
+            AugmentOptions(**bad)
+    with pytest.raises(ValueError, match="augmentation must be AugmentOptions or one of none, "):
+        augmentation("strong", load_data("digits"))
+
+
+OPTIONS = [
+    "flip-crop",
+    "paper",
+    "paper-code",
+    AugmentOptions(flip=True),
+    AugmentOptions(crop="resized", scale=(0.3, 0.9), erasing=0.5),
+]
+
+
+@needs_torchvision
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_draws_depend_on_seed_epoch_and_index_alone(options):
+    data = load_data("digits", train_count=24)
+    dataset = Augmented(data.train, augmentation(options, data), seed=3)
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()
+    first = [dataset[i][0] for i in range(24)]
+    assert torch.equal(states[0], torch.get_rng_state()) and states[1] == random.getstate()
+    assert np.array_equal(states[2], np.random.get_state()[1])
+    torch.manual_seed(5)
+    assert all(torch.equal(dataset[i][0], first[i]) for i in reversed(range(24)))
+    assert torch.equal(dataset[-1][0], first[-1])
+    plain = Augmented(data.train, augmentation("none", data)).batch(range(24))[0]
+    assert all(x.shape == (1, 8, 8) and x.dtype == torch.float32 for x in first)
+    assert not torch.equal(torch.stack(first), plain)
+    dataset.set_epoch(1)
+    assert not torch.equal(dataset.batch(range(24))[0], torch.stack(first))
+    dataset.set_epoch(0)
+    assert torch.equal(dataset.batch(range(24))[0], torch.stack(first))
+    again = Augmented(data.train, augmentation(options, data), seed=4)
+    assert not torch.equal(again.batch(range(24))[0], torch.stack(first))
+
+
+@needs_torchvision
+def test_flip_and_crop_move_pixels_only():
+    """Every result is a window of the zero-padded image or of its mirror image."""
+    data = load_data("digits", train_count=10)
+    dataset = Augmented(data.train, augmentation(AugmentOptions(flip=True, crop="pad", padding=2), data))
+    plain = Augmented(data.train, augmentation("none", data))
+    flipped = 0
+    for i in range(10):
+        padded = torch.nn.functional.pad(plain[i][0], (2, 2, 2, 2))
+        windows = [padded[:, y : y + 8, x : x + 8] for y in range(5) for x in range(5)]
+        got = dataset[i][0]
+        straight = any(torch.equal(got, window) for window in windows)
+        mirrored = any(torch.equal(got, window.flip(-1)) for window in windows)
+        assert straight or mirrored
+        flipped += mirrored and not straight
+    assert 0 < flipped < 10
+
+
+@needs_torchvision
+def test_resizing_covers_and_cuts_in_the_middle():
+    from convinit.train.data.augment import fit
+
+    image = torch.arange(12, dtype=torch.uint8).view(1, 2, 6)
+    assert torch.equal(fit(image, (2, 2)), image[..., 2:4])
+    assert fit(image, (7, 5)).shape == (1, 7, 5)
+    assert fit(image, (2, 6)) is image
+
+
+# ---- Loaders
+
+
+class Numbered(torch.utils.data.Dataset):
+    """Images that say which they are, and which were asked for."""
+
+    def __init__(self, n: int) -> None:
+        self.n, self.asked = n, []
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        self.asked.append(index)
+        return torch.full((1, 2, 2), index), index
+
+
+def orders(loader) -> list[list[int]]:
+    assert all(torch.equal(images[:, 0, 0, 0], labels) for images, labels in loader)
+    return [labels.tolist() for _, labels in loader]
+
+
+def test_order_is_of_seed_and_epoch():
+    whole = orders(train_loader(Numbered(50), 8, seed=0, epoch=0))
+    assert [len(batch) for batch in whole] == [8] * 6 + [2]
+    assert sorted(sum(whole, [])) == list(range(50))
+    assert orders(train_loader(Numbered(50), 8, seed=0, epoch=0)) == whole
+    assert orders(train_loader(Numbered(50), 8, seed=0, epoch=1)) != whole
+    assert orders(train_loader(Numbered(50), 8, seed=1, epoch=0)) != whole
+    dropped = train_loader(Numbered(50), 8, seed=0, epoch=0, drop_last=True)
+    assert orders(dropped) == whole[:6] and len(dropped) == 6
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_global_batches_do_not_depend_on_the_processes(world_size):
+    whole = orders(train_loader(Numbered(46), 8, seed=0, epoch=2))
+    ranks = [
+        orders(train_loader(Numbered(46), 8, seed=0, epoch=2, rank=rank, world_size=world_size))
+        for rank in range(world_size)
+    ]
+    assert [sum(parts, []) for parts in zip(*ranks, strict=True)] == whole
+
+
+def test_start_batch_loads_nothing_before():
+    whole = orders(train_loader(Numbered(50), 8, seed=0, epoch=0))
+    dataset = Numbered(50)
+    loader = train_loader(dataset, 8, seed=0, epoch=0, start_batch=5)
+    assert len(loader) == 2 and [labels.tolist() for _, labels in loader] == whole[5:]
+    assert dataset.asked == sum(whole[5:], [])
+    assert list(train_loader(Numbered(50), 8, seed=0, epoch=0, start_batch=7)) == []
+
+
+def test_loaders_leave_torch_alone():
+    state = torch.get_rng_state()
+    list(train_loader(Numbered(9), 4, seed=0, epoch=0))
+    list(test_loader(Numbered(9), 4))
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_workers_change_nothing():
+    data = load_data("digits", train_count=60)
+    options = "none" if torchvision is None else "paper-code"
+    dataset = Augmented(data.train, augmentation(options, data), seed=1)
+    runs = [
+        list(train_loader(dataset, 16, seed=0, epoch=4, num_workers=workers, start_batch=1))
+        for workers in (0, 2)
+    ]
+    for (images, labels), (others, other_labels) in zip(*runs, strict=True):
+        assert torch.equal(images, others) and torch.equal(labels, other_labels)
+    assert dataset.epoch == 0  # the loader's epoch is its own
+
+
+@pytest.mark.parametrize("n, world_size", [(10, 1), (10, 3), (9, 4), (2, 4)])
+def test_every_test_image_is_met_once(n, world_size):
+    ranks = [
+        orders(test_loader(Numbered(n), 4, rank=rank, world_size=world_size)) for rank in range(world_size)
+    ]
+    assert sorted(sum(sum(ranks, []), [])) == list(range(n))
+    assert all(batch for batches in ranks for batch in batches)
+
+
+def test_loaders_refuse():
+    with pytest.raises(ValueError, match="batch_size must be divisible by the number of processes, 3, got 8"):
+        train_loader(Numbered(50), 8, seed=0, epoch=0, world_size=3)
+    with pytest.raises(ValueError, match="the last batch has 2 images for 4 processes; use drop_last=True"):
+        train_loader(Numbered(50), 8, seed=0, epoch=0, world_size=4)
+    with pytest.raises(ValueError, match="must fill a batch of 8, got 5 images"):
+        train_loader(Numbered(5), 8, seed=0, epoch=0, drop_last=True)
+    with pytest.raises(ValueError, match="start_batch must be at most 7, got 8"):
+        train_loader(Numbered(50), 8, seed=0, epoch=0, start_batch=8)
+    with pytest.raises(ValueError, match="rank must be below the number of processes, 2, got 2"):
+        test_loader(Numbered(5), 2, rank=2, world_size=2)
+    with pytest.raises(ValueError, match="at least one image"):
+        test_loader(Numbered(0), 2)

@@ -94,8 +94,7 @@ class Augmentation:
             if options.crop == "resized":
                 steps = [v2.RandomResizedCrop(size, scale=options.scale)]
             if options.num_ops:
-                # Pillow does these operations in half the time that they take on tensors.
-                steps += [_as_pil, v2.RandAugment(options.num_ops, options.magnitude)]
+                steps.append(v2.RandAugment(options.num_ops, options.magnitude))
             if options.crop == "pad":
                 steps.append(v2.RandomCrop(size, padding=options.padding))
             if options.flip:
@@ -158,16 +157,6 @@ def normalise(image: Any, mean: Tensor, std: Tensor) -> Tensor:
     return image.to(torch.float32).div_(255).sub_(mean).div_(std)
 
 
-def _as_pil(image: Any) -> Any:
-    if not isinstance(image, Tensor):
-        return image
-    from PIL import Image
-
-    return Image.fromarray(
-        image[0].numpy() if len(image) == 1 else image.permute(1, 2, 0).contiguous().numpy()
-    )
-
-
 def _per_channel(values: Sequence[float]) -> Tensor:
     return torch.tensor(values, dtype=torch.float32).view(-1, 1, 1)
 
@@ -206,7 +195,7 @@ class Augmented(Dataset):
         image, label = self.dataset[index]
         if not self.random:
             return self.transform(image), label
-        # Not torch.manual_seed, which would seed the accelerators' generators too and take 60 times as long.
+        # Not torch.manual_seed, which would seed the accelerators' generators too and take 40 times as long.
         generator = torch.default_generator
         state = generator.get_state()
         generator.manual_seed(derived_seed("augment", self.seed, self.epoch, index))

@@ -79,7 +79,7 @@ def _table(path: Path, columns: int) -> list[list[str]]:
 def _entries(folder: Path) -> list[os.DirEntry]:
     try:
         with os.scandir(folder) as entries:
-            return list(entries)
+            return [entry for entry in entries if not entry.name.startswith(".")]  # .DS_Store and the like
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{folder} is missing; {_TINY}") from error
 
@@ -94,12 +94,11 @@ def _check_same(folder: Path, listed: Iterable[str], listing: Path) -> None:
     found = {entry.name for entry in _entries(folder)}
     missing, extra = sorted(set(listed) - found), sorted(found - set(listed))
     if missing:
-        what = f"and {len(missing) - 1} others named in {listing} are missing"
+        what = f"is missing, one of {len(missing)} named in {listing}"
         raise FileNotFoundError(f"{folder / missing[0]} {what}; {_TINY}")
     if extra:
-        raise ValueError(
-            f"{folder / extra[0]} and {len(extra) - 1} others are not named in {listing}; {_TINY}"
-        )
+        what = f"is not named in {listing}, one of {len(extra)}"
+        raise ValueError(f"{folder / extra[0]} {what}; {_TINY}")
 
 
 def read_folder(

@@ -3,16 +3,17 @@
     python benchmarks/compare.py OLD.json NEW.json
     python benchmarks/compare.py --by ratio OLD.json NEW.json     # for runs of different machines or load
 
-Rows are joined by op, problem, competitor, dtype, device and sweep. A row is *slower* if its median grew by more than
---factor, and the two ranges from the 20 % to the 80 % quantile of the rounds do not overlap; *faster* likewise the other
-way round. Both must hold: the ranges say what noise there was within each run, the factor allows for what changes
-between two runs of one machine (clocks, placement in memory, other work).
+Rows are joined by op, problem, competitor, dtype, device and sweep. A row is *slower* if its median grew by
+more than --factor, and the two ranges from the 20 % to the 80 % quantile of the rounds do not overlap;
+*faster* likewise the other way round. Both must hold: the ranges say what noise there was within each run,
+the factor allows for what changes between two runs of one machine (clocks, placement in memory, other
+work).
 
---by ratio compares the ratios to the baseline instead of times, in which the machine's drift cancels; a smaller ratio
-counts as slower. It does not see a change that the baseline shares.
+--by ratio compares the ratios to the baseline instead of times, in which the machine's drift cancels; a
+smaller ratio counts as slower. It does not see a change that the baseline shares.
 
-The exit code is 1 if a row got slower, or was timed and is now wrong, failed or out of memory; 2 for files that cannot be
-read; else 0.
+The exit code is 1 if a row got slower, or was timed and is now wrong, failed or out of memory; 2 for files
+that cannot be read; else 0.
 """
 
 from __future__ import annotations

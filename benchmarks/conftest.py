@@ -85,7 +85,7 @@ def pytest_benchmark_update_json(
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
     path = session.config.getoption("--benchmark-json")
-    if path and path.exists() and path.stat().st_size:
+    if path and path.exists():
         results.write_lines(path)
 
 

@@ -8,9 +8,9 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
+from scaling import exponents
 
 from convinit.viz.style import LINES, TARGET, add_title, new_figure
-from scaling import exponents
 
 OURS = TARGET
 MARKERS = "osD^vPX"
@@ -98,8 +98,8 @@ def scaling_lines(key: tuple[str, ...], sweep: pd.DataFrame) -> Figure:
         colour, dash = styles[name]
         fit = fits[name]
         label = name if fit is None else f"{name}: {variable}^{fit['exponent']:.2f}"
-        axes.plot(rows["value"], rows["median_ms"], color=colour, linestyle=dash, marker=marker, markersize=4.5,
-                  linewidth=1.6, label=textwrap.fill(label, 24))  # fmt: skip
+        axes.plot(rows["value"], rows["median_ms"], color=colour, linestyle=dash, marker=marker,
+                  markersize=4.5, linewidth=1.6, label=textwrap.fill(label, 24))  # fmt: skip
         axes.fill_between(
             rows["value"], rows["q20_ms"], rows["q80_ms"], color=colour, alpha=0.15, linewidth=0
         )

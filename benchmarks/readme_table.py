@@ -1,4 +1,4 @@
-"""README's table of benchmarks: which rows of the committed results stand there. report.py --readme writes it."""
+"""README's table: which rows of the committed results stand there. report.py --readme writes it."""
 
 from __future__ import annotations
 

@@ -21,11 +21,12 @@ from scaling import exponents, sweeps
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
 NOTES = """\
-Ratios are the other competitor's time over this one's, taken round by round: **above 1 is faster than the other, below 1
-slower**. Times are medians, in brackets 20 to 80 % of the rounds. "%" is the share of the roofline: the least time that
-the bytes or the operations need at the ceilings above, over the time taken; none where the data fit into the last cache.
-Timers: *clock* is the host's; *graph* the GPU's own time for the replay of a CUDA graph, *events* that of a plain call,
-both with a cold L2 cache; *host* beside them is the time a call takes when the host launches it.
+Ratios are the other competitor's time over this one's, taken round by round: **above 1 is faster than the
+other, below 1 slower**. Times are medians, in brackets 20 to 80 % of the rounds. "%" is the share of the
+roofline: the least time that the bytes or the operations need at the ceilings above, over the time taken;
+none where the data fit into the last cache. Timers: *clock* is the host's; *graph* the GPU's own time for
+the replay of a CUDA graph, *events* that of a plain call, both with a cold L2 cache; *host* beside them is
+the time a call takes when the host launches it.
 """
 
 
@@ -87,7 +88,8 @@ def problem_columns(rows: pd.DataFrame) -> list[str]:
 
 
 TITLES = {
-    "gb_per_s": "GB/s", "tflop_per_s": "TFLOP/s", "roofline_percent": "%", "peak_mb": "peak MB", "host_ms": "host ms",
+    "gb_per_s": "GB/s", "tflop_per_s": "TFLOP/s", "roofline_percent": "%", "peak_mb": "peak MB",
+    "host_ms": "host ms",
 }  # fmt: skip
 
 
@@ -146,7 +148,7 @@ def wins_and_losses(rows: pd.DataFrame) -> str:
     words = [line[-1] for _, line in found]
     counts = ", ".join(f"{words.count(word)} {word}" for word in ("faster", "even", "slower"))
     return (
-        f"convinit against the best other competitor: {counts} (even: 1 lies within 20 to 80 % of the rounds).\n\n"
+        f"Against the best other competitor: {counts} (even: 1 lies within 20 to 80 % of the rounds).\n\n"
         + table(header, [line for _, line in found])
     )
 

@@ -5,9 +5,9 @@
     python benchmarks/run.py --suite gpu --out out       # 8 minutes on the GPU
     python benchmarks/run.py --suite all --out out       # CPU and GPU with what is slow: an hour or more
 
-OUT gets a result file (JSON) and a log for each benchmark file, and README.md with tables and pictures. Let nothing else
-run meanwhile. Each file runs in a process of its own: one that fails or crashes does not stop the others. Ctrl-C ends the
-suite after the comparison that runs, and what is measured is kept and reported.
+OUT gets a result file (JSON) and a log for each benchmark file, and README.md with tables and pictures. Let
+nothing else run meanwhile. Each file runs in a process of its own: one that fails or crashes does not stop
+the others. Ctrl-C ends the suite, and all comparisons that had ended are kept and reported.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from typing import NamedTuple
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
+NEEDED = ["pytest", "pytest_benchmark"]
+REPORT = ["pandas", "matplotlib"]
 NOT_RUN = 5  # pytest's exit code where a file has nothing of the suite
 
 
@@ -57,19 +59,25 @@ def has_gpu() -> bool:
 def command(part: Part, file: Path, result: Path) -> list[str]:
     return [
         sys.executable, "-m", "pytest", str(file.relative_to(ROOT)), "-s", "-q", "-p", "no:cacheprovider",
-        "-m", part.markers, f"--benchmark-max-time={part.seconds}", f"--benchmark-min-rounds={part.min_rounds}",
-        "--benchmark-quiet", f"--benchmark-json={result}",
+        "-m", part.markers, "--benchmark-quiet", f"--benchmark-json={result}",
+        f"--benchmark-max-time={part.seconds}", f"--benchmark-min-rounds={part.min_rounds}",
     ]  # fmt: skip
 
 
 def follow(arguments: list[str], log: Path, gpu: bool, deadline: float | None) -> int:
-    """Runs pytest, its output in the log and on the screen; interrupts it at the deadline. Returns the exit code."""
+    """Runs pytest, its output in the log and on the screen, until the deadline. Returns the exit code."""
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     if not gpu:
         environment["CUDA_VISIBLE_DEVICES"] = ""  # what can run on both takes the CPU then
     with log.open("w") as file:
+        # In a session of its own, so that Ctrl-C reaches it once: a second would stop it writing results.
         process = subprocess.Popen(
-            arguments, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT
+            arguments,
+            cwd=ROOT,
+            env=environment,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
         interrupts, shown = 0, 0
         while True:
@@ -77,10 +85,9 @@ def follow(arguments: list[str], log: Path, gpu: bool, deadline: float | None) -
                 process.wait(0.2)
             except subprocess.TimeoutExpired:
                 pass
-            except KeyboardInterrupt:  # the child has it from the terminal as well, and writes what it has
+            except KeyboardInterrupt:
                 interrupts += 1
-                if interrupts > 1:
-                    process.kill()
+                process.send_signal(signal.SIGINT if interrupts == 1 else signal.SIGKILL)
             text = log.read_text(errors="replace")
             print(text[shown:], end="", flush=True)
             shown = len(text)
@@ -106,8 +113,8 @@ def run(suite: str, out: Path, minutes: float | None, only: list[str]) -> tuple[
         if suite == "gpu":
             raise SystemExit(
                 "run.py: --suite gpu needs a CUDA device, and PyTorch sees none.\n"
-                "nvidia-smi says whether there is a GPU; python -c 'import torch; print(torch.version.cuda)' whether this\n"
-                "PyTorch is built for CUDA. --suite cpu needs none."
+                "nvidia-smi says whether there is a GPU, and whether this PyTorch is built for CUDA:\n"
+                "python -c 'import torch; print(torch.version.cuda)'. --suite cpu needs neither."
             )
         print("no CUDA device: the GPU's part is left out")
         parts = [part for part in parts if not part.gpu]
@@ -131,10 +138,8 @@ def run(suite: str, out: Path, minutes: float | None, only: list[str]) -> tuple[
                 try:
                     code = follow(command(part, file, result), log, part.gpu, deadline)
                 finally:
-                    if result.exists() and result.stat().st_size:
+                    if result.exists():
                         results.append(result)
-                    else:  # pytest-benchmark opens the file before it has anything
-                        result.unlink(missing_ok=True)
                 if code == NOT_RUN:
                     log.unlink()
                     continue
@@ -160,10 +165,10 @@ def main() -> int:
         "--minutes", type=float, help="stop after this long (default: quick 2, gpu 8, others never)"
     )
     options = parser.parse_args()
-    for package in ("pytest_benchmark", "pandas", "matplotlib"):
-        if importlib.util.find_spec(package) is None:
-            print(f"run.py needs {package.replace('_', '-')}: pip install 'convinit[test]'", file=sys.stderr)
-            return 2
+    lacking = [name for name in NEEDED + REPORT if importlib.util.find_spec(name) is None]
+    if set(lacking) & set(NEEDED):
+        print(f"run.py needs {', '.join(lacking)}: pip install 'convinit[test]'", file=sys.stderr)
+        return 2
     options.out.mkdir(parents=True, exist_ok=True)
     minutes = SUITES[options.suite][1] if options.minutes is None else options.minutes
     results, summary, good = run(options.suite, options.out.resolve(), minutes, options.only)
@@ -171,6 +176,11 @@ def main() -> int:
     if not results:
         print("nothing was measured")
         return 1
+    if lacking:
+        print(
+            f"no report without {', '.join(lacking)}; later: python benchmarks/report.py OUT/*.json --out OUT"
+        )
+        return 0 if good else 1
     report = subprocess.run(
         [sys.executable, str(HERE / "report.py"), *map(str, results), "--out", str(options.out)]
     )

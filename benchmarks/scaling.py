@@ -9,8 +9,8 @@ import pandas as pd
 def fit_exponent(values: np.ndarray, times: np.ndarray) -> dict[str, float] | None:
     """Least squares of log(time) = exponent · log(value) + c, over the upper half of the values.
 
-    Small sizes measure the cost of a call, not its growth. The upper half is those values from the geometric middle
-    of the range on, and three at least; None if there are fewer than three.
+    Small sizes measure the cost of a call, not its growth. The upper half is those values from the
+    geometric middle of the range on, and three at least; None if there are fewer than three.
 
     Args:
         values, times: [n], positive.
@@ -37,7 +37,7 @@ def fit_exponent(values: np.ndarray, times: np.ndarray) -> dict[str, float] | No
 
 
 def sweeps(frame: pd.DataFrame) -> dict[tuple[str, ...], pd.DataFrame]:
-    """{(op, series, variable, dtype, device): its timed rows}; each with two values of the variable at least."""
+    """{(op, series, variable, dtype, device): its timed rows}; each with two values at least."""
     swept = frame[(frame["sweep"] != "") & (frame["status"] == "ok")]
     groups = swept.groupby(["op", "series", "sweep", "dtype", "device"], sort=False)
     return {key: group for key, group in groups if group["value"].nunique() > 1}

@@ -4,9 +4,10 @@
 #     bash scripts/gpu_check.sh OUT           # builds the compiled library from this checkout (needs nvcc)
 #     bash scripts/gpu_check.sh OUT WHEEL     # takes a wheel that was built elsewhere
 #
-# Needs python3 with torch (CUDA), numpy, pytest and hypothesis; with pytest-xdist the Triton tests take a tenth of the
-# time. Each part has its own time limit, and its log is in OUT as soon as it ends: a part that hangs costs the
-# others nothing. OUT gets summary.txt, tests.log, benchmarks.log and one file of rows a benchmark.
+# Needs python3 with torch (CUDA), numpy, pytest, pytest-benchmark and hypothesis; with pandas and matplotlib the
+# benchmarks get a report, with pytest-xdist the Triton tests take a tenth of the time. Each part has its own time
+# limit, and its log is in OUT as soon as it ends: a part that hangs costs the others nothing. OUT gets summary.txt,
+# tests.log, benchmarks.log and benchmarks/ with results and their report.
 set -uo pipefail
 if [ $# -lt 1 ] || [ $# -gt 2 ]; then
     echo "usage: bash scripts/gpu_check.sh OUT [WHEEL]" >&2
@@ -90,14 +91,8 @@ else
 fi
 wait
 
-# Attention: the paper's shape alone; without -k, these two take a quarter of an hour.
-bench() {
-    part "bench_$1" "$2" "$out/benchmarks.log" "${pytest[@]}" -s "benchmarks/bench_$1.py" --rows "$out/$1.csv" "${@:3}"
-}
-bench impulse_matrix 45 --seconds 1 -k cuda
-bench qk_fit 110 --seconds 4 --min-rounds 3 -k cuda  # the CPU beside it is slow
-bench positional_attention 90 --seconds 1 -k '512 and bfloat16'
-bench shared_attention 40 --seconds 1 -k '512 and bfloat16'
+# The suite stops by itself, with what it has, before the limit.
+part benchmarks 310 "$out/benchmarks.log" "$python" benchmarks/run.py --suite gpu --minutes 4.5 --out "$out/benchmarks"
 
 if [ -e "$scratch/failed" ]; then
     echo "some parts failed, $SECONDS s" | tee -a "$summary"

@@ -389,7 +389,8 @@ def test_the_gpu_suite_says_what_it_lacks(tmp_path):
 def test_a_file_out_of_time_is_interrupted_once(tmp_path, capsys):
     child = (
         "import time, pathlib\nprint('started', flush=True)\n"
-        "try: time.sleep(60)\nexcept KeyboardInterrupt: pathlib.Path('kept').write_text('rows'); raise SystemExit(2)"
+        "try: time.sleep(60)\n"
+        "except KeyboardInterrupt: pathlib.Path('kept').write_text('rows'); raise SystemExit(2)"
     )
     arguments = [sys.executable, "-c", f"import os; os.chdir({str(tmp_path)!r})\n{child}"]
     assert suites.follow(arguments, tmp_path / "log", False, time.monotonic() + 1) == 2

@@ -113,7 +113,7 @@ def run(suite: str, out: Path, minutes: float | None, only: list[str]) -> tuple[
         if suite == "gpu":
             raise SystemExit(
                 "run.py: --suite gpu needs a CUDA device, and PyTorch sees none.\n"
-                "nvidia-smi tells whether there is a GPU; python -c 'import torch; print(torch.version.cuda)'\n"
+                "nvidia-smi tells if there is a GPU; python -c 'import torch; print(torch.version.cuda)'\n"
                 "prints None where PyTorch is built without CUDA. --suite cpu needs neither."
             )
         print("no CUDA device: the GPU's part is left out")

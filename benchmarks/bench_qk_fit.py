@@ -2,9 +2,9 @@
 
     python -m pytest benchmarks/bench_qk_fit.py -s --benchmark-json qk_fit.json
 
-"papers' adam" is the loop of arXiv 2401.12511 in eager PyTorch with autograd, its products in their order; "adam,
-well ordered" is the same loop with the products in the best order. A hundred of the 10,000 steps are timed and
-multiplied; what the papers' own code ended with on this case is in tests/data/official_fit.json.
+"papers' adam" is the loop of arXiv 2401.12511 in eager PyTorch with autograd, its products in their order;
+"adam, well ordered" is the same loop with the products in the best order. A hundred of the 10,000 steps are
+timed and multiplied; what the papers' own code ended with on this case is in tests/data/official_fit.json.
 
 On a machine with a GPU, rows of "qk_solver" and "qk_adam" compare the ops on it with the CPU and with the
 papers' loop on the same GPU, of which 500 steps are timed.

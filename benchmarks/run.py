@@ -127,16 +127,18 @@ def run(suite: str, out: Path, minutes: float | None, only: list[str]) -> tuple[
     results, summary, good = [], [], True
     try:
         for part in parts:
-            for file in files:
+            for left, file in zip(range(len(files), 0, -1), files, strict=True):
                 name = f"{file.stem.removeprefix('bench_')}-{part.name}"
                 result, log, start = out / f"{name}.json", out / f"{name}.log", time.monotonic()
                 result.unlink(missing_ok=True)
                 if deadline is not None and start > deadline:
                     summary.append(f"{name:<32} not run: time was up")
                     continue
+                # A fair share of the time that is left: a file that needs less leaves it to those after it.
+                share = None if deadline is None else start + (deadline - start) / left
                 print(f"\n=== {name}", flush=True)
                 try:
-                    code = follow(command(part, file, result), log, part.gpu, deadline)
+                    code = follow(command(part, file, result), log, part.gpu, share)
                 finally:
                     if result.exists():
                         results.append(result)

@@ -10,6 +10,7 @@ float64 before anything is timed.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -55,12 +56,26 @@ def flex(q: Tensor, k: Tensor, v: Tensor, q_pos: Tensor, k_pos: Tensor) -> Tenso
     return flex_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
-def competitors() -> dict[str, functools.partial[Tensor]]:
+def flash_attn(q: Tensor, k: Tensor, v: Tensor, q_pos: Tensor, k_pos: Tensor) -> Tensor:
+    from flash_attn import flash_attn_func
+
+    q, k = torch.add(q_pos, q, alpha=ALPHA), torch.add(k_pos, k, alpha=ALPHA)
+    return flash_attn_func(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).flatten(2)
+
+
+def xformers(q: Tensor, k: Tensor, v: Tensor, q_pos: Tensor, k_pos: Tensor) -> Tensor:
+    from xformers.ops import memory_efficient_attention
+
+    q, k = torch.add(q_pos, q, alpha=ALPHA), torch.add(k_pos, k, alpha=ALPHA)
+    return memory_efficient_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).flatten(2)
+
+
+def competitors() -> dict[str, Callable[..., Tensor]]:
     """{name: attention of q, k, v, q_pos, k_pos}."""
     eager = functools.partial(positional_attention_reference, alpha=ALPHA)
     sdpa = functools.partial(positional_attention, alpha=ALPHA, backend="sdpa")
     auto = functools.partial(positional_attention, alpha=ALPHA)
-    found = {"eager": eager, "sdpa": sdpa, "convinit": auto}
+    found: dict[str, Callable[..., Tensor]] = {"eager": eager, "sdpa": sdpa, "convinit": auto}
     if not CUDA:
         return found
     for name, backend in BACKENDS.items():
@@ -68,7 +83,7 @@ def competitors() -> dict[str, functools.partial[Tensor]]:
     found["compiled eager"] = functools.partial(torch.compile(positional_attention_reference), alpha=ALPHA)
     compiled = torch.compile(positional_attention)
     found["compiled sdpa"] = functools.partial(compiled, alpha=ALPHA, backend="sdpa")
-    found["flex"] = functools.partial(torch.compile(flex))
+    found |= {"flex": torch.compile(flex), "flash-attn": flash_attn, "xformers": xformers}
     if HAS_TRITON:
         found["convinit, triton"] = functools.partial(positional_attention, alpha=ALPHA, backend="triton")
     return found
@@ -139,4 +154,5 @@ def bench_positional_attention(compare, shape, dtype, direction):
         check=check,
         dtype=dtype,
         bytes_moved=bytes_moved(shape, dtype, backward),
+        flops=(14 if backward else 4) * batch * heads * tokens**2 * rank,  # 2 products forward, 5 backward
     )

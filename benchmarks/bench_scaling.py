@@ -25,7 +25,7 @@ from convinit.ops.positional_attention import positional_attention, positional_a
 from convinit.ops.shared_attention import shared_attention, shared_attention_reference
 
 CUDA = torch.cuda.is_available()
-pytestmark = [pytest.mark.gpu] if CUDA else []
+pytestmark = [pytest.mark.gpu, pytest.mark.slow] if CUDA else []
 DEVICE = "cuda" if CUDA else "cpu"
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 BASE = (

@@ -115,6 +115,7 @@ def compare(
         dtype: what the competitors compute in.
         device: "cpu" or "cuda", or {name: device}; found from each competitor's first call unless given.
         bytes_moved, flops: what has to be read and written, and computed, at least: for rates and roofline.
+        images: in a call, for images a second.
         extra: more facts about the problem.
         extrapolate: {name: factor} for competitors of which only a part is run; their times are multiplied,
             and the rows say so.
@@ -139,6 +140,7 @@ def compare(
         device: str | dict[str, str] | None = None,
         bytes_moved: float | None = None,
         flops: float | None = None,
+        images: int | None = None,
         extra: dict[str, Any] | None = None,
         extrapolate: dict[str, float] | None = None,
         sweep: dict[str, Any] | None = None,
@@ -178,7 +180,7 @@ def compare(
                 facts |= {"timer": outcome.timer, "threads": torch.get_num_threads()}
                 facts |= results.figures(
                     name, outcomes, baseline=baseline, factors=extrapolate or {}, bytes_moved=bytes_moved,
-                    flops=flops, ceiling=limits,
+                    flops=flops, images=images, ceiling=limits,
                 )  # fmt: skip
                 medians[name] = facts["median_ms"]
             facts["facts"] = {**(extra or {}), **outcome.facts}

@@ -83,13 +83,13 @@ def machine_table(paths: list[Path]) -> str:
 
 def problem_columns(rows: pd.DataFrame) -> list[str]:
     """The optional columns that this op has something in."""
-    wanted = ["gb_per_s", "tflop_per_s", "roofline_percent", "peak_mb", "host_ms"]
+    wanted = ["gb_per_s", "tflop_per_s", "roofline_percent", "images_per_s", "peak_mb", "host_ms"]
     return [name for name in wanted if name in rows and rows[name].notna().any()]
 
 
 TITLES = {
-    "gb_per_s": "GB/s", "tflop_per_s": "TFLOP/s", "roofline_percent": "%", "peak_mb": "peak MB",
-    "host_ms": "host ms",
+    "gb_per_s": "GB/s", "tflop_per_s": "TFLOP/s", "roofline_percent": "%", "images_per_s": "images/s",
+    "peak_mb": "peak MB", "host_ms": "host ms",
 }  # fmt: skip
 
 

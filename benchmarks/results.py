@@ -49,6 +49,7 @@ def figures(
     factors: dict[str, float],
     bytes_moved: float | None = None,
     flops: float | None = None,
+    images: int | None = None,
     ceiling: dict[str, float] | None = None,
 ) -> dict[str, Any]:
     """The measured facts of one competitor.
@@ -58,6 +59,7 @@ def figures(
     Args:
         outcomes: of all competitors, with samples of the same rounds.
         factors: by which the samples of some are multiplied.
+        images: in a call.
         ceiling: {"gb_per_s", "tflop_per_s"} that the machine reaches, for the share of the roofline.
     """
     times = {
@@ -84,6 +86,8 @@ def figures(
         row["gb_per_s"] = bytes_moved / median / 1e9
     if flops is not None:
         row["tflop_per_s"] = flops / median / 1e12
+    if images is not None:
+        row["images_per_s"] = images / median
     least = 0.0
     if ceiling and bytes_moved is not None and "gb_per_s" in ceiling:
         least = max(least, bytes_moved / ceiling["gb_per_s"] / 1e9)
@@ -117,6 +121,7 @@ def line(name: str, facts: dict[str, Any]) -> str:
         "gb_per_s": "GB/s",
         "tflop_per_s": "TFLOP/s",
         "roofline_percent": "% of roofline",
+        "images_per_s": "images/s",
         "peak_mb": "MB",
     }
     rates = [f"{facts[key]:.3g} {unit}" for key, unit in shown.items() if key in facts]

@@ -16,6 +16,7 @@ from convinit.drift import DriftMonitor
 from convinit.fit import QKFit, fit_qk, fit_targets
 from convinit.nn import ConvInitAttention
 from convinit.offsets import impulse_targets, sample_offsets
+from convinit.ops.impulse_conv import impulse_conv
 from convinit.ops.impulse_matrix import impulse_matrix
 from convinit.ops.positional_attention import positional_attention
 from convinit.ops.shared_attention import shared_attention
@@ -30,6 +31,7 @@ __all__ = [
     "build_info",
     "fit_qk",
     "fit_targets",
+    "impulse_conv",
     "impulse_matrix",
     "impulse_targets",
     "init",

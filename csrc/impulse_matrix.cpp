@@ -7,9 +7,7 @@
 #include <cstring>
 #include <vector>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
+#include "huge_pages.h"
 
 namespace convinit {
 namespace {
@@ -53,17 +51,6 @@ struct AxisTargets {
     }
   }
 };
-
-// Asks the kernel for huge pages under memory that is about to be written for the first time. Most of the time
-// of a large result goes into page faults, and this saves most of them; where it is refused nothing is lost.
-void prefer_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
-#if defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kHugePage = 2 * 1024 * 1024;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHugePage - 1) / kHugePage * kHugePage;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / kHugePage * kHugePage;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
-}
 
 // Writes [rows, columns] once: blocks that fit the innermost caches are zeroed and given their ones at once.
 template <class T>

@@ -1,6 +1,7 @@
 // The table of contents: the schemas of all ops, and their CPU kernels. Each .cu file registers its own CUDA kernel;
 // fake kernels and other devices are registered in Python, beside each op's public function.
 #include "checks.h"
+#include "impulse_conv.h"
 #include "impulse_matrix.h"
 #include "qk_solver.h"
 
@@ -39,6 +40,7 @@ Tensor build_config() {
 STABLE_TORCH_LIBRARY(convinit, m) {
   m.def("build_config() -> Tensor");
   m.def("cuda_config() -> Tensor");  // of the CUDA library, where it is loaded
+  m.def("impulse_conv(Tensor x, Tensor offsets, Tensor? gain, Tensor? bias) -> Tensor");
   m.def("impulse_matrix(Tensor offsets, int height, int width, int padding_mode, ScalarType dtype) -> Tensor");
   m.def(
       "qk_adam(Tensor tokens, Tensor directions, Tensor targets, Tensor(a!) wq, Tensor(b!) wk, Tensor(c!) moments, "
@@ -53,6 +55,7 @@ STABLE_TORCH_LIBRARY_IMPL(convinit, CompositeExplicitAutograd, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(convinit, CPU, m) {
+  m.impl("impulse_conv", TORCH_BOX(&convinit::impulse_conv_cpu));
   m.impl("impulse_matrix", TORCH_BOX(&convinit::impulse_matrix_cpu));
   m.impl("qk_solver", TORCH_BOX(&convinit::qk_solver_cpu));
 }

@@ -22,13 +22,18 @@ CONVINIT_HD inline int64_t modulo(int64_t x, int64_t n) {
   return x < 0 ? x + n : x;
 }
 
+// An offset along an axis, cut to what has an effect with zeros around: from ±size on, nothing of the image is seen.
+CONVINIT_HD inline int axis_shift(int64_t offset, int size) {
+  return static_cast<int>(offset < -size ? -size : offset > size ? size : offset);
+}
+
 class AxisTarget {
  public:
   CONVINIT_HD AxisTarget(int64_t offset, int size, PaddingMode mode) : size_(size), mode_(mode) {
     const int64_t n = size;
     switch (mode) {
       case PaddingMode::zeros:
-      case PaddingMode::replicate: shift_ = offset < -n ? -n : offset > n ? n : offset; break;
+      case PaddingMode::replicate: shift_ = axis_shift(offset, size); break;
       case PaddingMode::circular: shift_ = modulo(offset, n); break;
       case PaddingMode::reflect: shift_ = modulo(offset, period()); break;
     }

@@ -4,10 +4,13 @@
 #include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
+#include <bit>
 #include <type_traits>
 #include <vector>
 
+#include "axis_target.h"
 #include "huge_pages.h"
+#include "simd.h"
 
 namespace convinit {
 namespace {
@@ -46,6 +49,44 @@ T affine(T x, Real<T> gain, Real<T> bias) {
   return static_cast<T>(gain * static_cast<Real<T>>(x) + bias);
 }
 
+template <class T>
+void affine_run(T* __restrict out, const T* __restrict x, int64_t count, Real<T> gain, Real<T> bias) {
+  for (int64_t p = 0; p < count; ++p) out[p] = affine(x[p], gain, bias);
+}
+
+using torch::headeronly::BFloat16;
+
+// The conversions of bfloat16 on integers, without their branch for NaN, so that the loop is vectorised.
+CONVINIT_INLINE void affine_run_bits(uint16_t* __restrict out, const uint16_t* __restrict x, int64_t count, float gain,
+                                     float bias) {
+  for (int64_t p = 0; p < count; ++p) {
+    const float y = gain * std::bit_cast<float>(static_cast<uint32_t>(x[p]) << 16) + bias;
+    const uint32_t bits = std::bit_cast<uint32_t>(y);
+    const uint32_t nearest = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;  // ties to even
+    out[p] = static_cast<uint16_t>((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : nearest);
+  }
+}
+
+void affine_run_baseline(uint16_t* out, const uint16_t* x, int64_t count, float gain, float bias) {
+  affine_run_bits(out, x, count, gain, bias);
+}
+
+#if defined(__x86_64__)
+__attribute__((target("avx2"))) void affine_run_avx2(uint16_t* out, const uint16_t* x, int64_t count, float gain,
+                                                     float bias) {
+  affine_run_bits(out, x, count, gain, bias);
+}
+const auto affine_run_here = __builtin_cpu_supports("avx2") ? affine_run_avx2 : affine_run_baseline;
+#else
+const auto affine_run_here = affine_run_baseline;
+#endif
+
+template <>
+void affine_run(BFloat16* __restrict out, const BFloat16* __restrict x, int64_t count, float gain, float bias) {
+  static_assert(sizeof(BFloat16) == sizeof(uint16_t));
+  affine_run_here(&out->x, &x->x, count, gain, bias);
+}
+
 // One plane [H, W]. The shift moves all of its values by dy W + dx places: one long loop, however short the rows, that
 // also writes what would have come from the next or the last row; those columns are set after.
 template <class T>
@@ -65,7 +106,7 @@ void shift_plane(T* __restrict out, const T* __restrict x, const Image& image, c
   if (channels.copies) {
     std::copy_n(from, end - begin, out + begin);
   } else {
-    for (int64_t p = 0; p < end - begin; ++p) out[begin + p] = affine(from[p], gain, bias);
+    affine_run(out + begin, from, end - begin, gain, bias);
   }
   if (dx != 0) {
     for (int64_t row = top + 1; row < bottom; ++row) std::fill_n(out + row * width - right, left + right, outside);
@@ -93,7 +134,7 @@ void shift_planes(T* out, const T* x, const Image& image, const Channels<T>& cha
 template <class T>
 class Frame {
  public:
-  static constexpr int64_t kBlock = 128 / sizeof(T);  // channels: two cache lines
+  static constexpr int64_t kBlock = 512 / sizeof(T);  // channels
 
   Frame(const Image& image, const Channels<T>& channels)
       : image_(image),
@@ -137,12 +178,11 @@ class Frame {
       const T* from = frame + ((i + top_) * width_ + left_) * kBlock;
       T* __restrict to = out + i * image_.width * image_.channels + first;
       for (int64_t j = 0; j < image_.width; ++j, from += kBlock, to += image_.channels) {
-        T seen[kBlock];
-        for (int64_t c = 0; c < kBlock; ++c) seen[c] = from[distance[c]];
-        if (!channels_.copies) {
-          for (int64_t c = 0; c < kBlock; ++c) seen[c] = affine(seen[c], gain[c], bias[c]);
+        if (channels_.copies) {
+          for (int64_t c = 0; c < count; ++c) to[c] = from[distance[c]];
+        } else {
+          for (int64_t c = 0; c < count; ++c) to[c] = affine(from[distance[c]], gain[c], bias[c]);
         }
-        std::copy_n(seen, count, to);
       }
     }
   }

@@ -4,7 +4,6 @@
 #include <optional>
 
 #include "checks.h"
-#include "host_device.h"
 
 namespace convinit {
 
@@ -56,11 +55,6 @@ inline std::optional<Tensor> for_arithmetic(const std::optional<Tensor>& factor,
   if (!factor) return std::nullopt;
   const auto dtype = x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   return torch::stable::contiguous(torch::stable::to(*factor, dtype));
-}
-
-// An offset along an axis, cut to what has an effect: at ±size and beyond, nothing of the image is seen.
-CONVINIT_HD inline int axis_shift(int64_t offset, int size) {
-  return static_cast<int>(offset < -size ? -size : offset > size ? size : offset);
 }
 
 }  // namespace convinit

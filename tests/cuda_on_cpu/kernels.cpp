@@ -3,6 +3,7 @@
 
 #include <cuda_runtime.h>
 
+#include "impulse_conv_kernel.cuh"
 #include "impulse_matrix_kernel.cuh"
 #include "qk_adam_kernel.cuh"
 #include "qk_solver_kernel.cuh"
@@ -53,6 +54,28 @@ extern "C" bool impulse_matrix(void* out, const int64_t* offsets, int64_t batch,
   args.padding_mode = static_cast<PaddingMode>(padding_mode);
   args.one = one;
   return launch_impulse_matrix(args, itemsize, nullptr) == cudaSuccess;
+}
+
+// dtype: 0 to 3, float64, float32, float16, bfloat16.
+extern "C" bool impulse_conv(void* out, const void* x, const int64_t* offsets, const void* gain, const void* bias,
+                             int64_t batch, int64_t channels, int height, int width, bool channels_last, int dtype) {
+  ImpulseConvArgs args{};
+  args.out = out;
+  args.x = x;
+  args.offsets = offsets;
+  args.gain = gain;
+  args.bias = bias;
+  args.batch = batch;
+  args.channels = channels;
+  args.height = height;
+  args.width = width;
+  args.channels_last = channels_last;
+  switch (dtype) {
+    case 0: return launch_impulse_conv<PlainElement<double>>(args, nullptr) == cudaSuccess;
+    case 1: return launch_impulse_conv<PlainElement<float>>(args, nullptr) == cudaSuccess;
+    case 2: return launch_impulse_conv<HalfElement>(args, nullptr) == cudaSuccess;
+    default: return launch_impulse_conv<BFloat16Element>(args, nullptr) == cudaSuccess;
+  }
 }
 
 extern "C" int qk_solver(int n, int dq, int dk, int rank, double scale, int starts, int problems, const double* xq, const double* xk, const int64_t* targets,

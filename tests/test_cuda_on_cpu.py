@@ -10,6 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_impulse_conv import DTYPES as CONV_DTYPES
+from test_impulse_conv import SHAPES as CONV_SHAPES
+from test_impulse_conv import problem as conv_problem
+from test_impulse_conv import tolerances
 from test_impulse_matrix import DTYPES, EXTREMES
 from test_qk_adam import ARGUMENTS, check_as_close_as_eager
 from test_qk_adam import problem as qk_adam_problem
@@ -17,6 +21,7 @@ from test_qk_solver import metrics_in_float64, norms, problem
 from torch import Tensor
 
 from convinit.offsets import PADDING_MODES
+from convinit.ops.impulse_conv import impulse_conv_reference
 from convinit.ops.impulse_matrix import impulse_matrix_reference
 from convinit.ops.qk_adam import qk_adam_reference
 from convinit.ops.qk_solver import DIAGNOSTICS, qk_solver
@@ -190,3 +195,48 @@ def test_impulse_matrix_writes_its_result_and_nothing_beside(kernels, dtype, bac
             result = memory[redzone:-redzone].view(dtype).view(expected.shape)
             assert torch.equal(result, expected), (grid_size, padding_mode)
             assert (memory[:redzone] == 0xA5).all() and (memory[-redzone:] == 0xA5).all()
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("dtype", CONV_DTYPES, ids=str)
+def test_impulse_conv_writes_its_result_and_nothing_beside(kernels, dtype, channels_last, backwards):
+    """Parts of 16 bytes and single elements, one turn of a block and many, offsets of any size."""
+    redzone = 64
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    for shape in (*CONV_SHAPES, (2, 16, 4, 8)):
+        kernels.set_device(1 if shape[0] == 2 else 3, 96 * 1024, backwards)
+        for reach in (2, None):
+            x, offsets, gain, bias = conv_problem(shape, dtype, reach=reach)
+            x = x.contiguous(memory_format=memory_format)
+            real = torch.promote_types(dtype, torch.float32)
+            for factors in ((None, None), (gain, None), (gain, bias)):
+                expected = impulse_conv_reference(x, offsets, *factors)
+                factors = [factor if factor is None else factor.to(real) for factor in factors]
+                memory = torch.full((expected.nbytes + 2 * redzone,), 0xA5, dtype=torch.uint8)
+                assert kernels.impulse_conv(
+                    ctypes.c_void_p(memory.data_ptr() + redzone), ctypes.c_void_p(x.data_ptr()),
+                    pointer(offsets), *map(pointer, factors), ctypes.c_int64(shape[0]),
+                    ctypes.c_int64(shape[1]), *shape[2:], channels_last, CONV_DTYPES.index(dtype),
+                )  # fmt: skip
+                result = memory[redzone:-redzone].view(dtype).as_strided(x.shape, x.stride())
+                torch.testing.assert_close(result, expected, **tolerances(dtype))
+                assert (memory[:redzone] == 0xA5).all() and (memory[-redzone:] == 0xA5).all()
+
+
+def test_impulse_conv_rounds_to_nearest_even(kernels):
+    for dtype in (torch.float16, torch.bfloat16):
+        x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype).view(1, 1, 256, 256)
+        for factor in (1.0, 0.37, 3e-3, 70.0):
+            gain, offsets, out = (
+                torch.tensor([factor]),
+                torch.zeros(1, 2, dtype=torch.int64),
+                torch.empty_like(x),
+            )
+            kernels.impulse_conv(
+                *map(pointer, (out, x, offsets, gain, None)), ctypes.c_int64(1), ctypes.c_int64(1), 256, 256,
+                False, CONV_DTYPES.index(dtype),
+            )  # fmt: skip
+            expected = (x.float() * gain).to(dtype)
+            assert torch.equal(out.nan_to_num(7), expected.nan_to_num(7))
+            assert torch.equal(out.isnan(), expected.isnan())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -222,6 +221,7 @@ _PLAIN = (Tensor, nn.Parameter)  # others, fake ones among them, may have no val
 class _Impulses:
     """Filters [C, 1, f, f] as offsets [C, 2] and gain [C], if none has more than one non-zero cell."""
 
+    @torch.inference_mode(False)  # what inference finds, a backward may need later
     @torch.no_grad()
     def __init__(self, weight: Tensor) -> None:
         self.seen = weight.detach().clone()

@@ -27,8 +27,8 @@ def impulse_conv(
     weight[c, 0, dy_c + f // 2, dx_c + f // 2] = gain[c], f odd. Each value is read once, and no others: a NaN
     or an infinity in x stays where it is, while a convolution multiplies it by zero into its neighbours.
 
-    Under autocast x is cast, as for `F.conv2d`. Differentiable, any number of times, in x, gain and bias; x is
-    kept for the backward only where gain needs its gradient.
+    Under autocast x is cast, as for `F.conv2d`. Differentiable, any number of times, in x, gain and bias; x
+    is kept for the backward only where gain needs its gradient.
 
     Args:
         x: [B, C, H, W], float64, float32, bfloat16 or float16. Contiguous or channels_last tensors are read

@@ -1,0 +1,125 @@
+"""impulse_conv against PyTorch's depthwise convolution with the same filters, in both memory formats.
+
+    python -m pytest benchmarks/bench_impulse_conv.py -s --rows rows.csv
+
+The gradient is that of x alone, as with frozen filters. The second benchmark is the whole ConvMixer with frozen
+impulse filters against the same model whose layers convolve. On a GPU the first runs there.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from convinit import impulse_conv, sample_offsets
+from convinit.models import ConvMixer
+from convinit.nn import SpatialConv
+from convinit.ops.impulse_conv import impulse_conv_reference
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SHAPES = [(32, 512, 16, 16), (8, 256, 32, 32)]  # [B, C, H, W]; the first is ConvMixer's
+
+
+def last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("direction", ["forward", "forward+backward"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def bench_impulse_conv(compare, shape, dtype, direction):
+    channels, backward = shape[1], direction != "forward"
+    g = torch.Generator().manual_seed(0)
+    offsets = sample_offsets(channels, 5, generator=g)
+    gain, bias = torch.randn(2, channels, generator=g).to(dtype)
+    weight = torch.zeros(channels, 1, 5, 5, dtype=dtype)
+    weight[range(channels), 0, offsets[:, 0] + 2, offsets[:, 1] + 2] = gain
+    x, dout = torch.randn(2, *shape, generator=g).to(dtype).to(DEVICE)
+    offsets, gain, bias, weight = (y.to(DEVICE) for y in (offsets, gain, bias, weight))
+
+    def run(f, x, dout):
+        x = x.detach().requires_grad_(backward)
+        out = f(x)
+        return (out, *torch.autograd.grad(out, x, dout)) if backward else (out,)
+
+    def shift(x: Tensor) -> Tensor:
+        return impulse_conv(x, offsets, gain, bias)
+
+    def conv(x: Tensor) -> Tensor:
+        return F.conv2d(x, weight, bias, padding="same", groups=channels)
+
+    expected = run(lambda x: impulse_conv_reference(x, offsets, gain, bias), x, dout)
+
+    def check(name: str, results: tuple[Tensor, ...]) -> None:
+        for actual, exact in zip(results, expected, strict=True):
+            torch.testing.assert_close(actual.contiguous(), exact, rtol=2e-2, atol=2e-2)
+
+    compare(
+        "impulse_conv",
+        f"{list(shape)}, {direction}, {DEVICE}",
+        {
+            "conv2d": functools.partial(run, conv, x, dout),
+            "conv2d, channels_last": functools.partial(run, conv, last(x), last(dout)),
+            "convinit": functools.partial(run, shift, x, dout),
+            "convinit, channels_last": functools.partial(run, shift, last(x), last(dout)),
+        },
+        baseline="conv2d, channels_last",
+        check=check,
+        dtype=dtype,
+        bytes_written=(1 + backward) * x.numel() * dtype.itemsize,
+    )
+
+
+class Depthwise(nn.Module):
+    """What a layer of frozen filters was before: a depthwise convolution."""
+
+    def __init__(self, spatial: SpatialConv) -> None:
+        super().__init__()
+        self.spatial = spatial
+
+    def forward(self, x: Tensor) -> Tensor:
+        spatial = self.spatial
+        return F.conv2d(x, spatial.weight, spatial.bias, padding="same", groups=spatial.dim)
+
+
+@pytest.mark.parametrize("direction", ["forward", "training step"])
+def bench_convmixer(compare, direction):
+    training = direction != "forward"
+    g = torch.Generator().manual_seed(0)
+    model = ConvMixer(32, 2, 10, init="impulse", trainable_mixing=False, generator=g).train(training)
+    twin = copy.deepcopy(model)
+    for block in twin.blocks:
+        block.spatial = Depthwise(block.spatial)
+    twin_last = copy.deepcopy(twin).to(memory_format=torch.channels_last)
+    images, labels = torch.randn(32, 3, 32, 32, generator=g), torch.randint(10, (32,), generator=g)
+
+    def run(model: nn.Module, images: Tensor) -> Tensor:
+        if not training:
+            with torch.no_grad():
+                return model(images)
+        model.zero_grad()
+        loss = F.cross_entropy(model(images), labels)
+        loss.backward()
+        return loss.detach()
+
+    expected = run(copy.deepcopy(twin), images)
+
+    def check(name: str, result: Tensor) -> None:
+        torch.testing.assert_close(result, expected, rtol=1e-3, atol=1e-3)
+
+    compare(
+        "convmixer",
+        f"32 images, {direction}",
+        {
+            "depthwise": functools.partial(run, twin, images),
+            "depthwise, channels_last": functools.partial(run, twin_last, last(images)),
+            "convinit": functools.partial(run, model, images),
+        },
+        baseline="depthwise",
+        check=check,
+    )

@@ -2,8 +2,8 @@
 
     python -m pytest benchmarks/bench_impulse_conv.py -s --rows rows.csv
 
-The gradient is that of x alone, as with frozen filters. The second benchmark is the whole ConvMixer with frozen
-impulse filters against the same model whose layers convolve. On a GPU the first runs there.
+The gradient is that of x alone, as with frozen filters. The second benchmark is the whole ConvMixer with
+frozen impulse filters against the same model whose layers convolve. On a GPU the first runs there.
 """
 
 from __future__ import annotations

@@ -35,8 +35,8 @@ class ConvMixer(nn.Module):
         num_filters: filters of a layer, which its channels share; None means one a channel.
         share_layers: one set of filters for all layers; each layer still assigns them to its channels and has
             its own bias.
-        trainable_mixing: False freezes filters and their bias. On a CPU frozen impulse filters then are copies
-            and no convolutions; see :class:`convinit.nn.SpatialConv`.
+        trainable_mixing: False freezes filters and their bias. On a CPU frozen impulse filters are then
+            copies, no convolutions; see :class:`convinit.nn.SpatialConv`.
         generator: CPU generator of the initial values; None means torch's own.
         device, dtype: of parameters and buffers.
 

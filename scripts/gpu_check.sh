@@ -78,7 +78,7 @@ small+=' or test_strided_inputs or test_sharp_logits'
 sanitizer() {
     part "$1" 170 "$out/tests.log" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
         compute-sanitizer --tool "$1" "${@:2}" --error-exitcode 66 "${pytest[@]}" -m gpu -k "$small" \
-        tests/test_impulse_matrix.py tests/test_qk_adam.py tests/test_qk_solver.py
+        tests/test_impulse_conv.py tests/test_impulse_matrix.py tests/test_qk_adam.py tests/test_qk_solver.py
 }
 part tests 170 "$out/tests.log" "${pytest[@]}" -m gpu tests --ignore tests/test_kernels_gpu.py &
 part triton_tests 180 "$out/tests.log" "${pytest[@]}" "${workers[@]}" -m gpu tests/test_kernels_gpu.py &

@@ -1,7 +1,7 @@
 // impulse_conv on CUDA: out[b, c, i, j] = gain[c] x[b, c, i + dy_c, j + dx_c] + bias[c].
 //
-// A thread writes 16 bytes at once where the sizes allow it, else one element: neighbours in a plane, or with channels
-// last neighbours in a pixel. It reads them one by one, for the source begins at any element; a warp's reads of a plane
+// A thread writes 4 elements at once (2 of float64) where the sizes allow it, else one: neighbours in a plane, or with
+// channels last neighbours in a pixel. It reads them one by one, for the source begins at any element; a warp's reads of a plane
 // lie together all the same. A thread's place moves on without 64-bit divisions.
 #pragma once
 
@@ -111,7 +111,7 @@ __device__ typename E::Stored seen(const ImpulseConvArgs& args, const typename E
   return E::store(gain * E::load(value) + bias);
 }
 
-// Count: elements of a part, one or 16 bytes.
+// Count: elements of a part.
 template <class E, int Count>
 __global__ void __launch_bounds__(kThreads) impulse_conv_kernel(const __grid_constant__ ImpulseConvArgs args) {
   using Stored = typename E::Stored;
@@ -163,7 +163,7 @@ cudaError_t launch_impulse_conv_parts(ImpulseConvArgs& args, cudaStream_t stream
 
 template <class E>
 cudaError_t launch_impulse_conv(ImpulseConvArgs& args, cudaStream_t stream) {
-  constexpr int kCount = 16 / sizeof(typename E::Stored);
+  constexpr int kCount = std::min<int>(16 / sizeof(typename E::Stored), 4);  // eight take more registers than there are
   const bool fits = (args.channels_last ? args.channels : args.pixels()) % kCount == 0;
   return fits ? launch_impulse_conv_parts<E, kCount>(args, stream) : launch_impulse_conv_parts<E, 1>(args, stream);
 }

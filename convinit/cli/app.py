@@ -12,6 +12,7 @@ from convinit.cli.demo import demo
 from convinit.cli.fit import fit
 from convinit.cli.info import info
 from convinit.cli.plot import plot
+from convinit.cli.train import train
 
 app = typer.Typer(
     name="convinit",
@@ -48,4 +49,5 @@ def common(
 app.command()(errors.explained(demo))
 app.command()(errors.explained(fit))
 app.command()(errors.explained(plot))
+app.command()(errors.explained(train))
 app.command()(errors.explained(info))

@@ -1,5 +1,6 @@
-"""Training: data sets and a small loop on Hugging Face Accelerate (extra `train`)."""
+"""Training on Hugging Face Accelerate (extra `train`): data sets, a small loop, and whole runs (`run_training`)."""
 
+from convinit.train.config import Config
 from convinit.train.data import (
     Augmented,
     AugmentOptions,
@@ -14,18 +15,24 @@ from convinit.train.data import (
     train_loader,
 )
 from convinit.train.loop import EpochRecord, accuracy, train
+from convinit.train.run import Result, RunInterrupted, Watcher, run_training
 
 __all__ = [
     "AugmentOptions",
     "Augmented",
+    "Config",
     "EpochRecord",
     "ImageData",
     "ImageSplit",
+    "Result",
+    "RunInterrupted",
+    "Watcher",
     "accuracy",
     "augmentation",
     "batches",
     "load_data",
     "load_digits_split",
+    "run_training",
     "shift_images",
     "test_loader",
     "train",

@@ -1,0 +1,204 @@
+"""`convinit train`. Most options are the fields of `convinit.train.config`, with their help."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import os
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from convinit.cli.errors import say
+from convinit.cli.train_progress import watcher
+from convinit.train import checkpoint as files
+from convinit.train.config import NONE, SECTIONS, Config, default_of, kind_of
+from convinit.train.config_files import PRESETS, parse, read_toml, resolve, to_toml
+
+_PANELS = {
+    "model": "Model", "init": "Initial weights", "data": "Data", "recipe": "Recipe", "run": "Run",
+}  # fmt: skip
+_METAVARS = {int: "N", float: "X", str: "TEXT", dict: "NAME=VALUE"}
+
+
+def train(
+    out: Annotated[Path, typer.Option(help="Folder of the run: checkpoints, metrics.jsonl, curves.")] = Path(
+        "convinit-train"
+    ),
+    preset: Annotated[
+        str | None,
+        typer.Option(help="Settings to start from: " + " ".join(f"{k}: {v}" for k, v in PRESETS.items())),
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="TOML file with settings, as --save-config writes it.")
+    ] = None,
+    save_config: Annotated[
+        Path | None, typer.Option(help="Write all settings to this file, and leave.")
+    ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Say what would be done and how long it would take; write nothing."),
+    ] = False,
+    resume: Annotated[
+        bool, typer.Option(help="Go on with the run in the folder, if there is one; or start anew.")
+    ] = True,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Start anew and remove the run in the folder.")
+    ] = False,
+    **settings: Any,
+) -> None:
+    """Train a model from the initial weights of the papers, by their recipes or your own.
+
+    What the command line gives overrules the --config file, which overrules the --preset; the defaults below
+    are those without either. A run that was stopped, even by kill -9, goes on where its last checkpoint is
+    when the same command is given again, and ends with the same weights. Ctrl-C and SIGTERM save first.
+
+    Several GPUs: `torchrun --nproc-per-node 8 -m convinit.cli train …` or `accelerate launch`; --batch-size
+    is that of all together.
+
+    Examples:
+
+    - `convinit train --preset quick`
+
+    - `convinit train --preset paper --root ~/data --download --init-values mimetic --out cifar10`
+
+    - `convinit train --preset structured --root ~/data --train-fraction 0.1 --dry-run`
+
+    - `convinit train --preset paper --model vit_tiny_patch16_224 --patch-size 2 --init default --root ~/data`
+
+    - `convinit train --preset paper --save-config run.toml`, later `convinit train --config run.toml`
+    """
+    wanted = resolve(preset, None if config is None else read_toml(config), _given(settings))
+    if save_config is not None:
+        save_config.write_text(to_toml(wanted), encoding="utf-8")
+        Console().print(f"Written: {save_config}", highlight=False, soft_wrap=True, markup=False)
+        return
+    from convinit.train.run import RunInterrupted, measure, run_training
+
+    if dry_run:
+        _print_plan(wanted, *measure(wanted))
+        return
+    start = time.perf_counter()
+    try:
+        with watcher(wanted.recipe.epochs) as watching:
+            result = run_training(wanted, out, resume=resume, overwrite=overwrite, watcher=watching)
+    except RunInterrupted as stopped:
+        if _first_process():
+            name = "Ctrl-C" if stopped.signum == signal.SIGINT else signal.Signals(stopped.signum).name
+            words = [word for word in sys.argv[1:] if word not in ("--overwrite", "--no-resume")]
+            again = shlex.join(["convinit", *words])
+            say(f"stopped by {name}; {stopped.checkpoint} is saved. To go on: {again}", style="yellow")
+        raise typer.Exit(128 + stopped.signum) from None
+    if _first_process():
+        _print_result(result.figures, result.checkpoint, result.steps, time.perf_counter() - start)
+
+
+def _given(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """ "section.key" → value, of the options that were given."""
+    paths = {f"{section}_{each}": f"{section}.{each}" for section, each, _ in _fields()}
+    given = {paths[name]: value for name, value in settings.items() if value not in (None, [], ())}
+    return {path: value if isinstance(value, bool) else parse(path, value) for path, value in given.items()}
+
+
+def _fields() -> list[tuple[str, str, dataclasses.Field]]:
+    return [
+        (name, each.name, each) for name, section in SECTIONS.items() for each in dataclasses.fields(section)
+    ]
+
+
+def _option(section: str, each: dataclasses.Field) -> inspect.Parameter:
+    kind, _ = kind_of(SECTIONS[section], each.name)
+    flag = "--" + (each.metadata["flag"] or each.name).replace("_", "-")
+    default = default_of(SECTIONS[section], each.name)
+    choices = f" Of: {', '.join(each.metadata['choices'])}." if each.metadata["choices"] else ""
+    if choices and all(word in each.metadata["help"] for word in each.metadata["choices"]):
+        choices = ""
+    common: dict[str, Any] = {"help": each.metadata["help"] + choices, "rich_help_panel": _PANELS[section]}
+    hint: Any
+    if kind is bool:
+        hint = bool | None
+        common["show_default"] = "on" if default else "off"
+        declaration = f"{flag}/--no-{flag[2:]}"
+    else:
+        hint = list[str] | None if kind is dict else str | None
+        common["show_default"] = each.metadata["unset"] if default is None else str(default or NONE)
+        common["metavar"] = _METAVARS[kind]
+        declaration = flag
+    if isinstance(default, int | float) and kind is not bool:
+        common["show_default"] = f"{default:g}"
+    return inspect.Parameter(
+        f"{section}_{each.name}",
+        inspect.Parameter.KEYWORD_ONLY,
+        default=None,
+        annotation=Annotated[hint, typer.Option(declaration, **common)],
+    )
+
+
+def _with_all_options() -> None:
+    """Typer reads a command's options off its signature: the fields stand there in place of **settings."""
+    written = inspect.signature(train, eval_str=True)
+    own = [each for each in written.parameters.values() if each.kind is not inspect.Parameter.VAR_KEYWORD]
+    fields = [_option(section, each) for section, _, each in _fields()]
+    train.__signature__ = written.replace(parameters=[*own, *fields])  # type: ignore[attr-defined]
+    train.__annotations__ = {each.name: each.annotation for each in (*own, *fields)}
+
+
+_with_all_options()
+
+
+def _first_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _print_plan(config: Config, plan: Any, step_seconds: float) -> None:
+    if not _first_process():
+        return
+    frozen = plan.parameters - plan.trained
+    channels, height, width = plan.image
+    total = plan.steps * step_seconds
+    rows = {
+        "model": f"{plan.model}, init {config.init.method}",
+        "parameters": f"{plan.parameters:,}" + (f", {frozen:,} of them frozen" if frozen else ""),
+        "data": f"{config.data.name}, {plan.num_classes} classes, {plan.train_images:,} training and "
+        f"{plan.test_images:,} test images, {channels}×{height}×{width}",
+        "steps": f"{plan.steps:,}: {config.recipe.epochs} epochs of {plan.steps_per_epoch}, batch "
+        f"{config.recipe.batch_size}",
+        "device": f"{plan.device}, {plan.processes} process{'es' * (plan.processes > 1)}, precision "
+        f"{plan.precision}",
+        "time": f"{_duration(total)} without tests, by {step_seconds * 1000:.1f} ms a step as measured now",
+        "checkpoint": f"{files.megabytes(plan.checkpoint_bytes)}, {config.run.keep} kept, one being written",
+    }
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for key, value in rows.items():
+        table.add_row(f"[bold]{key}[/bold]", value)
+    Console().print(table, soft_wrap=True, highlight=False)
+
+
+def _print_result(figures: Mapping[str, Any], checkpoint: Path, steps: int, seconds: float) -> None:
+    names = {"top1": "top-1", "top5": "top-5", "ema_top1": "average's top-1", "ema_top5": "average's top-5"}
+    shares = [f"{words} {figures[key]:.2%}" for key, words in names.items() if key in figures]
+    done = f"{steps} steps in {_duration(seconds)}" if steps else "the run was finished already"
+    Console().print(
+        f"After {figures['epoch']} epochs: {', '.join(shares)}, best top-1 {figures['best_top1']:.2%}; "
+        f"{done}.\n"
+        f"Weights: {checkpoint / 'model.safetensors'}, curves: {checkpoint.parent / 'metrics.jsonl'}",
+        highlight=False,
+        soft_wrap=True,
+        markup=False,
+    )
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return (
+        f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
+    )

@@ -1,0 +1,105 @@
+"""What `convinit train` shows while it runs: a bar on a terminal, a line an epoch elsewhere."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from convinit.cli.errors import say
+from convinit.train.run import Plan, Watcher
+
+
+@contextlib.contextmanager
+def watcher(epochs: int) -> Iterator[Watcher]:
+    """A watcher for the terminal or for a log, whichever standard error is."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield Lines(epochs)
+        return
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"),
+        TextColumn("{task.fields[figures]}"), TimeElapsedColumn(), TextColumn("left:"), TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=console, transient=True) as progress:
+        yield Bar(progress, epochs)
+
+
+class Lines(Watcher):
+    """A line for each epoch, and one in ten seconds at most in between."""
+
+    def __init__(self, epochs: int) -> None:
+        self.epochs = epochs
+        self._said = time.monotonic()
+
+    def planned(self, plan: Plan, step: int, epoch: int) -> None:
+        going = f"going on after step {step:,} of" if step else "training"
+        say(
+            f"{going} {plan.steps:,} steps: {plan.model}, {plan.parameters:,} parameters, "
+            f"{plan.train_images:,} images, {plan.device}",
+            style="",
+        )
+
+    def recorded(self, record: dict[str, Any]) -> None:
+        if record["kind"] == "epoch":
+            say(_epoch_line(record, self.epochs), style="")
+        elif time.monotonic() - self._said > 10:
+            say(
+                f"epoch {record['epoch']:.2f}/{self.epochs}, step {record['step']}: "
+                f"loss {record['loss']:.4f}, {record['images_per_second']:,.0f} images/s",
+                style="",
+            )
+        else:
+            return
+        self._said = time.monotonic()
+
+    def saved(self, checkpoint: Path) -> None:
+        say(f"saved {checkpoint}", style="")
+
+
+class Bar(Watcher):
+    """One bar over all steps, with loss, accuracy and images a second."""
+
+    def __init__(self, progress: Progress, epochs: int) -> None:
+        self.progress, self.epochs = progress, epochs
+        self.task: TaskID | None = None
+        self._loss, self._accuracy = "", ""
+
+    def planned(self, plan: Plan, step: int, epoch: int) -> None:
+        self.task = self.progress.add_task(
+            self._name(epoch), total=plan.steps, completed=step, figures=f"{plan.device}"
+        )
+
+    def stepped(self, images: int) -> None:
+        if self.task is not None:
+            self.progress.advance(self.task)
+
+    def testing(self) -> None:
+        if self.task is not None:
+            self.progress.update(self.task, description="testing")
+
+    def recorded(self, record: dict[str, Any]) -> None:
+        if self.task is None:
+            return
+        if record["kind"] == "train":
+            self._loss = f"loss {record['loss']:.3f}, {record['images_per_second']:,.0f} images/s"
+        else:
+            if "top1" in record:
+                self._accuracy = f", top-1 {record['top1']:.1%}"
+            self.progress.update(self.task, description=self._name(record["epoch"]))
+            self.progress.console.print(_epoch_line(record, self.epochs), highlight=False, markup=False)
+        self.progress.update(self.task, figures=self._loss + self._accuracy)
+
+    def _name(self, epochs_done: int) -> str:
+        return f"epoch {min(epochs_done + 1, self.epochs)}/{self.epochs}"
+
+
+def _epoch_line(record: dict[str, Any], epochs: int) -> str:
+    text = f"epoch {record['epoch']}/{epochs}: loss {record['loss']:.4f}"
+    names = {"top1": "top-1", "top5": "top-5", "ema_top1": "average's top-1"}
+    return text + "".join(f", {words} {record[key]:.2%}" for key, words in names.items() if key in record)

@@ -1,0 +1,138 @@
+"""The model that a config describes."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+import torch
+from torch import nn
+
+from convinit.models import ConvMixer, SimpleViT
+from convinit.train.config import Config, InitConfig, ModelConfig
+
+
+def build_model(
+    config: Config, *, image_size: int | tuple[int, int], channels: int, num_classes: int
+) -> nn.Module:
+    """The model with its initial weights, on the CPU. One ``run.seed`` gives one model, everywhere.
+
+    Args:
+        config: its sections model and init, and ``run.seed``.
+        image_size: pixels, one number or (height, width).
+        channels: of the images.
+        num_classes: outputs.
+
+    Raises:
+        ValueError: no such model, or it does not fit the images. ImportError: timm is needed and not there.
+    """
+    model, init = config.model, config.init
+    generator = torch.Generator().manual_seed(config.run.seed)
+    if model.name == "simple_vit":
+        return _simple_vit(model, init, image_size, channels, num_classes, generator)
+    if model.name == "convmixer":
+        return _convmixer(model, init, image_size, channels, num_classes, generator)
+    return _timm(model, init, image_size, channels, num_classes, config.run.seed, generator)
+
+
+def _simple_vit(
+    model: ModelConfig, init: InitConfig, image_size: Any, channels: int, num_classes: int, generator: Any
+) -> nn.Module:
+    dim = model.dim or 512
+    given = {
+        "num_heads": model.heads, "depth": model.depth, "variant": model.variant, "alpha": model.alpha,
+        "kernel_size": init.kernel_size, "peak": init.peak, "weight_norm": init.weight_norm,
+    }  # fmt: skip
+    options = {
+        "channels": channels, "dim": dim, "head_dim": model.head_dim, "mlp_dim": model.mlp_dim or dim,
+        "trainable_mixing": model.train_mixing, "init": init.method, "values": init.values,
+        "method": init.fit, "padding_mode": init.padding_mode, **_without_none(given),
+    }  # fmt: skip
+    with _Options(model):
+        return SimpleViT(
+            image_size, model.patch_size or 2, num_classes, generator=generator, **options, **model.options
+        )
+
+
+def _convmixer(
+    model: ModelConfig, init: InitConfig, image_size: Any, channels: int, num_classes: int, generator: Any
+) -> nn.Module:
+    given = {
+        "dim": model.dim, "depth": model.depth, "kernel_size": init.kernel_size,
+        "num_filters": model.num_filters, "num_cells": init.num_cells, "variance": init.variance,
+    }  # fmt: skip
+    options = {
+        "channels": channels, "init": init.method, "matrix_form": model.matrix_form,
+        "share_layers": model.share_layers, "trainable_mixing": model.train_mixing, **_without_none(given),
+    }  # fmt: skip
+    with _Options(model):
+        return ConvMixer(
+            image_size, model.patch_size or 2, num_classes, generator=generator, **options, **model.options
+        )
+
+
+def _timm(
+    model: ModelConfig,
+    init: InitConfig,
+    image_size: Any,
+    channels: int,
+    num_classes: int,
+    seed: int,
+    generator: Any,
+) -> nn.Module:
+    try:
+        import timm
+    except ImportError as error:
+        raise ImportError(
+            f"model {model.name!r} is not simple_vit or convmixer, so timm must have it, which cannot be "
+            f"imported ({error}); pip install timm"
+        ) from error
+    from convinit.adapters.timm import create_model
+
+    if not timm.is_model(model.name):
+        near = difflib.get_close_matches(model.name, timm.list_models(), n=3, cutoff=0.5)
+        hint = f", such as {', '.join(near)}" if near else ""
+        raise ValueError(
+            f"model must be simple_vit, convmixer or a name that timm knows{hint}; got {model.name!r}"
+        )
+    options: dict[str, Any] = {"in_chans": channels, "num_classes": num_classes}
+    settings = timm.get_pretrained_cfg(model.name)
+    if settings is not None and settings.fixed_input_size:
+        options["img_size"] = image_size
+    if model.patch_size is not None:
+        options["patch_size"] = model.patch_size
+    method = {"impulse": init.fit, "default": "keep"}.get(init.method, init.method)
+    if method == "random":
+        raise ValueError(
+            f"init must be impulse, mimetic, scrambled, norm_matched or default for timm's {model.name}, got "
+            "'random'; default is how timm draws its weights"
+        )
+    values = {"default": "keep"}.get(init.values, init.values)
+    given = {
+        "kernel_size": init.kernel_size, "peak": init.peak, "weight_norm": init.weight_norm,
+        "offsets": init.offsets, "pos_embed_gain": init.pos_embed_gain,
+    }  # fmt: skip
+    wanted = {"method": method, "values": values, "padding_mode": init.padding_mode, **_without_none(given)}
+    with torch.random.fork_rng(devices=[]), _Options(model):
+        torch.manual_seed(seed)  # timm draws from torch's own
+        if (method, values, init.pos_embed_gain) == ("keep", "keep", None):
+            return timm.create_model(model.name, **{**options, **model.options})
+        return create_model(model.name, init=wanted, generator=generator, **{**options, **model.options})
+
+
+class _Options:
+    """An argument that the model does not take shows as an error of the config."""
+
+    def __init__(self, model: ModelConfig) -> None:
+        self.model = model
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
+        if isinstance(error, TypeError):
+            raise ValueError(f"model {self.model.name!r} does not take these settings: {error}") from error
+
+
+def _without_none(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}

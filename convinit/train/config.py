@@ -1,0 +1,434 @@
+"""What a training run is: one tree of frozen dataclasses, checked when it is made.
+
+The fields below are the one table of options: the keys of a config file, the options of ``convinit train``
+with their help, and what is compared when a run is resumed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+__all__ = ["Config", "DataConfig", "InitConfig", "ModelConfig", "RecipeConfig", "RunConfig"]
+
+NONE = "none"  # how files and the command line write None
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    flag: str | None = None,
+    choices: Sequence[str] = (),
+    low: float | None = None,
+    above: float | None = None,
+    high: float | None = None,
+    below: float | None = None,
+    fixed: bool = True,
+    unset: str = NONE,
+) -> Any:
+    """A field with its help, its range and how it is called on the command line.
+
+    Args:
+        default: its value, or a type for a mutable one.
+        help: one line; what it is, with its unit.
+        flag: of the command line; None means the field's name.
+        choices: the values that it may have.
+        low, above, high, below: the range, with and without its ends.
+        fixed: a resumed run must have the value that it started with.
+        unset: what None stands for, in words.
+    """
+    metadata = {
+        "help": help, "flag": flag, "choices": tuple(choices), "fixed": fixed, "unset": unset,
+        "low": low, "above": above, "high": high, "below": below,
+    }  # fmt: skip
+    if isinstance(default, type):
+        return field(default_factory=default, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+class _Section:
+    """Types and ranges of all fields are checked; a subclass adds what several fields must agree on."""
+
+    def __post_init__(self) -> None:
+        for each in dataclasses.fields(self):  # type: ignore[arg-type]
+            value = _checked(each.name, getattr(self, each.name), kind_of(type(self), each.name), each)
+            object.__setattr__(self, each.name, value)
+        self.check()
+
+    def check(self) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class ModelConfig(_Section):
+    """The network. A field that its kind of model does not have must be None."""
+
+    name: str = option("simple_vit", "simple_vit, convmixer, or any model of timm by its name.", flag="model")
+    variant: str | None = option(
+        None, "Of simple_vit: the paper's Models.", choices=("vanilla", "I", "II", "III"), unset="I"
+    )
+    patch_size: int | None = option(
+        None, "Pixels on a side of a patch.", low=1, unset="2; a timm model's own"
+    )
+    dim: int | None = option(None, "Width of the tokens, or channels of convmixer.", low=1, unset="512")
+    depth: int | None = option(None, "Blocks.", low=1, unset="6")
+    heads: int | None = option(None, "Heads of a layer of simple_vit.", low=1, unset="8")
+    head_dim: int | None = option(None, "Width of a head.", low=1, unset="dim / heads")
+    mlp_dim: int | None = option(None, "Hidden width of the MLP of simple_vit.", low=1, unset="dim")
+    alpha: float | None = option(
+        None, "Content share of queries and keys of simple_vit, 0 to 1.", low=0, high=1, unset="0.2"
+    )
+    train_mixing: bool = option(
+        True, "Train queries and keys, or the filters of convmixer; off freezes them."
+    )
+    matrix_form: bool = option(False, "convmixer mixes by N×N matrices instead of filters.")
+    num_filters: int | None = option(
+        None, "Filters of a convmixer layer, shared by its channels.", low=1, unset="one a channel"
+    )
+    share_layers: bool = option(False, "All convmixer layers share one set of filters.")
+    options: dict[str, Any] = option(
+        dict, "NAME=VALUE for the model's constructor, or timm.create_model; may be repeated.", flag="option"
+    )
+
+    def check(self) -> None:
+        _name("model.name", self.name)
+        wrong = {
+            "simple_vit": ("matrix_form", "num_filters", "share_layers"),
+            "convmixer": ("variant", "heads", "head_dim", "mlp_dim", "alpha"),
+        }.get(
+            self.name,
+            ("variant", "dim", "depth", "heads", "head_dim", "mlp_dim", "alpha", "train_mixing",
+             "matrix_form", "num_filters", "share_layers"),
+        )  # fmt: skip
+        for key in wrong:
+            if getattr(self, key) != default_of(ModelConfig, key):
+                hint = "" if self.name in OWN_MODELS else "; timm's own arguments go into model.options"
+                raise ValueError(f"model.{key} must not be set for model {self.name!r}, which has none{hint}")
+
+
+OWN_MODELS = ("simple_vit", "convmixer")
+_VIT_INITS = ("impulse", "mimetic", "random", "default", "scrambled", "norm_matched")
+_FILTER_INITS = (
+    "impulse", "random", "box", "gaussian", "softmax", "permutation", "full_permutation",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class InitConfig(_Section):
+    """The initial weights."""
+
+    method: str = option(
+        "impulse",
+        "Of queries and keys: impulse (ours), mimetic, default, random, and the controls scrambled and "
+        "norm_matched. Of convmixer's filters: impulse, random, box, gaussian, softmax, permutation, "
+        "full_permutation.",
+        flag="init",
+        choices=tuple(dict.fromkeys((*_VIT_INITS, *_FILTER_INITS))),
+    )
+    values: str = option(
+        "default", "Of values and output layer.", choices=("default", "mimetic"), flag="init-values"
+    )
+    kernel_size: int | None = option(
+        None, "f: offsets are drawn from an f×f window of tokens; odd.", low=1, unset="5; 3 in timm's models"
+    )
+    peak: float | None = option(
+        None, "Mean attention on the target at the start.", above=0, below=1, unset="0.7"
+    )
+    weight_norm: float | None = option(
+        None, "Norm of each head's W_q and W_k, instead of the peak.", above=0, unset="as the peak needs"
+    )
+    fit: str = option("newton", "Solver of the fit: ours, or the papers'.", choices=("newton", "adam", "svd"))
+    padding_mode: str = option(
+        "zeros", "Where tokens look whose target is off the grid.",
+        choices=("zeros", "replicate", "circular", "reflect"),
+    )  # fmt: skip
+    offsets: str | None = option(
+        None, "How a timm model's heads are dealt their offsets.", choices=("random", "fixed"),
+        unset="each window cell equally often",
+    )  # fmt: skip
+    pos_embed_gain: float | None = option(
+        None, "Multiplies a timm model's position embedding at the start.", above=0, unset="1"
+    )
+    num_cells: int | None = option(None, "Cells of convmixer's box filters.", low=1, unset="9")
+    variance: float | None = option(None, "Of convmixer's gaussian filters, in cells².", above=0, unset="1")
+
+    def check(self) -> None:
+        if self.peak is not None and self.weight_norm is not None:
+            raise ValueError(
+                f"give init.peak or init.weight_norm, not both: one follows from the other; got {self.peak} "
+                f"and {self.weight_norm}"
+            )
+
+
+@dataclass(frozen=True)
+class DataConfig(_Section):
+    """The images."""
+
+    name: str = option(
+        "cifar10", "Data set: cifar10, cifar100, svhn, tiny-imagenet, digits, or folder (see --root).",
+        flag="data", choices=("cifar10", "cifar100", "svhn", "tiny-imagenet", "digits", "folder"),
+    )  # fmt: skip
+    root: str | None = option(
+        None, "Folder of the data set; of your own images, one folder a class, with --data folder.",
+        fixed=False, unset="the data set's usual place",
+    )  # fmt: skip
+    download: bool = option(False, "Fetch the data set if it is not there.", fixed=False)
+    train_count: int | None = option(
+        None, "Train on this many images, as many of each class.", low=1, unset="all"
+    )
+    train_fraction: float | None = option(
+        None, "Train on this share of the images.", above=0, high=1, unset="all"
+    )
+    seed: int = option(0, "Of the choice of those images; the same for all runs.", low=0, flag="data-seed")
+    augment: str = option(
+        "none", "Augmentation of the training images; paper: RandAugment(2, 14), flip, random resized crop.",
+        choices=("none", "flip-crop", "paper", "paper-code"),
+    )  # fmt: skip
+    augment_options: dict[str, Any] = option(
+        dict, "NAME=VALUE that changes the augmentation, such as erasing=0.25; may be repeated.",
+        flag="augment-option",
+    )  # fmt: skip
+    image_size: int | None = option(
+        None, "Pixels on a side that images are resized to.", low=1, unset="as stored"
+    )
+    workers: int = option(0, "Processes that load images, for each training process.", low=0, fixed=False)
+
+    def check(self) -> None:
+        if self.train_count is not None and self.train_fraction is not None:
+            raise ValueError(
+                f"give data.train_count or data.train_fraction, not both; got {self.train_count} and "
+                f"{self.train_fraction}"
+            )
+
+
+@dataclass(frozen=True)
+class RecipeConfig(_Section):
+    """How the weights are learnt."""
+
+    epochs: int = option(200, "Passes over the training images.", low=1)
+    batch_size: int = option(512, "Images in a step, of all processes together.", low=1)
+    drop_last: bool = option(False, "Leave out an epoch's last batch if it is smaller than the others.")
+    optimizer: str = option("adamw", "Optimiser.", choices=("adam", "adamw", "sgd"))
+    lr: float = option(1e-3, "Largest learning rate.", above=0)
+    weight_decay: float = option(0.0, "Weight decay.", low=0)
+    decay: str = option(
+        "all", "What decays: all, or matrices alone (no biases, norms, position embeddings; as timm does).",
+        choices=("all", "matrices"),
+    )  # fmt: skip
+    momentum: float = option(0.9, "Of sgd.", low=0, below=1)
+    beta1: float = option(0.9, "Of adam and adamw.", low=0, below=1)
+    beta2: float = option(0.999, "Of adam and adamw.", low=0, below=1)
+    eps: float = option(1e-8, "Of adam and adamw.", above=0)
+    schedule: str = option(
+        "cosine", "Learning rate over the steps.", choices=("cosine", "one-cycle", "constant")
+    )
+    warmup_epochs: float = option(0.0, "Epochs in which the learning rate rises linearly.", low=0)
+    warmup_lr: float = option(1e-6, "Learning rate at the start of the warm-up.", above=0)
+    min_lr: float = option(0.0, "Learning rate at the end of the cosine.", low=0)
+    clip: float | None = option(None, "Largest norm of the whole gradient.", above=0, unset="no limit")
+    label_smoothing: float = option(0.0, "Label smoothing.", low=0, below=1)
+    mixup: float = option(0.0, "Mixup: α of its Beta distribution; 0 is none. Needs torchvision.", low=0)
+    cutmix: float = option(
+        0.0, "CutMix: α of its Beta distribution; 0 is none. With both, one is drawn each step.", low=0
+    )
+    ema: float | None = option(
+        None, "Decay of an exponential moving average of the weights, evaluated beside them.",
+        above=0, below=1, unset="no average",
+    )  # fmt: skip
+    precision: str = option("no", "Mixed precision.", choices=("no", "bf16", "fp16"))
+    compile: bool = option(False, "Compile the model with torch.compile.")
+
+    def check(self) -> None:
+        if self.schedule == "one-cycle" and (self.warmup_epochs or self.min_lr):
+            raise ValueError(
+                "recipe.warmup_epochs and recipe.min_lr must be 0 with schedule one-cycle, which has its own "
+                f"warm-up and end, got {self.warmup_epochs} and {self.min_lr}"
+            )
+        if self.warmup_epochs > self.epochs:
+            raise ValueError(
+                f"recipe.warmup_epochs must be at most epochs = {self.epochs}, got {self.warmup_epochs}"
+            )
+        for name in ("warmup_lr", "min_lr"):
+            used = name == "min_lr" or self.warmup_epochs
+            if used and getattr(self, name) > self.lr:
+                raise ValueError(f"recipe.{name} must be at most lr = {self.lr}, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class RunConfig(_Section):
+    """What surrounds the training. But for the seed, nothing here changes more than rounding."""
+
+    seed: int = option(0, "Of initial weights, image order, augmentation and dropout.", low=0)
+    cpu: bool = option(False, "Train on the CPU even where there is a GPU.", fixed=False)
+    threads: int | None = option(
+        None, "CPU threads of each process; with another number sums round otherwise.", low=1, fixed=False,
+        unset="torch's own choice",
+    )  # fmt: skip
+    eval_every: int = option(
+        1, "Epochs between two tests; the last epoch is always tested.", low=1, fixed=False
+    )
+    eval_batch_size: int = option(512, "Test images at once, of all processes together.", low=1, fixed=False)
+    log_every: int = option(
+        20, "Steps between two records of the loss; NaN is looked for as often.", low=1, fixed=False
+    )
+    checkpoint_minutes: float | None = option(
+        10.0, "Minutes between two checkpoints.", above=0, fixed=False, unset="not by the clock"
+    )
+    checkpoint_epochs: int | None = option(
+        None, "Epochs between two checkpoints.", low=1, fixed=False, unset="not by epochs"
+    )
+    checkpoint_steps: int | None = option(
+        None, "Steps between two checkpoints.", low=1, fixed=False, unset="not by steps"
+    )
+    keep: int = option(2, "Checkpoints that are kept, the latest ones.", low=1, fixed=False)
+    tracker: str = option(
+        "auto", "Where curves go beside metrics.jsonl; auto is tensorboard where it is installed.",
+        choices=("auto", "tensorboard", "wandb", "none"), fixed=False,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole training run.
+
+    Attributes:
+        model, init, data, recipe, run: the sections; a config file has a table for each.
+
+    Raises:
+        TypeError, ValueError: a value is out of range, or several do not agree.
+    """
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    init: InitConfig = field(default_factory=InitConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    recipe: RecipeConfig = field(default_factory=RecipeConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        kinds = _FILTER_INITS if self.model.name == "convmixer" else _VIT_INITS
+        if self.init.method not in kinds:
+            raise ValueError(
+                f"init.method must be one of {', '.join(kinds)} for model {self.model.name!r}, got "
+                f"{self.init.method!r}"
+            )
+        fields = {
+            "convmixer": (
+                "values",
+                "peak",
+                "weight_norm",
+                "fit",
+                "padding_mode",
+                "offsets",
+                "pos_embed_gain",
+            ),
+            "simple_vit": ("offsets", "pos_embed_gain", "num_cells", "variance"),
+        }
+        for key in fields.get(self.model.name, ("num_cells", "variance")):
+            if getattr(self.init, key) != default_of(InitConfig, key):
+                raise ValueError(f"init.{key} must not be set for model {self.model.name!r}, which has none")
+
+    def as_dict(self) -> dict[str, dict[str, Any]]:
+        """Section → key → value."""
+        return dataclasses.asdict(self)
+
+    def flat(self) -> dict[str, Any]:
+        """ "section.key" → value."""
+        return {f"{s}.{key}": value for s, part in self.as_dict().items() for key, value in part.items()}
+
+    def differing(self, other: Config) -> list[str]:
+        """The keys that a resumed run may not change and that differ, as "key: ours, not theirs"."""
+        ours, theirs = self.flat(), other.flat()
+        return [
+            f"{key}: {ours[key]}, not {theirs[key]}"
+            for key in ours
+            if field_of(key).metadata["fixed"] and ours[key] != theirs[key]
+        ]
+
+    @staticmethod
+    def of(tree: Mapping[str, Any]) -> Config:
+        """From section → key → value; what is not there has its default.
+
+        Raises:
+            TypeError, ValueError: a section or key is unknown, or a value is wrong.
+        """
+        for name, part in tree.items():
+            if name not in SECTIONS:
+                raise ValueError(f"a config has the tables {', '.join(SECTIONS)}, got {name!r}")
+            if not isinstance(part, Mapping):
+                raise TypeError(f"{name} must be a table of keys, got {part!r}")
+            for key in part:
+                field_of(f"{name}.{key}")
+        return Config(**{name: section(**tree.get(name, {})) for name, section in SECTIONS.items()})
+
+
+SECTIONS: dict[str, type[Any]] = {
+    "model": ModelConfig, "init": InitConfig, "data": DataConfig, "recipe": RecipeConfig, "run": RunConfig,
+}  # fmt: skip
+
+
+def field_of(path: str) -> dataclasses.Field:
+    """The field of "section.key"; ValueError with those that there are."""
+    section, _, key = path.partition(".")
+    fields = {each.name: each for each in dataclasses.fields(SECTIONS[section])}
+    if key not in fields:
+        raise ValueError(f"[{section}] has no key {key!r}; it has {', '.join(fields)}")
+    return fields[key]
+
+
+def default_of(section: type, key: str) -> Any:
+    """A field's default."""
+    each = {each.name: each for each in dataclasses.fields(section)}[key]
+    return each.default if each.default_factory is dataclasses.MISSING else each.default_factory()
+
+
+def kind_of(section: type[Any], key: str) -> tuple[type, bool]:
+    """A field's type, and whether it may be None."""
+    hint = typing.get_type_hints(section)[key]
+    if isinstance(hint, types.UnionType):
+        return next(each for each in hint.__args__ if each is not types.NoneType), True
+    return typing.get_origin(hint) or hint, False
+
+
+def _checked(name: str, value: Any, kind: tuple[type, bool], each: dataclasses.Field) -> Any:
+    wanted, optional = kind
+    if optional and (value is None or value == NONE):
+        return None
+    number = not isinstance(value, bool) and isinstance(value, int | float)
+    if wanted is float and number:
+        value = float(value)
+    elif not isinstance(value, wanted) or (wanted is int and isinstance(value, bool)):
+        words = {
+            int: "a whole number",
+            float: "a number",
+            bool: "true or false",
+            str: "a text",
+            dict: "a table",
+        }
+        raise TypeError(f"{name} must be {words[wanted]}{' or none' * optional}, got {value!r}")
+    if wanted is float and not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}")
+    limits = each.metadata
+    if limits["choices"] and value not in limits["choices"]:
+        raise ValueError(f"{name} must be one of {', '.join(limits['choices'])}, got {value!r}")
+    bounds = (
+        ("low", "at least", lambda limit: value >= limit),
+        ("above", "above", lambda limit: value > limit),
+        ("high", "at most", lambda limit: value <= limit),
+        ("below", "below", lambda limit: value < limit),
+    )
+    given = [(words, limits[key], inside) for key, words, inside in bounds if limits[key] is not None]
+    if not all(inside(limit) for _, limit, inside in given):
+        ranges = " and ".join(f"{words} {limit}" for words, limit, _ in given)
+        raise ValueError(f"{name} must be {ranges}, got {value}")
+    return value
+
+
+def _name(key: str, value: str) -> None:
+    if not value.strip():
+        raise ValueError(f"{key} must not be empty")

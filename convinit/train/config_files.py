@@ -1,0 +1,182 @@
+"""Config files (TOML), presets, and what overrules what."""
+
+from __future__ import annotations
+
+import ast
+import json
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from convinit.train.config import NONE, OWN_MODELS, SECTIONS, Config, field_of, kind_of
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+Tree = dict[str, dict[str, Any]]
+
+PRESETS = {
+    "paper": "arXiv 2401.12511: Adam 1e-4 (ConvMixer 1e-3), cosine, batch 512, 200 epochs, RandAugment.",
+    "structured": "arXiv 2505.19985: AdamW 1e-3, cosine after 10 epochs of warm-up, batch 512, 200 epochs.",
+    "quick": "8×8 digits, minutes on a CPU: the settings of convinit demo.",
+}
+
+
+def preset(name: str, model: str | None = None) -> Tree:
+    """The settings of a preset.
+
+    Args:
+        name: of `PRESETS`.
+        model: the model that will be trained, where it is not the preset's own.
+
+    Raises:
+        ValueError: there is no such preset.
+    """
+    if name == "paper":
+        recipe = {"optimizer": "adam", "lr": 1e-3 if model == "convmixer" else 1e-4, "precision": "bf16"}
+        return {
+            "data": {"name": "cifar10", "augment": "paper"},
+            "recipe": {**recipe, "schedule": "cosine", "batch_size": 512, "epochs": 200},
+        }
+    if name == "structured":
+        recipe = {
+            "optimizer": "adamw", "lr": 1e-3, "schedule": "cosine", "warmup_epochs": 10, "min_lr": 1e-6,
+            "batch_size": 512, "epochs": 200, "clip": 3.0, "weight_decay": 0.01, "decay": "matrices",
+            "eps": 1e-3, "precision": "bf16",
+        }  # fmt: skip
+        tree: Tree = {"data": {"name": "cifar10", "augment": "paper"}, "recipe": recipe}
+        if model is None:
+            tree["model"] = {"name": "vit_tiny_patch16_224", "patch_size": 2}
+        if model != "convmixer":
+            tree["init"] = {"values": "mimetic", "kernel_size": 3}
+        return tree
+    if name == "quick":
+        tree = {
+            "init": {"kernel_size": 3},
+            "data": {"name": "digits"},
+            "recipe": {
+                "optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.01, "schedule": "one-cycle",
+                "batch_size": 64, "epochs": 8,
+            },
+            "run": {"cpu": True, "threads": 1, "eval_batch_size": 128, "log_every": 4},
+        }  # fmt: skip
+        if model in (None, *OWN_MODELS):
+            tree["model"] = {"patch_size": 1, "dim": 64, "depth": 4}
+        if model in (None, "simple_vit"):
+            tree["model"] |= {"heads": 4, "mlp_dim": 128}
+        if model != "convmixer":
+            tree["init"] |= {"values": "mimetic"}
+        return tree
+    raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
+
+
+def resolve(
+    preset_name: str | None = None,
+    file: Mapping[str, Any] | None = None,
+    given: Mapping[str, Any] | None = None,
+) -> Config:
+    """The config of preset, file and command line, of which the later ones overrule.
+
+    Args:
+        preset_name: of `PRESETS`; None means the file's own key ``preset``, if it has one.
+        file: what `read_toml` returned.
+        given: "section.key" → value.
+
+    Raises:
+        TypeError, ValueError: a name is unknown or a value is wrong.
+    """
+    tree: dict[str, Any] = {
+        key: dict(part) if isinstance(part, Mapping) else part for key, part in (file or {}).items()
+    }
+    own_preset = tree.pop("preset", None)
+    for path, value in (given or {}).items():
+        section, _, key = path.partition(".")
+        tree.setdefault(section, {})[key] = value
+    model = tree.get("model", {})
+    chosen = preset_name or own_preset
+    kind = model.get("name") if isinstance(model, dict) else None
+    base = {} if chosen is None else preset(chosen, kind)
+    if "data" in tree and {"train_count", "train_fraction"} & {*tree["data"]}:
+        for key in ("train_count", "train_fraction"):  # either replaces both of the preset
+            base.get("data", {}).pop(key, None)
+    if "init" in tree and {"peak", "weight_norm"} & {*tree["init"]}:
+        for key in ("peak", "weight_norm"):
+            base.get("init", {}).pop(key, None)
+    for section, part in base.items():
+        if isinstance(tree.get(section, {}), Mapping):
+            tree[section] = {**part, **tree.get(section, {})}
+    return Config.of(tree)
+
+
+def parse(path: str, text: str | Iterable[str]) -> Any:
+    """The value of "section.key" from the command line: a text, or several NAME=VALUE for a table.
+
+    Raises:
+        ValueError: it is not of the field's type.
+    """
+    section, _, key = path.partition(".")
+    field_of(path)
+    kind, optional = kind_of(SECTIONS[section], key)
+    if kind is dict:
+        return dict(_pair(path, each) for each in ([text] if isinstance(text, str) else text))
+    text = str(text)
+    if optional and text == NONE:
+        return None
+    if kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            words = "a whole number" if kind is int else "a number"
+            raise ValueError(f"{key} must be {words}{' or none' * optional}, got {text!r}") from None
+    return text
+
+
+def _pair(path: str, text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not (name.isidentifier() and equals):
+        raise ValueError(f"{path} must be NAME=VALUE, such as drop_path_rate=0.1, got {text!r}")
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return name, value
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """A config file as section → key → value, and perhaps ``preset``.
+
+    Raises:
+        ValueError: it is no TOML. OSError: it cannot be read.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not a TOML file: {error}") from error
+
+
+def to_toml(config: Config) -> str:
+    """All of a config as TOML text, `read_toml` and `Config.of` read it back."""
+    lines = []
+    for section, part in config.as_dict().items():
+        lines.append(f"[{section}]")
+        lines += [f"{key} = {_toml(value)}" for key, value in part.items()]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _toml(value: Any) -> str:
+    if value is None:
+        return json.dumps(NONE)
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int | float):
+        return repr(value)
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_toml, value))}]"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{_toml(str(key))} = {_toml(each)}" for key, each in value.items()) + "}"
+    raise TypeError(f"model.options must have numbers, texts, lists and tables, got {value!r}")

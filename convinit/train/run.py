@@ -1,0 +1,373 @@
+"""A whole training run: an `Engine`, and beside it what is written, kept, shown and asked for."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import itertools
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from convinit.train import checkpoint as files
+from convinit.train.config import Config
+from convinit.train.config_files import read_toml, to_toml
+from convinit.train.engine import Engine, Plan, make_accelerator
+from convinit.train.records import Records, read_records
+from convinit.train.signals import StopRequest
+
+METRICS = "metrics.jsonl"
+
+
+class RunInterrupted(Exception):  # noqa: N818 (no error: it did as it was told)
+    """A run was asked to stop, and did.
+
+    Attributes:
+        signum: by which signal.
+        checkpoint: the state that it goes on from.
+    """
+
+    def __init__(self, signum: int, checkpoint: Path) -> None:
+        super().__init__(f"stopped by signal {signum}; saved {checkpoint}")
+        self.signum, self.checkpoint = signum, checkpoint
+
+
+class Watcher:
+    """Told what a run does; does nothing itself. Only the main process's is told."""
+
+    def planned(self, plan: Plan, step: int, epoch: int) -> None:
+        """Before the first step; `step` steps and `epoch` epochs are done already."""
+
+    def stepped(self, images: int) -> None:
+        """After a step on so many images, of all processes."""
+
+    def recorded(self, record: dict[str, Any]) -> None:
+        """When a line of metrics.jsonl is written: {"kind": "train" or "epoch", ...}."""
+
+    def testing(self) -> None:
+        """Before a test."""
+
+    def saved(self, checkpoint: Path) -> None:
+        """When a checkpoint is complete."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended.
+
+    Attributes:
+        figures: of the last epoch, as in metrics.jsonl.
+        checkpoint: the last one; its model.safetensors holds the weights.
+        steps: done in this call; 0 if the run was finished before.
+    """
+
+    figures: dict[str, Any]
+    checkpoint: Path
+    steps: int
+
+
+def run_training(
+    config: Config,
+    out: Path,
+    *,
+    resume: bool = True,
+    overwrite: bool = False,
+    watcher: Watcher | None = None,
+) -> Result:
+    """Trains as a config says, or goes on where an earlier call was stopped, even by kill -9.
+
+    The weights come out the same, bit by bit on a CPU, however often the run was interrupted. With several
+    processes (torchrun, accelerate launch) they equal one process's to rounding, since all of them share the
+    same batches; only mixup and CutMix pair the images of each process among themselves.
+
+    Args:
+        config: the run.
+        out: its folder: step-NNNNNN/ (see `convinit.train.checkpoint`), metrics.jsonl and, with tensorboard,
+            its curves. Several processes must all see it.
+        resume: go on from the latest checkpoint in `out`, if there is one. False starts anew, and refuses a
+            folder that holds a run.
+        overwrite: remove such a run first.
+        watcher: told of steps, records and checkpoints.
+
+    Raises:
+        RunInterrupted: SIGTERM or SIGINT came; the step was finished and the state saved.
+        FloatingPointError: the loss became NaN or infinite. Earlier checkpoints are kept.
+        ValueError: the config does not fit the data, or the run in `out`. OSError: `out` or the data.
+    """
+    config_text = to_toml(config)
+    tracker = _tracker(config.run.tracker)
+    accelerator = make_accelerator(config, log_with=tracker, project_dir=str(out))
+    main = accelerator.is_main_process
+    with contextlib.ExitStack() as stack:
+        if main:
+            files.check_room(out, 0, config.run.keep)
+            stack.enter_context(files.locked(out))
+            files.clean(out)
+            _clear(out, resume, overwrite)
+        accelerator.wait_for_everyone()
+        start = _latest(config, out) if resume and not overwrite else None
+        engine = Engine(config, accelerator, start)
+        if main:
+            files.check_room(out, engine.checkpoint_bytes(), config.run.keep)
+        stop = stack.enter_context(StopRequest())
+        drive = _Drive(engine, out, config_text, stop, watcher or Watcher(), start)
+        stack.callback(drive.close)
+        if main:
+            drive.watcher.planned(engine.plan(), engine.progress.step, engine.progress.epoch)
+        if tracker is not None:
+            accelerator.init_trackers(
+                tracker,
+                config={key: str(value) for key, value in config.flat().items()}
+                if tracker == "wandb"
+                else None,
+                init_kwargs={
+                    "tensorboard": {"purge_step": engine.progress.step + 1},
+                    "wandb": {"dir": str(out)},
+                },
+            )
+        return drive.run()
+
+
+def measure(config: Config, *, seconds: float = 5.0) -> tuple[Plan, float]:
+    """What a run would do, and the seconds that a step takes, measured for a while; nothing is written.
+
+    Raises:
+        As `run_training`.
+    """
+    engine = Engine(config, make_accelerator(config))
+    times = []
+    start = time.perf_counter()
+    batches = itertools.chain.from_iterable(_forever(engine))
+    for images, labels in batches:
+        engine.step(images, labels)
+        engine.collect()  # waits for the device
+        times.append(time.perf_counter() - start)
+        if len(times) >= 3 and times[-1] > seconds:
+            break
+    warm = len(times) // 3  # the first third warms up
+    return engine.plan(), (times[-1] - times[warm]) / max(len(times) - 1 - warm, 1)
+
+
+def _forever(engine: Engine) -> Iterator[Any]:
+    while True:
+        yield engine.batches()
+        engine.progress.batch = 0
+
+
+class _Drive:
+    """One sitting of a run."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        out: Path,
+        config_text: str,
+        stop: StopRequest,
+        watcher: Watcher,
+        start: Path | None,
+    ) -> None:
+        self.engine, self.out, self.config_text, self.stop, self.watcher = (
+            engine,
+            out,
+            config_text,
+            stop,
+            watcher,
+        )
+        self.run_config = engine.config.run
+        self.accelerator: Accelerator = engine.accelerator
+        self.main = self.accelerator.is_main_process
+        self.alone = self.accelerator.num_processes == 1
+        self.last_saved = start
+        self.saved_at = self.recorded_at = time.monotonic()
+        self.figures: dict[str, Any] = {}
+        self.records: Records | None = None
+        if self.main:
+            length = 0 if start is None else files.read_progress(start)["metrics_bytes"]
+            self.records = Records(out / METRICS, length)
+
+    def close(self) -> None:
+        if self.records is not None:
+            self.records.close()
+        self.accelerator.end_training()
+
+    def run(self) -> Result:
+        progress, epochs = self.engine.progress, self.engine.config.recipe.epochs
+        first = progress.step
+        try:
+            while progress.epoch < epochs:
+                self._epoch()
+                self._end_epoch(last=progress.epoch + 1 == epochs)
+                every = self.run_config.checkpoint_epochs
+                if progress.epoch == epochs or (every and progress.epoch % every == 0) or self._wishes()[1]:
+                    self._save()
+                self._stop_if_asked()
+        except FloatingPointError as error:
+            kept = "no checkpoint had been made" if self.last_saved is None else f"{self.last_saved} is kept"
+            raise FloatingPointError(f"{error}; {kept}") from error
+        last = files.checkpoints(self.out)[-1]
+        if not self.figures and self.main:  # finished before
+            self.figures = [r for r in read_records(self.out / METRICS) if r["kind"] == "epoch"][-1]
+        return Result(self.figures, last, progress.step - first)
+
+    def _epoch(self) -> None:
+        progress, engine = self.engine.progress, self.engine
+        if progress.batch == engine.steps_per_epoch:  # stopped before the epoch's test
+            return
+        for images, labels in engine.batches():
+            engine.step(images, labels)
+            if self.main:
+                self.watcher.stepped(engine.batch_sizes[progress.batch - 1])
+            at_record = progress.step % self.run_config.log_every == 0
+            if at_record:
+                engine.collect()
+                self._record_steps()
+            every = self.run_config.checkpoint_steps
+            asked, due = self._wishes() if self.alone or at_record else (0, False)
+            last = progress.batch == engine.steps_per_epoch
+            if asked or (not last and (due or (every and progress.step % every == 0))):
+                self._save()
+            if asked:
+                raise RunInterrupted(asked, self._saved())
+            if last:  # a loader with workers may not know yet that this was its last batch
+                return
+
+    def _end_epoch(self, last: bool) -> None:
+        progress, engine = self.engine.progress, self.engine
+        engine.collect()
+        self._record_steps()
+        record: dict[str, Any] = {"kind": "epoch", "epoch": progress.epoch + 1, "step": progress.step}
+        record["loss"] = progress.loss_sum / progress.images
+        if last or (progress.epoch + 1) % self.run_config.eval_every == 0:
+            if self.main:
+                self.watcher.testing()
+            figures = engine.evaluate(lambda: self.alone and bool(self.stop.signum))
+            if figures is None:
+                self._save()
+                raise RunInterrupted(self.stop.signum, self._saved())
+            progress.best = max(progress.best, figures["top1"])
+            record |= {**figures, "best_top1": progress.best}
+        record["seconds"] = self._tick()
+        progress.epoch, progress.batch, progress.loss_sum, progress.images = progress.epoch + 1, 0, 0.0, 0
+        self.figures = record
+        self._record(record)
+        every = self.run_config.checkpoint_steps
+        if every and progress.step % every == 0:
+            self._save()
+
+    def _wishes(self) -> tuple[int, bool]:
+        """The signal that came to any process, or 0, and whether the clock asks for a checkpoint."""
+        minutes = self.run_config.checkpoint_minutes
+        due = minutes is not None and time.monotonic() - self.saved_at > 60 * minutes
+        if self.alone:
+            return self.stop.signum, due
+        mine = torch.tensor([[self.stop.signum, int(due)]], device=self.accelerator.device)
+        signum, anyone_due = self.accelerator.gather(mine).amax(dim=0).tolist()
+        return signum, bool(anyone_due)
+
+    def _stop_if_asked(self) -> None:
+        asked, _ = self._wishes()
+        if asked and self.engine.progress.epoch < self.engine.config.recipe.epochs:
+            self._save()
+            raise RunInterrupted(asked, self._saved())
+
+    # --- writing --------------------------------------------------------------------------------------------
+
+    def _save(self) -> None:
+        step = self.engine.progress.step
+        self._tick()
+        tensors, state = self.engine.state()
+        if self.main:
+            assert self.records is not None
+            state["metrics_bytes"] = self.records.sync()
+            path = files.save(self.out, step, tensors, state, self.config_text, keep=self.run_config.keep)
+            self.watcher.saved(path)
+        self.accelerator.wait_for_everyone()
+        self.last_saved = self.out / f"step-{step:06d}"
+        self.saved_at = time.monotonic()
+
+    def _saved(self) -> Path:
+        assert self.last_saved is not None
+        return self.last_saved
+
+    def _record_steps(self) -> None:
+        """One record of the steps since the last one."""
+        progress = self.engine.progress
+        if not progress.window:
+            return
+        losses, norms = zip(*progress.window, strict=True)
+        count = len(losses)
+        progress.window.clear()
+        now = time.monotonic()
+        seconds, self.recorded_at = now - self.recorded_at, now
+        self._record(
+            {
+                "kind": "train",
+                "step": progress.step,
+                "epoch": progress.epoch + progress.batch / self.engine.steps_per_epoch,
+                "loss": sum(losses) / count,
+                "grad_norm": sum(norms) / count,
+                "lr": self.engine.lr,
+                "images_per_second": count * self.engine.config.recipe.batch_size / max(seconds, 1e-9),
+            }
+        )
+
+    def _record(self, record: dict[str, Any]) -> None:
+        if self.records is not None:
+            self.records.append(record)
+            self.watcher.recorded(record)
+        group = "train" if record["kind"] == "train" else "epoch"
+        self.accelerator.log(
+            {f"{group}/{key}": each for key, each in record.items() if key not in ("kind", "step")},
+            step=record["step"],
+        )
+
+    def _tick(self) -> float:
+        """Brings the seconds of training up to date and returns them."""
+        now = time.monotonic()
+        self.engine.progress.seconds += now - getattr(self, "_ticked", self.saved_at)
+        self._ticked = now
+        return self.engine.progress.seconds
+
+
+def _tracker(name: str) -> str | None:
+    if name == "auto":
+        return "tensorboard" if importlib.util.find_spec("tensorboard") else None
+    if name == "none":
+        return None
+    if importlib.util.find_spec(name) is None:
+        raise ImportError(f"run.tracker is {name}, which is not installed; get it with: pip install {name}")
+    return name
+
+
+def _clear(out: Path, resume: bool, overwrite: bool) -> None:
+    """Sees to it that a new run starts in a folder without one."""
+    old = files.checkpoints(out)
+    if overwrite:
+        for path in old:
+            files.discard(path)
+        (out / METRICS).unlink(missing_ok=True)
+    elif not resume and (old or (out / METRICS).exists()):
+        raise ValueError(
+            f"{out} holds a run, and none shall be gone on with: choose another folder, or remove "
+            "that run with --overwrite"
+        )
+
+
+def _latest(config: Config, out: Path) -> Path | None:
+    """The checkpoint to go on from; ValueError where it is of another config."""
+    found = files.checkpoints(out)
+    if not found:
+        return None
+    files.read_progress(found[-1])
+    theirs = Config.of(read_toml(found[-1] / "config.toml"))
+    if differing := config.differing(theirs):
+        raise ValueError(
+            f"{out} holds a run with other settings: {'; '.join(differing)}. Give the same ones to go on "
+            "with it, choose another folder with --out, or remove that run with --overwrite"
+        )
+    return found[-1]

@@ -1,4 +1,4 @@
-"""Training on Hugging Face Accelerate (extra `train`): data sets, a small loop, and whole runs (`run_training`)."""
+"""Training on Hugging Face Accelerate (extra `train`): data sets, a small loop, whole runs."""
 
 from convinit.train.config import Config
 from convinit.train.data import (

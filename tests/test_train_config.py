@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from convinit.train.config import SECTIONS, Config, default_of, kind_of
+from convinit.train.config_files import PRESETS, parse, read_toml, resolve, to_toml
+
+
+@pytest.mark.parametrize("name", [None, *PRESETS])
+def test_toml_holds_the_whole_config(name, tmp_path):
+    given = {"model.options": {"backend": "eager", "rates": [0.5, 1e-7], "deep": {"a b": True}}}
+    config = resolve(name, given=given | {"data.root": 'a "b"\\\n\x7fü😀', "recipe.ema": 0.999})
+    path = tmp_path / "c.toml"
+    path.write_text(to_toml(config), encoding="utf-8")
+    assert Config.of(read_toml(path)) == config
+    assert resolve("quick", read_toml(path)) == config  # a whole file leaves nothing of a preset
+
+
+def test_command_line_over_file_over_preset():
+    file = {"preset": "quick", "recipe": {"lr": 0.5, "epochs": 3}}
+    config = resolve(None, file, {"recipe.lr": 0.25})
+    assert (config.recipe.lr, config.recipe.epochs, config.recipe.batch_size) == (0.25, 3, 64)
+    assert resolve("paper", file).recipe.batch_size == 512  # the command line's preset, not the file's
+    assert resolve(None, {"init": {"peak": "none"}}).init.peak is None
+
+
+def test_presets_hold_for_every_kind_of_model():
+    for name in PRESETS:
+        for model in ("simple_vit", "convmixer", "vit_tiny_patch16_224"):
+            assert resolve(name, given={"model.name": model}).model.name == model
+    paper = resolve("paper").recipe
+    assert (paper.optimizer, paper.lr, paper.schedule, paper.batch_size) == ("adam", 1e-4, "cosine", 512)
+    assert resolve("paper", given={"model.name": "convmixer"}).recipe.lr == 1e-3
+    structured = resolve("structured").recipe
+    assert (structured.clip, structured.eps, structured.warmup_epochs, structured.min_lr) == (3.0, 1e-3, 10, 1e-6)
+
+
+@pytest.mark.parametrize(
+    "path, value, message",
+    [
+        ("recipe.lr", 0, "lr must be above 0, got 0"),
+        ("recipe.lr", float("inf"), "lr must be finite"),
+        ("recipe.lr", True, "lr must be a number, got True"),
+        ("recipe.epochs", 1.5, "epochs must be a whole number, got 1.5"),
+        ("recipe.epochs", 0, "epochs must be at least 1"),
+        ("recipe.clip", "x", "clip must be a number or none, got 'x'"),
+        ("recipe.label_smoothing", 1, "at least 0 and below 1, got 1"),
+        ("recipe.optimizer", "lion", "optimizer must be one of adam, adamw, sgd, got 'lion'"),
+        ("recipe.warmup_epochs", 201, "at most epochs = 200"),
+        ("recipe.min_lr", 1, "min_lr must be at most lr"),
+        ("recipe.compile", 1, "compile must be true or false"),
+        ("model.num_filters", 8, "model.num_filters must not be set for model 'simple_vit'"),
+        ("model.options", [1], "options must be a table"),
+        ("model.name", " ", "must not be empty"),
+        ("init.method", "box", "init.method must be one of impulse, mimetic"),
+        ("init.offsets", "fixed", "init.offsets must not be set"),
+        ("init.peak", 1, "below 1, got 1"),
+        ("recipe.lrr", 1, r"\[recipe\] has no key 'lrr'; it has epochs"),
+        ("recipes.lr", 1, "a config has the tables model, init, data, recipe, run, got 'recipes'"),
+    ],
+)
+def test_errors_say_what_is_wrong(path, value, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        resolve(given={path: value})
+
+
+def test_what_excludes_each_other():
+    with pytest.raises(ValueError, match="peak or init.weight_norm, not both"):
+        resolve(given={"init.peak": 0.5, "init.weight_norm": 3})
+    with pytest.raises(ValueError, match="train_count or data.train_fraction, not both"):
+        resolve(given={"data.train_count": 5, "data.train_fraction": 0.5})
+    with pytest.raises(ValueError, match="must be 0 with schedule one-cycle"):
+        resolve(given={"recipe.schedule": "one-cycle", "recipe.warmup_epochs": 1})
+    with pytest.raises(ValueError, match="preset must be one of paper"):
+        resolve("papers")
+    with pytest.raises(TypeError, match="recipe must be a table"):
+        resolve("quick", {"recipe": 3})
+
+
+def test_a_file_that_is_no_toml(tmp_path):
+    path = tmp_path / "c.toml"
+    path.write_text("lr = ")
+    with pytest.raises(ValueError, match="c.toml is not a TOML file"):
+        read_toml(path)
+
+
+def test_command_line_values():
+    assert parse("recipe.lr", "3e-4") == 3e-4 and parse("recipe.clip", "none") is None
+    assert parse("model.options", ["a=1", "b=[2, 3]", "c=x"]) == {"a": 1, "b": [2, 3], "c": "x"}
+    with pytest.raises(ValueError, match="epochs must be a whole number, got '1.5'"):
+        parse("recipe.epochs", "1.5")
+    with pytest.raises(ValueError, match="must be NAME=VALUE"):
+        parse("model.options", ["a"])
+
+
+def test_only_what_changes_the_weights_hinders_a_resumption():
+    config = resolve("quick")
+    other = resolve("quick", given={"run.keep": 5, "data.workers": 2, "recipe.lr": 0.1, "run.seed": 1})
+    assert other.differing(config) == ["recipe.lr: 0.1, not 0.001", "run.seed: 1, not 0"]
+
+
+def test_every_field_has_help_and_a_flag_of_its_own():
+    fields = [(section, each) for section in SECTIONS.values() for each in dataclasses.fields(section)]
+    flags = [each.metadata["flag"] or each.name.replace("_", "-") for _, each in fields]
+    assert len(set(flags)) == len(flags)
+    for section, each in fields:
+        assert each.metadata["help"].endswith(".")
+        kind, optional = kind_of(section, each.name)
+        default = default_of(section, each.name)
+        assert isinstance(default, kind) or (optional and default is None)

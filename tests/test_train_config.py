@@ -34,7 +34,12 @@ def test_presets_hold_for_every_kind_of_model():
     assert (paper.optimizer, paper.lr, paper.schedule, paper.batch_size) == ("adam", 1e-4, "cosine", 512)
     assert resolve("paper", given={"model.name": "convmixer"}).recipe.lr == 1e-3
     structured = resolve("structured").recipe
-    assert (structured.clip, structured.eps, structured.warmup_epochs, structured.min_lr) == (3.0, 1e-3, 10, 1e-6)
+    assert (structured.clip, structured.eps, structured.warmup_epochs, structured.min_lr) == (
+        3.0,
+        1e-3,
+        10,
+        1e-6,
+    )
 
 
 @pytest.mark.parametrize(
@@ -53,6 +58,7 @@ def test_presets_hold_for_every_kind_of_model():
         ("recipe.compile", 1, "compile must be true or false"),
         ("model.num_filters", 8, "model.num_filters must not be set for model 'simple_vit'"),
         ("model.options", [1], "options must be a table"),
+        ("model.options", {"a": [None]}, "options.a must be a number, a text, .*got None"),
         ("model.name", " ", "must not be empty"),
         ("init.method", "box", "init.method must be one of impulse, mimetic"),
         ("init.offsets", "fixed", "init.offsets must not be set"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import random
 import shutil
@@ -13,14 +12,10 @@ from typing import Any
 
 import pytest
 import safetensors.torch
-from training import assert_same_run, final_tensors, kill, records, small
+from training import assert_same_run, context, final_tensors, kill, records, small
 
 from convinit.train import checkpoint as files
 from convinit.train.run import RunInterrupted, Watcher, run_training
-
-# Forked from a process that has imported everything, but started no thread.
-context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["convinit.train.run", "sklearn.datasets"])
 
 
 class KillAfter(Watcher):
@@ -181,7 +176,9 @@ def test_a_finished_run_is_left_as_it_is(tmp_path):
 
 def test_only_the_same_run_is_resumed(tmp_path):
     run_training(small(recipe__epochs=1), tmp_path)
-    with pytest.raises(ValueError, match=r"other settings: recipe.epochs: 2, not 1; recipe.lr: 0.02, not 0.01\."):
+    with pytest.raises(
+        ValueError, match=r"other settings: recipe.epochs: 2, not 1; recipe.lr: 0.02, not 0.01\."
+    ):
         run_training(small(recipe__epochs=2, recipe__lr=0.02), tmp_path)
     with pytest.raises(ValueError, match="holds a run"):
         run_training(small(recipe__epochs=1), tmp_path, resume=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 from pathlib import Path
@@ -14,6 +15,12 @@ from safetensors.torch import load_file
 from convinit.train.checkpoint import checkpoints
 from convinit.train.config import Config
 from convinit.train.config_files import resolve
+
+# Processes forked from one that has imported everything, but started no thread: they start in no time.
+context = multiprocessing.get_context("forkserver")
+context.set_forkserver_preload(
+    ["convinit.train.run", "convinit.cli.app", "sklearn.datasets", "torch._dynamo", "training"]
+)
 
 # 4 steps an epoch, the last on a smaller batch; dropout draws, the schedule moves, the average lags.
 SMALL = {

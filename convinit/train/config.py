@@ -275,7 +275,10 @@ class RunConfig(_Section):
     )
     eval_batch_size: int = option(512, "Test images at once, of all processes together.", low=1, fixed=False)
     log_every: int = option(
-        20, "Steps between two records of the loss; NaN is looked for as often.", low=1, fixed=False
+        20,
+        "Steps between two records of the loss; NaN, and with several processes signals, are seen as often.",
+        low=1,
+        fixed=False,
     )
     checkpoint_minutes: float | None = option(
         10.0, "Minutes between two checkpoints.", above=0, fixed=False, unset="not by the clock"
@@ -411,6 +414,8 @@ def _checked(name: str, value: Any, kind: tuple[type, bool], each: dataclasses.F
             dict: "a table",
         }
         raise TypeError(f"{name} must be {words[wanted]}{' or none' * optional}, got {value!r}")
+    if wanted is dict:
+        return {str(key): _plain(f"{name}.{key}", each) for key, each in value.items()}
     if wanted is float and not math.isfinite(value):
         raise ValueError(f"{name} must be finite, got {value}")
     limits = each.metadata
@@ -426,6 +431,17 @@ def _checked(name: str, value: Any, kind: tuple[type, bool], each: dataclasses.F
     if not all(inside(limit) for _, limit, inside in given):
         ranges = " and ".join(f"{words} {limit}" for words, limit, _ in given)
         raise ValueError(f"{name} must be {ranges}, got {value}")
+    return value
+
+
+def _plain(path: str, value: Any) -> Any:
+    """What a config file can hold; tuples come back from it as lists."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(f"{path}.{key}", each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(path, each) for each in value]
+    if not isinstance(value, str | bool | int | float):
+        raise TypeError(f"{path} must be a number, a text, true, false, a list or a table, got {value!r}")
     return value
 
 

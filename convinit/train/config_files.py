@@ -179,4 +179,4 @@ def _toml(value: Any) -> str:
         return f"[{', '.join(map(_toml, value))}]"
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{_toml(str(key))} = {_toml(each)}" for key, each in value.items()) + "}"
-    raise TypeError(f"model.options must have numbers, texts, lists and tables, got {value!r}")
+    raise TypeError(f"a config must hold numbers, texts, lists and tables, got {value!r}")

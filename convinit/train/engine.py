@@ -96,7 +96,10 @@ def make_accelerator(config: Config, **options: Any) -> Accelerator:
     if config.run.threads is not None:
         torch.set_num_threads(config.run.threads)
     AcceleratorState._reset_state()  # an earlier run of this process may have had another precision
-    return Accelerator(mixed_precision=config.recipe.precision, cpu=config.run.cpu, **options)
+    accelerator = Accelerator(mixed_precision=config.recipe.precision, cpu=config.run.cpu, **options)
+    if config.recipe.precision == "fp16" and accelerator.device.type == "cpu":
+        raise ValueError("recipe.precision must be no or bf16 on the CPU, got fp16")
+    return accelerator
 
 
 class Engine:

@@ -147,7 +147,7 @@ def measure(config: Config, *, seconds: float = 5.0) -> tuple[Plan, float]:
         engine.step(images, labels)
         engine.collect()  # waits for the device
         times.append(time.perf_counter() - start)
-        if len(times) >= 3 and times[-1] > seconds:
+        if engine.progress.step == engine.plan().steps or (len(times) >= 3 and times[-1] > seconds):
             break
     warm = len(times) // 3  # the first third warms up
     return engine.plan(), (times[-1] - times[warm]) / max(len(times) - 1 - warm, 1)

@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from training import records
+from typer.testing import CliRunner
+
+from convinit.cli.app import app
+from convinit.train.config import SECTIONS, Config
+from convinit.train.config_files import read_toml
+
+
+def invoke(*arguments: object):
+    return CliRunner().invoke(app, ["train", *map(str, arguments)], env={"COLUMNS": "200", "TERM": "dumb"})
+
+
+SMALL_RUN = [
+    "--preset", "quick", "--dim", 32, "--depth", 1, "--train-count", 70, "--epochs", 2, "--tracker", "none",
+    "--threads", "none",
+]  # fmt: skip
+
+
+def test_help_has_every_option_in_its_panel():
+    text = invoke("--help").output
+    for panel in ("Model", "Initial weights", "Data", "Recipe", "Run"):
+        assert f"─ {panel} ─" in text
+    for section in SECTIONS.values():
+        for each in dataclasses.fields(section):
+            flag = each.metadata["flag"] or each.name.replace("_", "-")
+            assert f"--{flag} " in text
+            assert each.metadata["help"].split()[0] in text
+    assert "convinit train --preset quick" in text and "[default: (0.001)]" in text
+
+
+def test_a_run_from_the_command_line(tmp_path):
+    done = invoke(*SMALL_RUN, "--out", tmp_path / "o", "--ema", 0.5)
+    assert done.exit_code == 0, done.output
+    assert "epoch 2/2: loss" in done.output and "average's top-1" in done.output
+    assert f"Weights: {tmp_path}/o/step-000004/model.safetensors" in done.output
+    assert [r["epoch"] for r in records(tmp_path / "o") if r["kind"] == "epoch"] == [1, 2]
+    assert "the run was finished already" in invoke(*SMALL_RUN, "--out", tmp_path / "o", "--ema", 0.5).output
+    other = invoke(*SMALL_RUN, "--out", tmp_path / "o", "--ema", 0.6)
+    assert other.exit_code == 2 and "other settings: recipe.ema: 0.6, not 0.5." in other.output
+
+
+def test_command_line_over_file_over_preset(tmp_path):
+    path = tmp_path / "run.toml"
+    done = invoke(
+        "--preset", "paper", "--model", "convmixer", "--init", "box", "--option", "a=(1, 'b')",
+        "--share-layers", "--no-download", "--clip", "none", "--lr", "2e-3", "--save-config", path,
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    config = Config.of(read_toml(path))
+    assert (config.model.name, config.init.method, config.recipe.lr) == ("convmixer", "box", 2e-3)
+    assert config.model.share_layers and config.model.options == {"a": [1, "b"]}
+    again = tmp_path / "again.toml"
+    assert invoke("--config", path, "--epochs", 7, "--save-config", again).exit_code == 0
+    changed = dataclasses.replace(config, recipe=dataclasses.replace(config.recipe, epochs=7))
+    assert Config.of(read_toml(again)) == changed
+
+
+def test_dry_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = invoke(*SMALL_RUN, "--dry-run")
+    assert done.exit_code == 0, done.output
+    assert "4: 2 epochs of 2, batch 64" in done.output and "70 training and 797 test images" in done.output
+    assert "checkpoint" in done.output and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--lr", "fast"], "error: lr must be a number, got 'fast'"),
+        (["--preset", "quik"], "error: preset must be one of paper, structured, quick, got 'quik'"),
+        (["--preset", "quick", "--heads", 3], "error: dim must be divisible by"),
+        (["--preset", "quick", "--variant", "IV"], "error: variant must be one of vanilla, I, II, III"),
+        (["--data", "cifar10"], "error: root must be the folder with the data set 'cifar10'"),
+        (["--preset", "quick", "--train-count", 5000], "error: train_count must be at most 1000"),
+        (["--preset", "quick", "--precision", "fp16"], "error: recipe.precision must be no or bf16"),
+        (["--config", "nowhere.toml"], "nowhere.toml"),
+    ],
+)
+def test_errors_in_one_line(arguments, message, tmp_path):
+    done = invoke(*arguments, "--out", tmp_path / "o")
+    assert done.exit_code in (1, 2)
+    assert message in done.output and "Traceback" not in done.output
+    assert len([line for line in done.output.splitlines() if "error" in line]) == 1

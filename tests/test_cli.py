@@ -59,7 +59,7 @@ def test_without_the_extra_one_sentence_says_what_to_do():
     )
 
 
-@pytest.mark.parametrize("command", [[], ["demo"], ["fit"], ["plot"], ["info"]])
+@pytest.mark.parametrize("command", [[], ["demo"], ["fit"], ["plot"], ["train"], ["info"]])
 def test_help_teaches(command):
     result = invoke(*command, "--help")
     assert result.exit_code == 0

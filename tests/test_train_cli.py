@@ -1,14 +1,20 @@
 from __future__ import annotations
 
 import dataclasses
+import io
+import re
 
 import pytest
-from training import records
+from rich.console import Console
+from rich.progress import Progress
+from training import records, small
 from typer.testing import CliRunner
 
 from convinit.cli.app import app
+from convinit.cli.train_progress import Bar
 from convinit.train.config import SECTIONS, Config
 from convinit.train.config_files import read_toml
+from convinit.train.run import run_training
 
 
 def invoke(*arguments: object):
@@ -42,6 +48,17 @@ def test_a_run_from_the_command_line(tmp_path):
     assert "the run was finished already" in invoke(*SMALL_RUN, "--out", tmp_path / "o", "--ema", 0.5).output
     other = invoke(*SMALL_RUN, "--out", tmp_path / "o", "--ema", 0.6)
     assert other.exit_code == 2 and "other settings: recipe.ema: 0.6, not 0.5." in other.output
+
+
+def test_the_bar_shows_loss_accuracy_and_speed(tmp_path):
+    text = io.StringIO()
+    console = Console(file=text, force_terminal=True, width=160)
+    with Progress("{task.description} {task.completed} {task.fields[figures]}", console=console) as progress:
+        run_training(small(recipe__epochs=1, run__log_every=2), tmp_path, watcher=Bar(progress, 1))
+        (task,) = progress.tasks
+        assert (task.completed, task.total) == (4, 4)
+        assert re.fullmatch(r"loss \d\.\d{3}, [\d,]+ images/s, top-1 \d+\.\d%", task.fields["figures"])
+    assert "testing" in text.getvalue() and "epoch 1/1: loss" in text.getvalue()
 
 
 def test_command_line_over_file_over_preset(tmp_path):

@@ -77,7 +77,7 @@ def test_two_processes_train_as_one(tmp_path):
 @needs_gloo
 @pytest.mark.parametrize(
     "launcher", [["torch.distributed.run", "--standalone", "--nproc-per-node=2"],
-                 ["accelerate.commands.launch", "--cpu", "--multi_gpu", "--num_processes=2"]],
+                 ["accelerate.commands.launch", "--multi_gpu", "--num_processes=2"]],
 )  # fmt: skip
 def test_launchers(launcher, tmp_path):
     config = small(model__options={}, recipe__epochs=1, run__threads=1)

@@ -15,6 +15,7 @@ import safetensors.torch
 from training import assert_same_run, context, final_tensors, kill, records, small
 
 from convinit.train import checkpoint as files
+from convinit.train import engine
 from convinit.train.run import RunInterrupted, Watcher, run_training
 
 
@@ -191,6 +192,14 @@ def test_only_the_same_run_is_resumed(tmp_path):
 def test_one_process_at_a_time(tmp_path):
     with files.locked(tmp_path), pytest.raises(ValueError, match="another process is training into"):
         run_training(small(), tmp_path)
+
+
+def test_other_data_are_not_gone_on_with(tmp_path, monkeypatch):
+    run_training(small(recipe__epochs=1), tmp_path)
+    load = engine.load_data
+    monkeypatch.setattr(engine, "load_data", lambda *a, **k: load(*a, **{**k, "train_count": 109}))
+    with pytest.raises(ValueError, match="step-000004, 110 training images, got 109"):
+        run_training(small(recipe__epochs=1), tmp_path)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "progress.json", "optimizer.safetensors"])

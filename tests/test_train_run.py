@@ -70,6 +70,7 @@ def test_a_run_is_the_loop_written_out(tmp_path):
     assert epochs[-1]["top5"] == pytest.approx(ranks[:, :5].sum(dim=1).mean().item(), abs=2e-3)
 
 
+@pytest.mark.slow
 def test_it_learns(tmp_path):
     config = resolve(
         "quick",
@@ -110,6 +111,16 @@ def test_other_recipes_resume_exactly(changes, tmp_path):
     assert (
         all(torch.equal(ours[name], each) for name, each in theirs.items()) and ours.keys() == theirs.keys()
     )
+
+
+@pytest.mark.slow
+def test_compiled_is_eager_to_rounding(tmp_path):
+    for name in ("compiled", "eager"):
+        config = small(recipe__compile=name == "compiled", model__options={}, recipe__epochs=2)
+        run_training(config, tmp_path / name)
+    eager = final_tensors(tmp_path / "eager")
+    for name, each in final_tensors(tmp_path / "compiled").items():
+        torch.testing.assert_close(each, eager[name], rtol=1e-3, atol=1e-4)
 
 
 def test_whole_epochs_between_tests_and_checkpoints(tmp_path):

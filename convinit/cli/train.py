@@ -38,7 +38,10 @@ def train(
         typer.Option(help="Settings to start from: " + " ".join(f"{k}: {v}" for k, v in PRESETS.items())),
     ] = None,
     config: Annotated[
-        Path | None, typer.Option(help="TOML file with settings, as --save-config writes it.")
+        Path | None,
+        typer.Option(
+            help='TOML file with settings, as --save-config writes it; preset = "paper" may lead it.'
+        ),
     ] = None,
     save_config: Annotated[
         Path | None, typer.Option(help="Write all settings to this file, and leave.")

@@ -347,8 +347,8 @@ class Engine:
             )
         scaler = None if self.accelerator.scaler is None else self.accelerator.scaler.state_dict()
         schedule = self.schedule.state_dict()
-        progress = dataclasses.asdict(self.progress)
-        return tensors, {"progress": progress, "optimizer": numbers, "schedule": schedule, "scaler": scaler}
+        numbers_of_run = {"progress": dataclasses.asdict(self.progress), "train_images": len(self.train_set)}
+        return tensors, {**numbers_of_run, "optimizer": numbers, "schedule": schedule, "scaler": scaler}
 
     def checkpoint_bytes(self) -> int:
         """Size of a checkpoint, to a few kilobytes."""
@@ -359,6 +359,11 @@ class Engine:
 
     def _restore(self, checkpoint: Path, optimizer: torch.optim.Optimizer) -> None:
         saved = read_progress(checkpoint)
+        if saved["train_images"] != len(self.train_set):
+            raise ValueError(
+                f"the data must be those of {checkpoint}, {saved['train_images']} training images, got "
+                f"{len(self.train_set)}"
+            )
         try:
             self.progress = Progress(**saved["progress"])
             self.inner.load_state_dict(read_tensors(checkpoint, "model"))

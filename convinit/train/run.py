@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import itertools
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from convinit.train.records import Records, read_records
 from convinit.train.signals import StopRequest
 
 METRICS = "metrics.jsonl"
+TENSORBOARD = "tensorboard"  # where Accelerate puts its curves
 
 
 class RunInterrupted(Exception):  # noqa: N818 (no error: it did as it was told)
@@ -140,17 +142,19 @@ def measure(config: Config, *, seconds: float = 5.0) -> tuple[Plan, float]:
         As `run_training`.
     """
     engine = Engine(config, make_accelerator(config))
-    times = []
+    plan, times = engine.plan(), []
     start = time.perf_counter()
     batches = itertools.chain.from_iterable(_forever(engine))
     for images, labels in batches:
         engine.step(images, labels)
         engine.collect()  # waits for the device
         times.append(time.perf_counter() - start)
-        if engine.progress.step == engine.plan().steps or (len(times) >= 3 and times[-1] > seconds):
+        # All processes stop together: a step needs each of them.
+        late = torch.tensor([len(times) >= 3 and times[-1] > seconds], device=engine.accelerator.device)
+        if engine.progress.step == plan.steps or engine.accelerator.gather(late.int()).any():
             break
     warm = len(times) // 3  # the first third warms up
-    return engine.plan(), (times[-1] - times[warm]) / max(len(times) - 1 - warm, 1)
+    return plan, (times[-1] - times[warm]) / max(len(times) - 1 - warm, 1)
 
 
 def _forever(engine: Engine) -> Iterator[Any]:
@@ -183,7 +187,7 @@ class _Drive:
         self.main = self.accelerator.is_main_process
         self.alone = self.accelerator.num_processes == 1
         self.last_saved = start
-        self.saved_at = self.recorded_at = time.monotonic()
+        self.saved_at = self.recorded_at = self.ticked_at = time.monotonic()
         self.figures: dict[str, Any] = {}
         self.records: Records | None = None
         if self.main:
@@ -329,8 +333,8 @@ class _Drive:
     def _tick(self) -> float:
         """Brings the seconds of training up to date and returns them."""
         now = time.monotonic()
-        self.engine.progress.seconds += now - getattr(self, "_ticked", self.saved_at)
-        self._ticked = now
+        self.engine.progress.seconds += now - self.ticked_at
+        self.ticked_at = now
         return self.engine.progress.seconds
 
 
@@ -351,6 +355,7 @@ def _clear(out: Path, resume: bool, overwrite: bool) -> None:
         for path in old:
             files.discard(path)
         (out / METRICS).unlink(missing_ok=True)
+        shutil.rmtree(out / TENSORBOARD, ignore_errors=True)
     elif not resume and (old or (out / METRICS).exists()):
         raise ValueError(
             f"{out} holds a run, and none shall be gone on with: choose another folder, or remove "

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from training import context, final_tensors, records, small
 from convinit.train import checkpoint as files
 from convinit.train.config import Config
 from convinit.train.config_files import resolve, to_toml
-from convinit.train.run import run_training
+from convinit.train.run import Plan, Watcher, run_training
 
 
 def command_line(arguments: list[str], folder: Path, environment: dict[str, str]) -> None:
@@ -41,7 +42,9 @@ def start(arguments: list[str], folder: Path, **environment: str) -> Any:
     return process
 
 
-def on_two_processes(config: Config, folder: Path) -> tuple[list[int | None], str]:
+def on_two_processes(
+    config: Config, folder: Path, meanwhile: Callable[[list[Any]], None] = lambda processes: None
+) -> tuple[list[int | None], str]:
     """Exit codes, and what they said; with the variables that torchrun and accelerate launch set."""
     (folder / "config.toml").write_text(to_toml(config))
     with socket.socket() as probe:
@@ -50,6 +53,7 @@ def on_two_processes(config: Config, folder: Path) -> tuple[list[int | None], st
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"}
     arguments = ["train", "--config", "config.toml", "--out", "two"]
     processes = [start(arguments, folder, RANK=rank, LOCAL_RANK=rank, **shared) for rank in "01"]
+    meanwhile(processes)
     for process in processes:
         process.join(120)
         process.kill()
@@ -109,34 +113,24 @@ def assert_close(got: Path, config: Config, expected: Path) -> None:
 @needs_gloo
 def test_two_processes_stop_together_and_one_goes_on(tmp_path):
     config = small(recipe__epochs=400, run__threads=1, run__checkpoint_steps="none")
-    import threading
 
-    def stop_one() -> None:  # as soon as there is an epoch
-        while (
-            not (tmp_path / "two" / "metrics.jsonl").exists()
-            or "epoch 1/" not in (tmp_path / "said0").read_text()
-        ):
+    def stop_one(processes: list[Any]) -> None:  # as soon as there was an epoch
+        said = tmp_path / "said0"
+        while processes[0].is_alive() and not (said.exists() and "epoch 1/" in said.read_text()):
             time.sleep(0.01)
-        os.kill(started[1].pid, signal.SIGTERM)
+        os.kill(processes[1].pid, signal.SIGTERM)
 
-    started: list[Any] = []
-    original = context.Process.start
-
-    def noted(self: Any) -> None:
-        original(self)
-        started.append(self)
-
-    context.Process.start = noted
-    try:
-        thread = threading.Thread(target=stop_one, daemon=True)
-        thread.start()
-        codes, said = on_two_processes(config, tmp_path)
-    finally:
-        context.Process.start = original
+    codes, said = on_two_processes(config, tmp_path, stop_one)
     assert codes == [143, 143], said
     (saved,) = files.checkpoints(tmp_path / "two")
-    step = files.read_progress(saved)["progress"]["step"]
-    assert 0 < step < 1600
+
+    class Look(Watcher):
+        def planned(self, plan: Plan, step: int, epoch: int) -> None:
+            assert saved.name == f"step-{step:06d}" and 4 <= step < plan.steps and plan.processes == 1
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_training(config, tmp_path / "two", watcher=Look())
 
 
 @needs_gloo

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from convinit.init import default_
+from convinit.models.pretrained import Pretrained
 from convinit.models.simple_vit import pair, patch_grid
 from convinit.nn.spatial_conv import SpatialConv
 from convinit.offsets import check_int
@@ -16,7 +17,7 @@ from convinit.offsets import check_int
 __all__ = ["ConvMixer"]
 
 
-class ConvMixer(nn.Module):
+class ConvMixer(Pretrained, nn.Module):
     """Patches, then blocks of spatial and pointwise mixing, mean over the pixels, linear head.
 
     block:  x = x + BatchNorm(GELU(spatial(x)));   x = BatchNorm(GELU(pointwise(x)))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from convinit.fit.api import Method
 from convinit.init import default_
+from convinit.models.pretrained import Pretrained
 from convinit.nn.attention import ConvInitAttention, reset_mixing_
 from convinit.nn.position import sincos_2d
 from convinit.offsets import check_int
@@ -17,7 +18,7 @@ from convinit.offsets import check_int
 __all__ = ["SimpleViT"]
 
 
-class SimpleViT(nn.Module):
+class SimpleViT(Pretrained, nn.Module):
     """Vision Transformer without class token: patches, pre-norm blocks, mean over the tokens, linear head.
 
     ===========  ===================================================  =============

@@ -1,0 +1,248 @@
+from __future__ import annotations
+
+import builtins
+import copy
+import json
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import convinit.nn.attention
+from convinit import sample_offsets
+from convinit.fit import Adam, Newton
+from convinit.models import ConvMixer, SimpleViT
+from convinit.models.pretrained import Pretrained, read_weights
+
+safetensors = pytest.importorskip("safetensors.torch")
+
+VIT = {"dim": 32, "depth": 2, "num_heads": 4, "head_dim": 8, "mlp_dim": 24, "kernel_size": 3}
+MIXER = {"dim": 12, "depth": 3, "kernel_size": 3}
+
+
+def vit(**options):
+    return SimpleViT((8, 12), 2, 5, generator=torch.Generator().manual_seed(0), **VIT | options)
+
+
+def mixer(**options):
+    return ConvMixer((8, 12), 2, num_classes=5, generator=torch.Generator().manual_seed(0), **MIXER | options)
+
+
+def images(batch=3, dtype=torch.float32):
+    return torch.randn(batch, 3, 8, 12, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+def some_offsets(heads):
+    return sample_offsets(heads, 3, generator=torch.Generator().manual_seed(5))
+
+
+MODELS = {
+    "vanilla": lambda: vit(variant="vanilla"),
+    "I": lambda: vit(),
+    "II, newton options": lambda: vit(variant="II", method=Newton(max_iterations=30), peak=0.9),
+    "III, frozen": lambda: vit(variant="III", trainable_mixing=False),
+    "adam": lambda: vit(method=Adam(steps=2)),
+    "offsets": lambda: vit(offsets=some_offsets(4)),
+    "offsets of layers, one control": lambda: vit(offsets=some_offsets(8), init="norm_matched"),
+    "no values": lambda: vit(value=False, proj=False, variant="II"),
+    "float64": lambda: vit(dtype=torch.float64),
+    "bfloat16": lambda: vit().to(torch.bfloat16),
+    "mixer": lambda: mixer(),
+    "mixer, shared": lambda: mixer(init="gaussian", share_layers=True, num_filters=4),
+    "mixer, matrices": lambda: mixer(init="full_permutation", matrix_form=True, trainable_mixing=False),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_loaded_model_is_the_saved_one(name, tmp_path, monkeypatch):
+    model = MODELS[name]()
+    with torch.no_grad():  # unlike any initial weights, and with BatchNorm's statistics moved
+        for parameter in model.parameters():
+            parameter.add_(0.01 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)))
+        model.train()(images(dtype=model.head.weight.dtype))
+    model.save_pretrained(tmp_path / "deep" / "model", metadata={"class_names": ["a", "ö"]})
+    assert {path.name for path in (tmp_path / "deep" / "model").iterdir()} == {
+        "config.json",
+        "model.safetensors",
+    }
+
+    def no_fit(*args, **kwargs):
+        raise AssertionError("from_pretrained must not fit")
+
+    monkeypatch.setattr(convinit.nn.attention, "fit_qk", no_fit)
+    state = torch.get_rng_state()
+    loaded = type(model).from_pretrained(tmp_path / "deep" / "model")
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not loaded.training and loaded.metadata == {"class_names": ["a", "ö"]}
+    batch = images(dtype=model.head.weight.dtype)
+    assert torch.equal(loaded(batch), model.eval()(batch))
+    for mine, theirs in (
+        (model.named_parameters, loaded.named_parameters),
+        (model.named_buffers, loaded.named_buffers),
+    ):
+        mine, theirs = dict(mine()), dict(theirs())
+        assert mine.keys() == theirs.keys()  # also: shared weights are one parameter again
+        for key, tensor in mine.items():
+            assert torch.equal(tensor, theirs[key]) and tensor.dtype == theirs[key].dtype, key
+            assert tensor.requires_grad == theirs[key].requires_grad, key
+    monkeypatch.undo()
+
+    # What is loaded has its constructor's arguments too: it draws as the first one, and is saved alike.
+    for each in (model, loaded):
+        each.reset_parameters(torch.Generator().manual_seed(9))
+    assert torch.equal(loaded(batch), model(batch))
+    loaded.save_pretrained(tmp_path / "again")
+    configs = [(tmp_path / each / "config.json").read_text() for each in ("deep/model", "again")]
+    assert configs[0] == configs[1]
+
+
+def test_shared_weights_are_stored_once_and_in_the_format_of_safetensors(tmp_path):
+    model = mixer(share_layers=True)
+    model.save_pretrained(tmp_path)
+    names = safetensors.load_file(tmp_path / "model.safetensors").keys()
+    assert sum(name.endswith("spatial.weight") for name in names) == 1
+    other = mixer(share_layers=True, init="impulse")
+    safetensors.load_model(other, tmp_path / "model.safetensors")
+    assert torch.equal(other.eval()(images()), model.eval()(images()))
+
+
+def test_copies_keep_their_arguments(tmp_path):
+    model = vit(offsets=some_offsets(4)).eval()
+    model.metadata["note"] = 1
+    for i, each in enumerate((copy.deepcopy(model), pickle.loads(pickle.dumps(model)))):
+        each.save_pretrained(tmp_path / str(i))
+        loaded = SimpleViT.from_pretrained(tmp_path / str(i))
+        assert torch.equal(loaded(images()), model(images())) and loaded.metadata == {"note": 1}
+
+
+class Wider(SimpleViT):
+    def __init__(self, width: int, name: str = "wider", **options):
+        super().__init__((8, 12), 2, 5, dim=4 * width, **options)
+        self.name = name
+
+
+def test_a_subclass_keeps_its_own_arguments(tmp_path):
+    model = Wider(8, depth=1, num_heads=2, head_dim=8, mlp_dim=8, variant="II").eval()
+    model.save_pretrained(tmp_path)
+    loaded = Wider.from_pretrained(tmp_path)
+    assert torch.equal(loaded(images()), model(images())) and loaded.name == "wider"
+    with pytest.raises(ValueError, match="must describe a SimpleViT, got 'Wider'"):
+        SimpleViT.from_pretrained(tmp_path)
+
+
+def test_a_positional_argument_too_many_is_the_constructors_error():
+    with pytest.raises(TypeError, match="positional argument"):
+        SimpleViT(8, 2, 5, 6)
+
+
+def edited(folder, **changes):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+
+
+def test_what_cannot_be_loaded(tmp_path):
+    vit().save_pretrained(tmp_path)
+    weights, config = (tmp_path / "model.safetensors").read_bytes(), (tmp_path / "config.json").read_text()
+
+    def restored():
+        (tmp_path / "model.safetensors").write_bytes(weights)
+        (tmp_path / "config.json").write_text(config)
+
+    def fails(error, match, cls=SimpleViT, folder=tmp_path):
+        with pytest.raises(error, match=match):
+            cls.from_pretrained(folder)
+        restored()
+
+    arguments = json.loads(config)["arguments"]
+    fails(FileNotFoundError, "snapshot_download", folder=tmp_path / "none")
+    (tmp_path / "empty").mkdir()
+    fails(FileNotFoundError, "has no config.json", folder=tmp_path / "empty")
+    fails(ValueError, "must describe a ConvMixer, got 'SimpleViT'", cls=ConvMixer)
+    (tmp_path / "config.json").write_text("{")
+    fails(ValueError, "is not JSON")
+    (tmp_path / "config.json").write_text("[1]")
+    fails(ValueError, "must hold an object, got list")
+    edited(tmp_path, arguments={**arguments, "depht": 2})
+    fails(ValueError, "does not describe a SimpleViT.*depht")
+    edited(tmp_path, arguments={**arguments, "dim": 30})
+    fails(ValueError, "does not describe a SimpleViT: dim must be a multiple of 4")
+    edited(tmp_path, arguments={**arguments, "method": {"method": "os.system"}})
+    fails(ValueError, "does not describe a SimpleViT")
+    edited(tmp_path, dtype="nn")
+    fails(ValueError, "does not describe a SimpleViT")
+    edited(tmp_path, arguments={**arguments, "num_classes": 6})
+    fails(ValueError, r"head.weight \[6, 32\] float32, got \[5, 32\] float32")
+    edited(tmp_path, arguments={**arguments, "depth": 3})
+    fails(ValueError, r"blocks\.2.*got none; .*\(11 tensors in all\)")
+    edited(tmp_path, arguments={**arguments, "depth": 1})
+    fails(ValueError, "no blocks.1")
+    edited(tmp_path, dtype="float16")
+    fails(ValueError, "float16, got .* float32")
+    # The shapes are compared before any memory is taken for them.
+    edited(tmp_path, arguments={**arguments, "mlp_dim": 10**15})
+    fails(ValueError, "of another model than SimpleViT")
+    (tmp_path / "model.safetensors").unlink()
+    fails(FileNotFoundError, "model.safetensors are missing")
+    (tmp_path / "model.safetensors").write_bytes(weights[:-10])
+    fails(ValueError, "damaged or no safetensors file")
+    (tmp_path / "model.safetensors").write_bytes(pickle.dumps(vit().state_dict()))
+    fails(ValueError, "damaged or no safetensors file")
+    assert SimpleViT.from_pretrained(tmp_path)(images()).shape == (3, 5)
+
+
+def test_what_cannot_be_saved(tmp_path):
+    with pytest.raises(ValueError, match="on the meta device"):
+        vit(device="meta").save_pretrained(tmp_path / "a")
+    mixed = vit()
+    mixed.head.half()
+    with pytest.raises(ValueError, match="one floating dtype to be saved, got torch.float16, torch.float32"):
+        mixed.save_pretrained(tmp_path / "a")
+    for wrong in ({"x": object()}, {"x": float("nan")}):
+        with pytest.raises((TypeError, ValueError), match="config.json must hold what JSON can"):
+            vit().save_pretrained(tmp_path / "a", metadata=wrong)
+    assert not (tmp_path / "a").exists()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file"):
+        vit().save_pretrained(tmp_path / "file")
+
+
+def test_a_failed_save_leaves_the_earlier_one(tmp_path, monkeypatch):
+    model = vit().eval()
+    model.save_pretrained(tmp_path)
+
+    def full(*args, **kwargs):
+        Path(args[1]).write_bytes(b"half")
+        raise OSError("no space left")
+
+    monkeypatch.setattr(safetensors, "save_model", full)
+    with pytest.raises(OSError, match="no space left"):
+        vit(depth=1).save_pretrained(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+    assert torch.equal(SimpleViT.from_pretrained(tmp_path)(images()), model(images()))
+
+
+def test_reads_nothing_but_the_models_own_tensors(tmp_path):
+    safetensors.save_file({"a": torch.zeros(2)}, tmp_path / "w.safetensors", {"a": "a", "../b": "a"})
+    linear = torch.nn.Linear(1, 1, bias=False)
+    with pytest.raises(ValueError, match=r"weight \[1, 1\] float32, got none; no a \(2 tensors"):
+        read_weights(tmp_path / "w.safetensors", linear)
+
+
+def test_models_import_and_run_without_safetensors(tmp_path, monkeypatch):
+    real = builtins.__import__
+
+    def without(name, *args, **kwargs):
+        if name.partition(".")[0] == "safetensors":
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(ImportError, match=r"pip install 'convinit\[train\]'"):
+        vit().save_pretrained(tmp_path)
+    monkeypatch.undo()
+    code = "import sys, convinit; assert not {'safetensors', 'huggingface_hub'} & {*sys.modules}"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert issubclass(SimpleViT, Pretrained)

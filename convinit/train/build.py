@@ -95,12 +95,7 @@ def _timm(
         raise ValueError(
             f"model must be simple_vit, convmixer or a name that timm knows{hint}; got {model.name!r}"
         )
-    options: dict[str, Any] = {"in_chans": channels, "num_classes": num_classes}
-    settings = timm.get_pretrained_cfg(model.name)
-    if settings is not None and settings.fixed_input_size:
-        options["img_size"] = image_size
-    if model.patch_size is not None:
-        options["patch_size"] = model.patch_size
+    options = timm_options(model, image_size, channels, num_classes)
     method = {"impulse": init.fit, "default": "keep"}.get(init.method, init.method)
     if method == "random":
         raise ValueError(
@@ -116,8 +111,21 @@ def _timm(
     with torch.random.fork_rng(devices=[]), _Options(model):
         torch.manual_seed(seed)  # timm draws from torch's own
         if (method, values, init.pos_embed_gain) == ("keep", "keep", None):
-            return timm.create_model(model.name, **{**options, **model.options})
-        return create_model(model.name, init=wanted, generator=generator, **{**options, **model.options})
+            return timm.create_model(model.name, **options)
+        return create_model(model.name, init=wanted, generator=generator, **options)
+
+
+def timm_options(model: ModelConfig, image_size: Any, channels: int, num_classes: int) -> dict[str, Any]:
+    """What ``timm.create_model`` is given for a model, beside its name."""
+    import timm
+
+    options: dict[str, Any] = {"in_chans": channels, "num_classes": num_classes}
+    settings = timm.get_pretrained_cfg(model.name)
+    if settings is not None and settings.fixed_input_size:
+        options["img_size"] = image_size
+    if model.patch_size is not None:
+        options["patch_size"] = model.patch_size
+    return {**options, **model.options}
 
 
 class _Options:

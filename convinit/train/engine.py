@@ -347,7 +347,14 @@ class Engine:
             )
         scaler = None if self.accelerator.scaler is None else self.accelerator.scaler.state_dict()
         schedule = self.schedule.state_dict()
-        numbers_of_run = {"progress": dataclasses.asdict(self.progress), "train_images": len(self.train_set)}
+        numbers_of_run = {
+            "progress": dataclasses.asdict(self.progress),
+            "train_images": len(self.train_set),
+            # What must be known to use the weights without the data set.
+            "images": {
+                name: getattr(self.data, name) for name in ("image_size", "mean", "std", "class_names")
+            },
+        }
         return tensors, {**numbers_of_run, "optimizer": numbers, "schedule": schedule, "scaler": scaler}
 
     def checkpoint_bytes(self) -> int:

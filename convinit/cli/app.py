@@ -9,9 +9,11 @@ import typer
 from convinit import __version__
 from convinit.cli import errors
 from convinit.cli.demo import demo
+from convinit.cli.export import export_command
 from convinit.cli.fit import fit
 from convinit.cli.info import info
 from convinit.cli.plot import plot
+from convinit.cli.predict import predict_command
 from convinit.cli.train import train
 
 app = typer.Typer(
@@ -50,4 +52,6 @@ app.command()(errors.explained(demo))
 app.command()(errors.explained(fit))
 app.command()(errors.explained(plot))
 app.command()(errors.explained(train))
+app.command("predict")(errors.explained(predict_command))
+app.command("export")(errors.explained(export_command))
 app.command()(errors.explained(info))

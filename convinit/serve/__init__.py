@@ -1,0 +1,18 @@
+"""Serving what was trained: loading, exporting and predicting (extras `train` and `export`)."""
+
+from convinit.serve.export import FORMATS, export
+from convinit.serve.predict import Prediction, Unreadable, image_files, predict
+from convinit.serve.trained import ImageSpec, TrainedModel, load_trained, save_trained
+
+__all__ = [
+    "FORMATS",
+    "ImageSpec",
+    "Prediction",
+    "TrainedModel",
+    "Unreadable",
+    "export",
+    "image_files",
+    "load_trained",
+    "predict",
+    "save_trained",
+]

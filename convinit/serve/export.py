@@ -67,6 +67,7 @@ def export(
     generator = torch.Generator().manual_seed(0)
     images = [torch.randn(batch, *image_shape, generator=generator) for batch in _CHECKED]
     reference = copy.deepcopy(model).to("cpu", torch.float32).eval()
+    _set_backends_(reference, "auto", "auto")  # one that was chosen may need a GPU
     try:
         with torch.inference_mode():
             expected = [reference(each) for each in images]
@@ -74,7 +75,9 @@ def export(
         raise ValueError(
             f"the model does not take images of image_shape {list(image_shape)}: {error}"
         ) from error
-    plain = _plain_ops_(reference)
+    # Plain operators, which any reader of the file has. "eager" makes the map of Models II and III once for a
+    # batch, "sdpa" would for each image.
+    _set_backends_(reference, "sdpa", shared="eager")
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
@@ -82,7 +85,7 @@ def export(
         try:
             with warnings.catch_warnings(), torch.no_grad():
                 warnings.simplefilter("ignore")  # of the exporters, about themselves
-                write(plain, images[1], part, text)
+                write(reference, images[1], part, text)
         except OSError:
             raise
         except Exception as error:  # they raise nearly anything
@@ -99,28 +102,27 @@ def export(
     return worst
 
 
-def _plain_ops_(model: nn.Module) -> nn.Module:
-    """Has convinit's modules compute by PyTorch's own operators, which any reader of the file has."""
+def _set_backends_(model: nn.Module, own: str, shared: str) -> None:
+    """The backends of attention whose maps are an image's own, and of the variants that share one."""
     for module in model.modules():
         if isinstance(module, ConvInitAttention):
-            # "eager" makes the map of Models II and III once for a batch, "sdpa" would for each image.
-            module.backend = "eager" if module.variant in ("II", "III") else "sdpa"
-    return model
+            module.backend = shared if module.variant in ("II", "III") else own
 
 
 def _traced(model: nn.Module, images: Tensor) -> torch.export.ExportedProgram:
-    batch = torch.export.Dim("batch", min=1)
-    program = torch.export.export(model, (images,), dynamic_shapes=({0: batch},))
-    own = {
-        str(node.target)
-        for module in program.graph_module.modules()
-        if isinstance(module, torch.fx.GraphModule)
-        for node in module.graph.nodes
-        if str(node.target).startswith("convinit")
-    }
+    program = torch.export.export(model, (images,), dynamic_shapes=_dynamic())
+    graphs = [each.graph for each in program.graph_module.modules() if isinstance(each, torch.fx.GraphModule)]
+    nodes = [node for graph in graphs for node in graph.nodes]
+    own = {str(node.target) for node in nodes if str(node.target).startswith("convinit")}
     if own:
         raise ValueError(f"its graph must have PyTorch's operators alone, got {', '.join(sorted(own))}")
+    for node in nodes:
+        node.meta.pop("stack_trace", None)  # paths of this machine
     return program
+
+
+def _dynamic() -> tuple[dict[int, Any]]:
+    return ({0: torch.export.Dim("batch", min=1)},)
 
 
 def _write_program(model: nn.Module, images: Tensor, path: Path, metadata: str) -> None:
@@ -142,6 +144,7 @@ def _write_onnx(model: nn.Module, images: Tensor, path: Path, metadata: str) -> 
         _traced(model, images),
         (images,),
         dynamo=True,
+        dynamic_shapes=_dynamic(),  # for the dimension's name
         input_names=["images"],
         output_names=["logits"],
         verbose=False,

@@ -65,7 +65,6 @@ MODELS = {
 }
 QUICK = {
     ("I", "onnx"),
-    ("I", "torch-export"),
     ("II", "torch-export"),
     ("mixer, frozen impulses", "torch-export"),
 }

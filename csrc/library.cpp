@@ -3,6 +3,7 @@
 #include "checks.h"
 #include "impulse_conv.h"
 #include "impulse_matrix.h"
+#include "positional_attention.h"
 #include "qk_solver.h"
 
 #include <cstring>
@@ -43,6 +44,13 @@ STABLE_TORCH_LIBRARY(convinit, m) {
   m.def("impulse_conv(Tensor x, Tensor offsets, Tensor? gain, Tensor? bias) -> Tensor");
   m.def("impulse_matrix(Tensor offsets, int height, int width, int padding_mode, ScalarType dtype) -> Tensor");
   m.def(
+      "positional_attention_cpu(Tensor q, Tensor k, Tensor v, Tensor? q_pos, Tensor? k_pos, Tensor(a!) out, "
+      "Tensor(b!) lse, float scale, float alpha) -> ()");
+  m.def(
+      "positional_attention_backward_cpu(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor? q_pos, Tensor? k_pos, "
+      "Tensor(a!)? dq, Tensor(b!)? dk, Tensor(c!)? dv, Tensor(d!)? dq_pos, Tensor(e!)? dk_pos, float scale, "
+      "float alpha) -> ()");
+  m.def(
       "qk_adam(Tensor tokens, Tensor directions, Tensor targets, Tensor(a!) wq, Tensor(b!) wk, Tensor(c!) moments, "
       "float scale, int heads, float lr, int first_step, int steps) -> Tensor");
   m.def(
@@ -57,5 +65,7 @@ STABLE_TORCH_LIBRARY_IMPL(convinit, CompositeExplicitAutograd, m) {
 STABLE_TORCH_LIBRARY_IMPL(convinit, CPU, m) {
   m.impl("impulse_conv", TORCH_BOX(&convinit::impulse_conv_cpu));
   m.impl("impulse_matrix", TORCH_BOX(&convinit::impulse_matrix_cpu));
+  m.impl("positional_attention_cpu", TORCH_BOX(&convinit::positional_attention_cpu));
+  m.impl("positional_attention_backward_cpu", TORCH_BOX(&convinit::positional_attention_backward_cpu));
   m.impl("qk_solver", TORCH_BOX(&convinit::qk_solver_cpu));
 }

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <limits>
 
+#include "cpu.h"
 #include "simd.h"
 
 namespace convinit {
@@ -110,8 +111,8 @@ __attribute__((target("avx512f"))) Sums evaluate_avx512(const QKBasis& b, const 
 
 Evaluate best_evaluate() {
 #if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx512f")) return evaluate_avx512;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return evaluate_avx2;
+  if (vector_width() == 16) return evaluate_avx512;
+  if (vector_width() == 8) return evaluate_avx2;
 #endif
   return evaluate_baseline;
 }

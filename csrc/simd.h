@@ -19,6 +19,7 @@ struct Vec {
   typedef float F __attribute__((vector_size(W * 4)));
   typedef float Unaligned __attribute__((vector_size(W * 4), aligned(4), may_alias));
   typedef int32_t I __attribute__((vector_size(W * 4)));
+  typedef uint32_t U __attribute__((vector_size(W * 4)));
 };
 
 template <int W>
@@ -53,12 +54,10 @@ CONVINIT_INLINE float max_element(F<W> v) {
   return best;
 }
 
-// exp(x) for x <= 0, within 2 units in the last place down to x = -35, and 0 below. e^-35 is 6e-16: next to a row's
-// largest entry, which is 1, it is lost in single precision, while its square would be a (slow) subnormal number.
+// exp(x) within 2 units in the last place for -87 <= x <= 0; a NaN stays one. What is lower must be masked.
 template <int W>
-CONVINIT_INLINE F<W> exp_nonpositive(F<W> x) {
+CONVINIT_INLINE F<W> exp_unmasked(F<W> x) {
   using Int = typename Vec<W>::I;
-  const Int kept = x > -35.0f;
   // x = n ln2 + r with n an integer: adding 1.5 * 2^23 rounds to the nearest integer in the low mantissa bits.
   const float magic = 12582912.0f;
   const F<W> shifted = x * 1.44269504f + magic;
@@ -72,7 +71,24 @@ CONVINIT_INLINE F<W> exp_nonpositive(F<W> x) {
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.0f;
   const Int exponent = ((Int)shifted - 0x4B400000 + 127) << 23;
-  return (F<W>)((Int)(p * (F<W>)exponent) & kept);
+  return p * (F<W>)exponent;
+}
+
+// exp(x) for x <= 0, and 0 below -35 and for NaN. e^-35 is 6e-16: next to a row's largest entry, which is 1, it is
+// lost in single precision, while its square would be a (slow) subnormal number.
+template <int W>
+CONVINIT_INLINE F<W> exp_nonpositive(F<W> x) {
+  using Int = typename Vec<W>::I;
+  const Int kept = x > -35.0f;
+  return (F<W>)((Int)exp_unmasked<W>(x) & kept);
+}
+
+// exp(x) for x <= 0, and 0 where the result would be subnormal; a NaN stays one.
+template <int W>
+CONVINIT_INLINE F<W> exp_or_nan(F<W> x) {
+  using Int = typename Vec<W>::I;
+  const Int lost = x < -87.0f;
+  return (F<W>)((Int)exp_unmasked<W>(x) & ~lost);
 }
 
 // One register tile of C: MR rows, NV vectors.

@@ -184,7 +184,7 @@ def test_explicit_triton_never_falls_back(monkeypatch):
         lambda backend: positional_attention(q, k, v, backend=backend),
         lambda backend: shared_attention(*pos, v, backend=backend),
     ):
-        with pytest.raises(ValueError, match="backend must be one of auto, triton, sdpa, eager"):
+        with pytest.raises(ValueError, match="backend must be one of auto, triton, native, sdpa, eager"):
             f("flash")
     with pytest.raises(ValueError, match="backend must be one of"):
         ConvInitAttention(8, 2, (2, 2), backend="flash")

@@ -1,10 +1,11 @@
-"""The fused kernels as torch ops: schemas, fake kernels, autograd, and a CPU kernel in plain PyTorch.
+"""The fused kernels as torch ops: schemas, fake kernels, autograd, and what runs on which device.
 
     convinit::positional_attention   softmax(scale · (α q + q_pos)(α k + k_pos)ᵀ) v   and its backward
     convinit::apply_map              map · v for every image                          and its backward
 
-On CUDA they run `convinit.kernels`, which imports Triton, so the import waits for the first call. The CPU
-kernels are there for tests and tracing without a GPU: on a CPU the public functions take PyTorch's own.
+On CUDA they run `convinit.kernels`, which imports Triton, so the import waits for the first call. On a CPU
+positional attention runs the compiled kernels of `convinit.ops.native`; float64, dropout and the shared map
+run plain PyTorch, for tests and tracing.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from convinit.kernels import configs
 from convinit.kernels.layout import image_gradient, split_heads, split_packed
+from convinit.ops import native
 
 __all__ = [
     "BACKENDS",
@@ -28,9 +30,10 @@ __all__ = [
     "fused_packed_attention",
     "fused_positional_attention",
     "prefers_triton",
+    "takes_kernels",
 ]
 
-BACKENDS = ("auto", "triton", "sdpa", "eager")
+BACKENDS = ("auto", "triton", "native", "sdpa", "eager")
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -61,6 +64,17 @@ def check_triton(x: Tensor) -> None:
 def prefers_triton(op: str, x: Tensor) -> bool:
     """Whether backend="auto" takes the kernels: where committed measurements say that they are faster."""
     return HAS_TRITON and x.is_cuda and x.dtype in _DTYPES and configs.measured_faster(op, x)
+
+
+def takes_kernels(backend: str, q: Tensor, dropout_p: float) -> bool:
+    """Whether positional attention of q [B, heads, N, r] is one of the fused ops; raises if it cannot be."""
+    if backend == "triton":
+        check_triton(q)
+    elif backend == "native":
+        native.check_native(q, dropout_p)
+    elif backend == "auto":
+        return prefers_triton("positional_attention", q) or native.prefers_native(q, dropout_p)
+    return backend in ("triton", "native")
 
 
 def fused_positional_attention(
@@ -120,6 +134,8 @@ def _positional(
     alpha: float,
     dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
+    if native.serves(q, seed):
+        return native.forward(q, k, v, q_pos, k_pos, scale, alpha)
     q_mixed, k_mixed, values = (
         _mixed(x, pos, alpha if mix else 1.0) for x, pos, mix in ((q, q_pos, 1), (k, k_pos, 1), (v, None, 0))
     )
@@ -147,6 +163,9 @@ def _positional_backward(
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, q_pos, k_pos; an empty tensor where needs says False."""
+    if native.serves(q, seed):
+        inputs = (q, k, v, q_pos, k_pos)
+        return _filled(q, native.backward(dout, inputs, scale, alpha, needs))
     heads = q.shape[1]
     q_mixed, k_mixed, values = _mixed(q, q_pos, alpha), _mixed(k, k_pos, alpha), _mixed(v, None, 1.0)
     dout, out = (split_heads(x, heads).to(values.dtype) for x in (dout, out))  # [B, heads, N, r]
@@ -175,6 +194,14 @@ def _dropout_factor(weights: Tensor, seed: Tensor | None, dropout_p: float) -> T
     generator = torch.Generator().manual_seed(int(seed))
     kept = torch.rand(weights.shape, generator=generator, dtype=weights.dtype) >= dropout_p
     return kept / (1 - dropout_p)
+
+
+def _filled(
+    like: Tensor, gradients: Sequence[Tensor | None]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """An op returns tensors: empty ones for gradients that nobody needs."""
+    dq, dk, dv, dq_pos, dk_pos = (like.new_empty(0) if x is None else x for x in gradients)
+    return dq, dk, dv, dq_pos, dk_pos
 
 
 def _empty_gradients(
@@ -219,7 +246,7 @@ def _(dout, q, k, v, q_pos, k_pos, out, lse, seed, scale, alpha, dropout_p, need
         gradients = launch.positional_backward(
             dout, q, k, v, q_pos, k_pos, out, lse, seed, scale, alpha, dropout_p, needs
         )
-    return tuple(q.new_empty(0) if x is None else x for x in gradients)
+    return _filled(q, gradients)
 
 
 def _setup_positional(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -277,11 +304,16 @@ def _packed_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of qkv, q_pos and k_pos; of the last two an empty tensor where it is not needed."""
     needs = [True, True, True, need_q_pos, need_k_pos]
-    *parts, dq_pos, dk_pos = _positional_backward(
+    dqkv = qkv.new_empty(qkv.shape)
+    parts = split_packed(dqkv, heads)
+    if native.serves(qkv, seed):
+        inputs = (*split_packed(qkv, heads), q_pos, k_pos)
+        *_, dq_pos, dk_pos = _filled(qkv, native.backward(dout, inputs, scale, alpha, needs, parts))
+        return dqkv, dq_pos, dk_pos
+    *gradients, dq_pos, dk_pos = _positional_backward(
         dout, *split_packed(qkv, heads), q_pos, k_pos, out, lse, seed, scale, alpha, dropout_p, needs
     )
-    dqkv = qkv.new_empty(qkv.shape)
-    for part, gradient in zip(split_packed(dqkv, heads), parts, strict=True):
+    for part, gradient in zip(parts, gradients, strict=True):
         part.copy_(gradient)
     return dqkv, dq_pos, dk_pos
 

@@ -58,6 +58,8 @@ def shared_attention(
         q, k = (x.to(v.dtype).expand(v.shape[0], *x.shape) for x in (q_map, k_map))
         out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, scale=scale)
         return out.transpose(1, 2).flatten(2)
+    if backend == "native":
+        raise ValueError('backend="native" is not for maps that all images share; use backend="auto"')
     if backend == "triton":
         fused.check_triton(v)
     attention = (scale * q_map @ k_map.mT).softmax(dim=-1).to(v.dtype)  # [heads, N, N]

@@ -1,0 +1,78 @@
+"""The CPU kernels of positional attention: what they serve, where they are faster, how they are called."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from convinit import _library  # noqa: F401  registers torch.ops.convinit
+from convinit.kernels.layout import image_gradient
+
+__all__ = ["backward", "check_native", "forward", "prefers_native", "serves"]
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_native(x: Tensor, dropout_p: float) -> None:
+    """Raise if backend="native" cannot serve x [B, heads, N, r]: an explicit request never falls back."""
+    if x.device.type != "cpu":
+        raise ValueError(f'backend="native" needs tensors on the CPU, got {x.device}; use backend="auto"')
+    dtype = _dtype(x)
+    if dtype not in _DTYPES:
+        raise TypeError(f'backend="native" takes float32, bfloat16 or float16, got {dtype}')
+    if dropout_p > 0:
+        raise ValueError(f'backend="native" has no dropout, got dropout_p = {dropout_p}; use backend="auto"')
+
+
+def prefers_native(x: Tensor, dropout_p: float) -> bool:
+    """Whether backend="auto" takes the kernels for x [B, heads, N, r]: where they measured faster."""
+    return x.device.type == "cpu" and dropout_p == 0 and _dtype(x) in _DTYPES
+
+
+def serves(q: Tensor, seed: Tensor | None) -> bool:
+    """Whether the kernels can be the CPU's part of the fused ops; plain PyTorch is the rest."""
+    return q.dtype in _DTYPES and seed is None
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, q_pos: Tensor | None, k_pos: Tensor | None, scale: float, alpha: float
+) -> tuple[Tensor, Tensor]:
+    """[B, N, heads·r], and the base-2 log-sum-exp of the logits [B, heads, N]."""
+    batch, heads, tokens, rank = q.shape
+    out = q.new_empty(batch, tokens, heads * rank)
+    lse = q.new_empty(batch, heads, tokens, dtype=torch.float32)
+    positions = (_narrow(q_pos), _narrow(k_pos))
+    torch.ops.convinit.positional_attention_cpu(q, k, v, *positions, out, lse, scale, alpha)
+    return out, lse
+
+
+def backward(
+    dout: Tensor,
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None],
+    scale: float,
+    alpha: float,
+    needs: Sequence[bool],
+    image_gradients: Sequence[Tensor] | None = None,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of the inputs q, k, v, q_pos, k_pos; None where needs says False.
+
+    Those of q, k and v are written to image_gradients, if given.
+    """
+    q, k, v, *given = inputs
+    positions = [_narrow(x) for x in given]
+    images = [image_gradient(q) for _ in range(3)] if image_gradients is None else image_gradients
+    made = (*images, *(None if x is None else x.new_empty(x.shape) for x in positions))
+    results = [x if need else None for x, need in zip(made, needs, strict=True)]
+    torch.ops.convinit.positional_attention_backward_cpu(dout, q, k, v, *positions, *results, scale, alpha)
+    pairs = zip(results, inputs, strict=True)
+    return tuple(None if x is None or of is None else x.to(of.dtype) for x, of in pairs)
+
+
+def _dtype(x: Tensor) -> torch.dtype:
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+
+
+def _narrow(position: Tensor | None) -> Tensor | None:
+    return position.float() if position is not None and position.dtype == torch.float64 else position

@@ -1,0 +1,248 @@
+#include "positional_attention.h"
+
+#include <memory>
+
+#include "cpu.h"
+#include "huge_pages.h"
+#include "positional_attention_kernel.h"
+
+namespace convinit {
+namespace {
+
+using attention::Gradients;
+using attention::Operand;
+using attention::Problem;
+
+// --- the kernels, compiled for several instruction sets ---------------------------------------------------------
+
+struct Kernels {
+  void (*forward)(const Problem&, int64_t b, int64_t h, int64_t first, int64_t last, const Operand& out, float* lse);
+  void (*backward)(const Problem&, int64_t b, int64_t h, const Operand& dout, const Gradients&);
+};
+
+#define CONVINIT_ATTENTION_KERNELS(set, width, mark)                                                               \
+  mark void forward_##set(const Problem& p, int64_t b, int64_t h, int64_t first, int64_t last, const Operand& out, \
+                          float* lse) {                                                                            \
+    attention::forward<width>(p, b, h, first, last, out, lse);                                                     \
+  }                                                                                                                \
+  mark void backward_##set(const Problem& p, int64_t b, int64_t h, const Operand& dout, const Gradients& to) {     \
+    attention::backward<width>(p, b, h, dout, to);                                                                 \
+  }
+
+CONVINIT_ATTENTION_KERNELS(baseline, 4, )
+#if defined(__x86_64__)
+CONVINIT_ATTENTION_KERNELS(avx2, 8, __attribute__((target("avx2,fma"))))
+CONVINIT_ATTENTION_KERNELS(avx512, 16, __attribute__((target("avx512f"))))
+#endif
+
+Kernels best_kernels() {
+#if defined(__x86_64__)
+  if (vector_width() == 16) return {forward_avx512, backward_avx512};
+  if (vector_width() == 8) return {forward_avx2, backward_avx2};
+#endif
+  return {forward_baseline, backward_baseline};
+}
+
+const Kernels& kernels() {
+  static const Kernels best = best_kernels();
+  return best;
+}
+
+// --- arguments --------------------------------------------------------------------------------------------------
+
+Element element_of(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float: return Element::float32;
+    case ScalarType::BFloat16: return Element::bfloat16;
+    case ScalarType::Half: return Element::float16;
+    default: STD_TORCH_CHECK(false, "convinit: attention takes float32, bfloat16 or float16");
+  }
+}
+
+// Whether the elements of a row, the last dimension, are neighbours.
+bool has_dense_rows(const Tensor& x) {
+  return x.numel() == 0 || x.size(x.dim() - 1) == 1 || x.stride(x.dim() - 1) == 1;
+}
+
+// Of a tensor [B, heads, N, r] or [heads, N, r].
+Operand operand(const Tensor& x) {
+  STD_TORCH_CHECK(has_dense_rows(x), "convinit: gradients must be dense in r");
+  const Element element = element_of(x);
+  const int64_t size = size_of(element), last = x.dim() - 1;
+  return {.data = static_cast<char*>(x.data_ptr()),
+          .element = element,
+          .image = last == 3 ? x.stride(0) * size : 0,
+          .head = x.stride(last - 2) * size,
+          .token = x.stride(last - 1) * size};
+}
+
+// An input, copied if it must be.
+struct Input {
+  Tensor dense;
+  Operand operand;
+
+  explicit Input(const Tensor& x)
+      : dense(has_dense_rows(x) ? x : torch::stable::contiguous(x)), operand(convinit::operand(dense)) {}
+};
+
+struct Inputs {
+  Input q, k, v;
+  std::optional<Input> q_pos, k_pos;
+  Problem problem;
+
+  Inputs(const Tensor& q_, const Tensor& k_, const Tensor& v_, const std::optional<Tensor>& q_pos_,
+         const std::optional<Tensor>& k_pos_, double scale, double alpha)
+      : q(checked(q_, q_)), k(checked(k_, q_)), v(checked(v_, q_)) {
+    if (q_pos_) q_pos.emplace(checked(*q_pos_, q_, 1));
+    if (k_pos_) k_pos.emplace(checked(*k_pos_, q_, 1));
+    problem = {.batch = q_.size(0),
+               .heads = q_.size(1),
+               .tokens = q_.size(2),
+               .rank = q_.size(3),
+               .scale = static_cast<float>(scale),
+               .alpha = static_cast<float>(alpha),
+               .q = q.operand,
+               .k = k.operand,
+               .v = v.operand,
+               .q_pos = q_pos ? q_pos->operand : Operand{},
+               .k_pos = k_pos ? k_pos->operand : Operand{}};
+  }
+
+  // x must have the sizes of q [B, heads, N, r] from dimension `from` on.
+  static const Tensor& checked(const Tensor& x, const Tensor& q, int64_t from = 0) {
+    STD_TORCH_CHECK(q.dim() == 4, "convinit: q must have shape [B, heads, N, r]");
+    STD_TORCH_CHECK(x.dim() == 4 - from, "convinit: k, v, q_pos and k_pos must have the shape of q");
+    for (int64_t d = from; d < 4; ++d)
+      STD_TORCH_CHECK(x.size(d - from) == q.size(d), "convinit: k, v, q_pos and k_pos must have the shape of q");
+    return x;
+  }
+};
+
+Input side_by_side(const Tensor& x, const Problem& p) {
+  STD_TORCH_CHECK(x.dim() == 3 && x.size(0) == p.batch && x.size(1) == p.tokens && x.size(2) == p.heads * p.rank,
+                  "convinit: out and dout must have shape [B, N, heads r]");
+  return Input(x);
+}
+
+// [B, N, heads r] as [B, heads, N, r].
+Operand heads_of(const Operand& x, const Tensor& tensor, int64_t rank) {
+  const int64_t size = size_of(x.element);
+  return {.data = x.data,
+          .element = x.element,
+          .image = tensor.stride(0) * size,
+          .head = rank * size,
+          .token = tensor.stride(1) * size};
+}
+
+// A result is about to be written for the first time, all over its span of memory.
+void expect_writes(const Operand& x, const Problem& p) {
+  if (!x) return;
+  const int64_t span = (p.batch - 1) * x.image + (p.heads - 1) * x.head + (p.tokens - 1) * x.token;
+  prefer_huge_pages(x.data, span + p.rank * size_of(x.element));
+}
+
+// Tasks that are worth a thread of their own, for tasks of so many floating-point operations.
+int64_t grain(int64_t operations) { return 1 + 1'000'000 / (operations + 1); }
+
+}  // namespace
+
+void positional_attention_cpu(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& q_pos,
+                              const std::optional<Tensor>& k_pos, Tensor out, Tensor lse, double scale, double alpha) {
+  const Inputs inputs(q, k, v, q_pos, k_pos, scale, alpha);
+  const Problem& p = inputs.problem;
+  if (p.batch * p.heads * p.tokens * p.rank == 0) return;
+  STD_TORCH_CHECK(out.is_contiguous() && lse.is_contiguous() && lse.scalar_type() == ScalarType::Float &&
+                      lse.numel() == p.batch * p.heads * p.tokens,
+                  "convinit: out and lse must be contiguous, and lse float32 [B, heads, N]");
+  const Operand to = heads_of(side_by_side(out, p).operand, out, p.rank);
+  float* sums = lse.mutable_data_ptr<float>();
+  expect_writes(to, p);
+  torch::stable::parallel_for(0, p.batch * p.heads, grain(4 * p.tokens * p.tokens * p.rank),
+                              [&](int64_t begin, int64_t end) {
+                                for (int64_t i = begin; i < end; ++i)
+                                  kernels().forward(p, i / p.heads, i % p.heads, 0, p.tokens, to, sums);
+                              });
+}
+
+namespace {
+
+Operand gradient(const std::optional<Tensor>& x, const Tensor& of) {
+  return x ? operand(Inputs::checked(*x, of, 4 - x->dim())) : Operand{};
+}
+
+// The gradient of a position term, summed over images. A task takes a chunk of them and has a sum of its own, so that
+// the order of additions is that of the images whatever the number of threads.
+class PositionSum {
+ public:
+  PositionSum(const Problem& p, const Operand& to, int64_t chunks) : problem_(p), to_(to), chunks_(chunks) {
+    if (to) data_.reset(new float[chunks * size()]);
+    if (to) prefer_huge_pages(data_.get(), chunks * size() * static_cast<int64_t>(sizeof(float)));
+  }
+
+  // Those of a chunk [heads, N, padded rank], zero in head h.
+  float* start(int64_t chunk, int64_t h) {
+    if (!to_) return nullptr;
+    float* sum = data_.get() + chunk * size();
+    std::fill(sum + h * head_size(), sum + (h + 1) * head_size(), 0.0f);
+    return sum;
+  }
+
+  void finish() {
+    if (!to_) return;
+    const int64_t ld = attention::padded(problem_.rank);
+    torch::stable::parallel_for(0, problem_.heads * problem_.tokens, 256, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        float* sum = data_.get() + i * ld;
+        for (int64_t chunk = 1; chunk < chunks_; ++chunk)
+          for (int64_t c = 0; c < ld; ++c) sum[c] += sum[chunk * size() + c];
+        simd::store_row<4>(to_.element, sum, problem_.rank, 1, to_.row(0, i / problem_.tokens, i % problem_.tokens));
+      }
+    });
+  }
+
+ private:
+  int64_t head_size() const { return problem_.tokens * attention::padded(problem_.rank); }
+  int64_t size() const { return problem_.heads * head_size(); }
+
+  const Problem& problem_;
+  Operand to_;
+  int64_t chunks_;
+  std::unique_ptr<float[]> data_;
+};
+
+}  // namespace
+
+void positional_attention_backward_cpu(const Tensor& dout_, const Tensor& q, const Tensor& k, const Tensor& v,
+                                       const std::optional<Tensor>& q_pos, const std::optional<Tensor>& k_pos,
+                                       std::optional<Tensor> dq, std::optional<Tensor> dk, std::optional<Tensor> dv,
+                                       std::optional<Tensor> dq_pos, std::optional<Tensor> dk_pos, double scale,
+                                       double alpha) {
+  constexpr int64_t kTasks = 64;  // at least, if there are as many images
+  const Inputs inputs(q, k, v, q_pos, k_pos, scale, alpha);
+  const Problem& p = inputs.problem;
+  if (p.heads * p.tokens * p.rank == 0) return;
+  const Input dense_dout = side_by_side(dout_, p);
+  const Operand dout = heads_of(dense_dout.operand, dense_dout.dense, p.rank);
+  const Gradients images{.q = gradient(dq, q), .k = gradient(dk, q), .v = gradient(dv, q)};
+  const int64_t wanted = (kTasks + p.heads - 1) / p.heads;
+  const int64_t chunk = std::max<int64_t>((p.batch + wanted - 1) / wanted, 1);  // images
+  const int64_t chunks = std::max<int64_t>((p.batch + chunk - 1) / chunk, 1);
+  PositionSum q_sum(p, gradient(dq_pos, q), chunks), k_sum(p, gradient(dk_pos, q), chunks);
+  if (p.batch > 0)
+    for (const Operand& x : {images.q, images.k, images.v}) expect_writes(x, p);
+
+  torch::stable::parallel_for(
+      0, chunks * p.heads, grain(10 * p.tokens * p.tokens * p.rank * chunk), [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+          const int64_t h = i % p.heads, first = i / p.heads * chunk;
+          Gradients to = images;
+          to.q_pos = q_sum.start(i / p.heads, h);
+          to.k_pos = k_sum.start(i / p.heads, h);
+          for (int64_t b = first; b < std::min(first + chunk, p.batch); ++b) kernels().backward(p, b, h, dout, to);
+        }
+      });
+  q_sum.finish();
+  k_sum.finish();
+}
+
+}  // namespace convinit

@@ -1,0 +1,309 @@
+// Positional attention on the CPU, one head of one image at a time, in single precision:
+//
+//   out = softmax(Q K^T) V,   Q = scale (alpha q + q_pos),   K = alpha k + k_pos
+//
+// K and V of the head lie in the innermost caches, packed once; the rows of the map are made, used and forgotten
+// `kRowBlock` at a time, and the backward pass makes them again. As in simd.h, everything is a template on the
+// vector's width and always inlined into a function that is marked with an instruction set.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <memory>
+
+#include "elements.h"
+
+namespace convinit::attention {
+
+// A tensor [batch, heads, tokens, rank] or [heads, tokens, rank] whose last dimension is dense. Strides are in bytes.
+struct Operand {
+  char* data = nullptr;
+  Element element = Element::float32;
+  int64_t image = 0, head = 0, token = 0;
+
+  explicit operator bool() const { return data != nullptr; }
+  char* row(int64_t b, int64_t h, int64_t n) const { return data + b * image + h * head + n * token; }
+};
+
+struct Problem {
+  int64_t batch, heads, tokens, rank;
+  float scale, alpha;
+  Operand q, k, v, q_pos, k_pos;
+};
+
+// Gradients that nobody asks for are empty. The position terms' are sums over images, kept in single precision
+// as [heads, tokens, padded rank] with the image's contribution added to what is there.
+struct Gradients {
+  Operand q, k, v;
+  float *q_pos = nullptr, *k_pos = nullptr;
+
+  bool any_q() const { return q || q_pos; }
+  bool any_k() const { return k || k_pos; }
+};
+
+constexpr int64_t kRowBlock = 48;  // a multiple of the rows of all register tiles
+constexpr int64_t kPad = 16;       // floats; the widest vector
+
+inline int64_t padded(int64_t n) { return (n + kPad - 1) / kPad * kPad; }
+
+// Rows that do not lie a power of two apart, which the innermost cache would map to few of its sets.
+inline int64_t skewed(int64_t n) { return padded(n) % 128 == 0 ? padded(n) + kPad : padded(n); }
+
+// Memory that a thread keeps from task to task. What is in it at first is whatever the last task left.
+class Scratch {
+ public:
+  explicit Scratch(int64_t floats) {
+    Block& block = mine();
+    if (block.floats < floats) {
+      block.data.reset();
+      block.data.reset(static_cast<float*>(::operator new(floats * sizeof(float), std::align_val_t{64})));
+      block.floats = floats;
+    }
+    next_ = block.data.get();
+  }
+
+  float* take(int64_t floats) {
+    float* taken = next_;
+    next_ += floats;
+    return taken;
+  }
+
+ private:
+  struct Delete {
+    void operator()(float* p) const { ::operator delete(p, std::align_val_t{64}); }
+  };
+  struct Block {
+    std::unique_ptr<float, Delete> data;
+    int64_t floats = 0;
+  };
+  static Block& mine() {
+    static thread_local Block block;
+    return block;
+  }
+
+  float* next_;
+};
+
+// --- matrix products --------------------------------------------------------------------------------------------
+
+// The right factor of a product, in panels of `kColumns<W>` columns: entry (p, j) of a panel is data[p ld + j], and
+// the next panel starts `step` further.
+struct Panels {
+  float* data;
+  int64_t step, ld;
+};
+
+// The left factor: entry (i, p) is data[i row + p col].
+struct Left {
+  const float* data;
+  int64_t row, col;
+};
+
+// A register tile has up to kVectors vectors in a row, and as many rows as leave the registers for the factors free.
+template <int W>
+constexpr int kVectors = W == 16 ? 4 : 2;
+template <int W>
+constexpr int64_t kColumns = kVectors<W>* W;
+template <int W, int NV>
+constexpr int kRows = W == 16 && NV < 4 ? 8 : 6;
+
+template <int W>
+int64_t panel_floats(int64_t depth, int64_t columns) {
+  return (columns + kColumns<W> - 1) / kColumns<W> * kColumns<W> * depth;
+}
+
+template <int W, int NV>
+CONVINIT_INLINE void panel_product(int64_t rows, int64_t depth, Left a, const float* b, int64_t ldb, float* c,
+                                   int64_t ldc, bool accumulate) {
+  constexpr int MR = kRows<W, NV>;
+  int64_t i = 0;
+  for (; i + MR <= rows; i += MR)
+    simd::gemm_tile<W, MR, NV>(depth, a.data + i * a.row, a.row, a.col, b, ldb, c + i * ldc, ldc, accumulate);
+  for (; i + 2 <= rows; i += 2)
+    simd::gemm_tile<W, 2, NV>(depth, a.data + i * a.row, a.row, a.col, b, ldb, c + i * ldc, ldc, accumulate);
+  for (; i < rows; ++i)
+    simd::gemm_tile<W, 1, NV>(depth, a.data + i * a.row, a.row, a.col, b, ldb, c + i * ldc, ldc, accumulate);
+}
+
+// C [rows, columns] = (accumulate ? C : 0) + A B; columns must be a multiple of W.
+template <int W>
+CONVINIT_INLINE void product(int64_t rows, int64_t columns, int64_t depth, Left a, Panels b, float* c, int64_t ldc,
+                             bool accumulate = false) {
+  for (int64_t j = 0; j < columns; j += kColumns<W>, b.data += b.step, c += kColumns<W>) {
+    const int64_t vectors = std::min(columns - j, kColumns<W>) / W;
+    if (vectors == 1) panel_product<W, 1>(rows, depth, a, b.data, b.ld, c, ldc, accumulate);
+    if (vectors == 2) panel_product<W, 2>(rows, depth, a, b.data, b.ld, c, ldc, accumulate);
+    if constexpr (kVectors<W> == 4) {
+      if (vectors == 3) panel_product<W, 3>(rows, depth, a, b.data, b.ld, c, ldc, accumulate);
+      if (vectors == 4) panel_product<W, 4>(rows, depth, a, b.data, b.ld, c, ldc, accumulate);
+    }
+  }
+}
+
+// --- packing ----------------------------------------------------------------------------------------------------
+
+// factor (alpha content + position) of rows [first, first + rows) of a head, [rows, ld], zeros beyond the rank.
+template <int W>
+CONVINIT_INLINE void load_rows(const Operand& content, float alpha, const Operand& position, float factor, int64_t b,
+                               int64_t h, int64_t first, int64_t rows, int64_t rank, float* to, int64_t ld) {
+  for (int64_t i = 0; i < rows; ++i) {
+    float* row = to + i * ld;
+    simd::load_row<W>(content.element, content.row(b, h, first + i), rank, factor * alpha, row);
+    if (position) simd::load_row<W>(position.element, position.row(0, h, first + i), rank, factor, row, true);
+    for (int64_t c = (rank + W - 1) / W * W; c < ld; ++c) row[c] = 0;
+  }
+}
+
+// alpha content + position of a head, as right factor [tokens, rank] and as its transpose [rank, tokens], either
+// or both (a step of 0 leaves one out). `block` has room for [kPad, padded rank].
+template <int W>
+CONVINIT_INLINE void pack(const Problem& p, const Operand& content, float alpha, const Operand& position, int64_t b,
+                          int64_t h, float* block, const Panels& plain, const Panels& transposed) {
+  const int64_t ld = padded(p.rank);
+  for (int64_t n = 0; n < padded(p.tokens); n += W) {
+    const int64_t rows = std::clamp<int64_t>(p.tokens - n, 0, W);
+    load_rows<W>(content, alpha, position, 1, b, h, n, rows, p.rank, block, ld);
+    if (plain.step > 0) {
+      for (int64_t i = 0; i < rows; ++i)
+        for (int64_t c = 0; c < ld; c += W)
+          simd::store<W>(plain.data + c / kColumns<W> * plain.step + (n + i) * plain.ld + c % kColumns<W>,
+                         simd::load<W>(block + i * ld + c));
+    }
+    if (transposed.step > 0) {
+      std::fill(block + rows * ld, block + W * ld, 0.0f);
+      float* to = transposed.data + n / kColumns<W> * transposed.step + n % kColumns<W>;
+      for (int64_t c = 0; c < p.rank; ++c)
+        for (int64_t i = 0; i < W; ++i) to[c * transposed.ld + i] = block[i * ld + c];
+    }
+  }
+}
+
+// --- softmax ----------------------------------------------------------------------------------------------------
+
+struct RowSum {
+  float top, sum;
+};
+
+// exp(x - top) of one row [ld], top being its largest entry; zeros beyond n.
+template <int W>
+CONVINIT_INLINE RowSum exponentials(float* x, int64_t n, int64_t ld) {
+  using V = simd::F<W>;
+  for (int64_t j = n; j < ld; ++j) x[j] = -std::numeric_limits<float>::infinity();
+  V most = simd::load<W>(x);
+  for (int64_t j = W; j < ld; j += W) most = simd::max<W>(most, simd::load<W>(x + j));
+  const float top = simd::max_element<W>(most);
+  V total{};
+  for (int64_t j = 0; j < ld; j += W) {
+    const V e = simd::exp_or_nan<W>(simd::load<W>(x + j) - top);
+    simd::store<W>(x + j, e);
+    total += e;
+  }
+  return {top, simd::sum<W>(total)};
+}
+
+// g = e (g - <e, g> / sum) in place: the gradient of the logits, where e / sum are a row of the map and g is the
+// gradient of that row over sum.
+template <int W>
+CONVINIT_INLINE void logit_gradient(const float* e, float* g, int64_t ld, float sum) {
+  using V = simd::F<W>;
+  V inner{};
+  for (int64_t j = 0; j < ld; j += W) inner += simd::load<W>(e + j) * simd::load<W>(g + j);
+  const float mean = simd::sum<W>(inner) / sum;
+  for (int64_t j = 0; j < ld; j += W) simd::store<W>(g + j, simd::load<W>(e + j) * (simd::load<W>(g + j) - mean));
+}
+
+// --- one head of one image --------------------------------------------------------------------------------------
+
+// Rows [first, last) of out, and their log-sum-exp in base 2.
+template <int W>
+CONVINIT_INLINE void forward(const Problem& p, int64_t b, int64_t h, int64_t first, int64_t last, const Operand& out,
+                             float* lse) {
+  const int64_t ld_n = padded(p.tokens), ld_map = skewed(p.tokens), ld_r = padded(p.rank);
+  const int64_t k_t_floats = panel_floats<W>(p.rank, ld_n), v_floats = panel_floats<W>(p.tokens, ld_r);
+  Scratch scratch(k_t_floats + v_floats + kPad * ld_r + kRowBlock * (ld_map + 2 * ld_r));
+  const Panels k_t{scratch.take(k_t_floats), kColumns<W> * p.rank, kColumns<W>};
+  const Panels v{scratch.take(v_floats), kColumns<W> * p.tokens, kColumns<W>};
+  float* block = scratch.take(kPad * ld_r);
+  float* q = scratch.take(kRowBlock * ld_r);
+  float* map = scratch.take(kRowBlock * ld_map);
+  float* rows_out = scratch.take(kRowBlock * ld_r);
+
+  pack<W>(p, p.k, p.alpha, p.k_pos, b, h, block, {}, k_t);
+  pack<W>(p, p.v, 1, {}, b, h, block, v, {});
+  for (int64_t i0 = first; i0 < last; i0 += kRowBlock) {
+    const int64_t rows = std::min(kRowBlock, last - i0);
+    load_rows<W>(p.q, p.alpha, p.q_pos, p.scale, b, h, i0, rows, p.rank, q, ld_r);
+    product<W>(rows, ld_n, p.rank, {q, ld_r, 1}, k_t, map, ld_map);
+    RowSum sums[kRowBlock];
+    for (int64_t i = 0; i < rows; ++i) sums[i] = exponentials<W>(map + i * ld_map, p.tokens, ld_n);
+    product<W>(rows, ld_r, p.tokens, {map, ld_map, 1}, v, rows_out, ld_r);
+    for (int64_t i = 0; i < rows; ++i) {
+      simd::store_row<W>(out.element, rows_out + i * ld_r, p.rank, 1 / sums[i].sum, out.row(b, h, i0 + i));
+      lse[(b * p.heads + h) * p.tokens + i0 + i] = sums[i].top * 1.44269504f + std::log2(sums[i].sum);
+    }
+  }
+}
+
+// Adds rows [first, first + rows) of a gradient to a sum over images, and writes them times `factor`.
+template <int W>
+CONVINIT_INLINE void emit(const Problem& p, float* from, int64_t b, int64_t h, int64_t first, int64_t rows,
+                          float factor, const Operand& to, float* total) {
+  const int64_t ld = padded(p.rank);
+  if (total != nullptr) {
+    total += (h * p.tokens + first) * ld;
+    for (int64_t c = 0; c < rows * ld; c += W)
+      simd::store<W>(total + c, simd::load<W>(total + c) + simd::load<W>(from + c));
+  }
+  for (int64_t i = 0; to && i < rows; ++i)
+    simd::store_row<W>(to.element, from + i * ld, p.rank, factor, to.row(b, h, first + i));
+}
+
+template <int W>
+CONVINIT_INLINE void backward(const Problem& p, int64_t b, int64_t h, const Operand& dout, const Gradients& to) {
+  const int64_t ld_n = padded(p.tokens), ld_map = skewed(p.tokens), ld_r = padded(p.rank);
+  const int64_t t_floats = panel_floats<W>(p.rank, ld_n), floats = panel_floats<W>(p.tokens, ld_r);
+  const bool logits = to.any_q() || to.any_k();
+  Scratch scratch(2 * t_floats + floats + 2 * p.tokens * ld_r + kPad * ld_r + kRowBlock * (2 * ld_map + 3 * ld_r));
+  const Panels k_t{scratch.take(t_floats), kColumns<W> * p.rank, kColumns<W>};
+  const Panels v_t{scratch.take(t_floats), kColumns<W> * p.rank, kColumns<W>};
+  const Panels k{scratch.take(floats), to.any_q() ? kColumns<W> * p.tokens : 0, kColumns<W>};
+  float* dk = scratch.take(p.tokens * ld_r);
+  float* dv = scratch.take(p.tokens * ld_r);
+  float* block = scratch.take(kPad * ld_r);
+  float* map = scratch.take(kRowBlock * ld_map);
+  float* dmap = scratch.take(kRowBlock * ld_map);
+  float* q = scratch.take(kRowBlock * ld_r);
+  float* rows_dout = scratch.take(kRowBlock * ld_r);
+  float* dq = scratch.take(kRowBlock * ld_r);
+  // Gradients of the rows at hand, as right factors.
+  const Panels q_rows{q, kColumns<W>, ld_r}, dout_rows{rows_dout, kColumns<W>, ld_r};
+
+  pack<W>(p, p.k, p.alpha, p.k_pos, b, h, block, k, k_t);
+  if (logits) pack<W>(p, p.v, 1, {}, b, h, block, {}, v_t);
+  for (int64_t i0 = 0; i0 < p.tokens; i0 += kRowBlock) {
+    const int64_t rows = std::min(kRowBlock, p.tokens - i0);
+    const bool accumulate = i0 > 0;
+    load_rows<W>(p.q, p.alpha, p.q_pos, p.scale, b, h, i0, rows, p.rank, q, ld_r);
+    product<W>(rows, ld_n, p.rank, {q, ld_r, 1}, k_t, map, ld_map);
+    float sums[kRowBlock];
+    // The map is left unnormalised: the rows of dout are divided by the sums instead.
+    for (int64_t i = 0; i < rows; ++i) {
+      sums[i] = exponentials<W>(map + i * ld_map, p.tokens, ld_n).sum;
+      load_rows<W>(dout, 1, {}, 1 / sums[i], b, h, i0 + i, 1, p.rank, rows_dout + i * ld_r, ld_r);
+    }
+    if (to.v) product<W>(p.tokens, ld_r, rows, {map, 1, ld_map}, dout_rows, dv, ld_r, accumulate);
+    if (!logits) continue;
+    product<W>(rows, ld_n, p.rank, {rows_dout, ld_r, 1}, v_t, dmap, ld_map);
+    for (int64_t i = 0; i < rows; ++i) logit_gradient<W>(map + i * ld_map, dmap + i * ld_map, ld_n, sums[i]);
+    if (to.any_k()) product<W>(p.tokens, ld_r, rows, {dmap, 1, ld_map}, q_rows, dk, ld_r, accumulate);
+    if (!to.any_q()) continue;
+    product<W>(rows, ld_r, p.tokens, {dmap, ld_map, 1}, k, dq, ld_r);
+    for (int64_t c = 0; c < rows * ld_r; c += W) simd::store<W>(dq + c, p.scale * simd::load<W>(dq + c));
+    emit<W>(p, dq, b, h, i0, rows, p.alpha, to.q, to.q_pos);
+  }
+  if (to.any_k()) emit<W>(p, dk, b, h, 0, p.tokens, p.alpha, to.k, to.k_pos);
+  if (to.v) emit<W>(p, dv, b, h, 0, p.tokens, 1, to.v, nullptr);
+}
+
+}  // namespace convinit::attention

@@ -1,0 +1,304 @@
+"""The CPU kernels of positional attention, against float64 and the eager formula."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from convinit.kernels.layout import split_heads, split_packed
+from convinit.nn.attention import ConvInitAttention
+from convinit.ops import fused
+from convinit.ops.positional_attention import (
+    packed_attention,
+    positional_attention,
+    positional_attention_reference,
+)
+from convinit.ops.shared_attention import shared_attention
+
+OPTIONS = {"scale": 0.3, "alpha": 0.4}
+
+
+def make(batch, heads, tokens, rank, dtype=torch.float32, pos_dtype=None):
+    """qkv [B, N, 3·heads·r], pos [2, heads, N, r] and dout [B, N, heads·r]."""
+    g = torch.Generator().manual_seed(0)
+    shapes = ((batch, tokens, 3 * heads * rank), (2, heads, tokens, rank), (batch, tokens, heads * rank))
+    dtypes = (dtype, pos_dtype or dtype, dtype)
+    return [torch.randn(shape, generator=g).to(x) for shape, x in zip(shapes, dtypes, strict=True)]
+
+
+def run(f, qkv, pos, dout, heads):
+    """out and the gradients of qkv and pos."""
+    qkv, pos = (x.detach().requires_grad_() for x in (qkv, pos))
+    out = f(*split_packed(qkv, heads), *pos, **OPTIONS)
+    return (out, *torch.autograd.grad(out, (qkv, pos), dout))
+
+
+def on_cpu(*args, **options):
+    return positional_attention(*args, backend="native", **options)
+
+
+def check(qkv, pos, dout, heads):
+    """Errors next to float64 are those of the eager formula, up to rounding."""
+    exact = run(positional_attention_reference, *(x.double() for x in (qkv, pos, dout)), heads)
+    eager = run(positional_attention_reference, qkv, pos, dout, heads)
+    ours = run(on_cpu, qkv, pos, dout, heads)
+    for a, b, c in zip(ours, eager, exact, strict=True):
+        assert (a.dtype, a.shape) == (b.dtype, b.shape)
+        size = c.norm()
+        assert (a - c).norm() <= 1.5 * (b - c).norm() + 4 * torch.finfo(torch.float32).eps * size
+
+
+@pytest.mark.parametrize("tokens", [1, 17, 64, 65, 196, 197, 256, 257, 576])
+@pytest.mark.parametrize("rank", [5, 32, 64])
+def test_every_grid(tokens, rank):
+    check(*make(2, 2, tokens, rank), heads=2)
+
+
+@pytest.mark.parametrize("rank", [1, 16, 17, 48, 80, 128, 150])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_every_rank(rank, dtype):
+    check(*make(3, 2, 50, rank, dtype), heads=2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tokens", [1, 49, 196])
+def test_half_precision(tokens, dtype):
+    check(*make(3, 3, tokens, 32, dtype), heads=3)
+
+
+@pytest.mark.parametrize("batch", [1, 5, 70])
+def test_sums_over_every_batch(batch):
+    check(*make(batch, 1, 20, 8), heads=1)
+    check(*make(batch, 3, 20, 8, torch.bfloat16), heads=3)
+
+
+@pytest.mark.parametrize("pos_dtype", [torch.float64, torch.float32, torch.float16])
+def test_position_terms_have_a_dtype_of_their_own(pos_dtype):
+    qkv, pos, dout = make(2, 2, 20, 8, torch.bfloat16, pos_dtype)
+    ours = run(on_cpu, qkv, pos, dout, 2)
+    exact = run(positional_attention_reference, *(x.double() for x in (qkv, pos, dout)), 2)
+    for a, b in zip(ours, exact, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-2, atol=1e-2)
+    assert [x.dtype for x in ours] == [torch.bfloat16, torch.bfloat16, pos_dtype]
+
+
+@pytest.mark.parametrize("capability", ["avx2", "default"])
+def test_older_instruction_sets(capability):
+    """Where the CPU has newer ones, only a process of its own takes these."""
+    code = (
+        "import sys; sys.path.insert(0, 'tests')\n"
+        "import torch; from test_native_attention import check, make, round_trip\n"
+        "for shape in ((2, 2, 1, 5), (2, 3, 65, 64), (3, 2, 196, 20), (1, 1, 24, 100)):\n"
+        "    for dtype in (torch.float32, torch.bfloat16, torch.float16):\n"
+        "        check(*make(*shape, dtype), heads=shape[1])\n"
+        "round_trip(torch.float16); round_trip(torch.bfloat16)"
+    )
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+
+
+def round_trip(dtype):
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)
+    other = every[torch.randperm(len(every), generator=torch.Generator().manual_seed(0))]
+    zeros = torch.zeros(1, 1, 1, len(every), dtype=dtype)
+    # One token: its weight is 1, so that values come back as they are.
+    out = positional_attention(zeros, zeros, every.expand_as(zeros), backend="native")
+    torch.testing.assert_close(out.flatten(), every, rtol=0, atol=0, equal_nan=True)
+    # Two tokens of the same logits: means of two numbers, rounded.
+    zeros = torch.zeros(1, 1, 2, len(every), dtype=dtype)
+    out = positional_attention(zeros, zeros, torch.stack((every, other)).expand_as(zeros), backend="native")
+    mean = ((every.float() + other.float()) / 2).to(dtype).expand(1, 2, -1)
+    torch.testing.assert_close(out, mean, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounding_is_that_of_torch(dtype):
+    round_trip(dtype)
+
+
+def test_any_strides():
+    (qkv, pos, dout), heads = make(3, 2, 21, 6), 2
+    q, k, v = split_packed(qkv, heads)
+    layouts = {
+        "dense": lambda x: x.contiguous(),
+        "every second element": lambda x: x.repeat_interleave(2, dim=-1)[..., ::2],
+        "transposed": lambda x: x.mT.contiguous().mT,
+        "one image for all": lambda x: x[..., :1, :, :, :].expand(x.shape) if x.dim() == 4 else x,
+        "one row for all": lambda x: x[..., :1, :].expand(x.shape),
+    }
+    for name, layout in layouts.items():
+        inputs = [layout(x) for x in (q, k, v, *pos)]
+        torch.testing.assert_close(
+            on_cpu(*inputs, **OPTIONS),
+            positional_attention_reference(*inputs, **OPTIONS),
+            msg=lambda text, name=name: f"{name}: {text}",
+        )
+    expanded = run(on_cpu, qkv, pos, torch.ones(()).expand(dout.shape), heads)
+    dense = run(on_cpu, qkv, pos, torch.ones(dout.shape), heads)
+    assert all(torch.equal(a, b) for a, b in zip(expanded, dense, strict=True))
+
+
+def test_expanded_inputs_get_the_sum_of_their_gradients():
+    q, k, v = (torch.randn(1, 2, 9, 4, requires_grad=True) for _ in range(3))
+    for f in (on_cpu, positional_attention_reference):
+        f(*(x.expand(5, 2, 9, 4) for x in (q, k, v))).square().sum().backward()
+        gradients = [x.grad for x in (q, k, v)]
+        q.grad = k.grad = v.grad = None
+        if f is on_cpu:
+            ours = gradients
+    for a, b in zip(ours, gradients, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 5, 4), (2, 2, 0, 4), (0, 1, 1, 1)])
+def test_nothing_to_do(shape):
+    out, dqkv, dpos = run(on_cpu, *make(*shape), heads=shape[1])
+    assert out.shape == (shape[0], shape[2], shape[1] * shape[3])
+    assert dqkv.shape == (shape[0], shape[2], 3 * shape[1] * shape[3])
+    assert torch.equal(dpos, torch.zeros(2, *shape[1:]))
+
+
+@pytest.mark.parametrize("size", [30.0, 100.0])
+def test_sharp_logits(size):
+    """Up to ±1e4: one weight a row is nearly 1, and the others underflow."""
+    qkv, pos, dout = make(2, 2, 70, 16)
+    qkv[..., :64] *= size  # queries and keys
+    exact = run(positional_attention_reference, *(x.double() for x in (qkv, pos, dout)), 2)
+    eager = run(positional_attention_reference, qkv, pos, dout, 2)
+    for a, b, c in zip(run(on_cpu, qkv, pos, dout, 2), eager, exact, strict=True):
+        assert (a - c).norm() <= 3 * (b - c).norm() + 1e-5 * c.norm()
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("where", ["q", "k", "v", "q_pos", "k_pos", "dout"])
+def test_what_is_not_finite_is_not_hidden(bad, where):
+    (qkv, pos, dout), heads = make(2, 2, 19, 5), 2
+    tensors = dict(zip("qkv", split_packed(qkv, heads), strict=True)) | {"q_pos": pos[0], "k_pos": pos[1]}
+    tensors["dout"] = split_heads(dout, heads)
+    tensors[where][..., 1, 7, 2] = bad
+    ours = run(on_cpu, qkv, pos, dout, heads)
+    eager = run(positional_attention_reference, qkv, pos, dout, heads)
+    for a, b in zip(ours, eager, strict=True):
+        torch.testing.assert_close(a, b, equal_nan=True)
+
+
+def test_scratch_of_the_last_call_does_not_leak():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        inputs = make(2, 2, 35, 5)
+        before = run(on_cpu, *inputs, 2)
+        run(on_cpu, *(x.fill_(torch.nan) for x in make(1, 1, 300, 70)), 1)
+        after = run(on_cpu, *inputs, 2)
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_threads_do_not_change_the_bits():
+    inputs, threads = make(7, 3, 40, 16), torch.get_num_threads()
+    results = []
+    try:
+        for number in (1, 2, 3):
+            torch.set_num_threads(number)
+            results.append(run(on_cpu, *inputs, 3))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_each_gradient_alone_is_that_of_all():
+    (qkv, pos, dout), heads = make(3, 2, 30, 8), 2
+    inputs = [x.detach() for x in (*split_packed(qkv, heads), *pos)]
+
+    def gradients(needed):
+        leaves = [x.detach().requires_grad_(i in needed) for i, x in enumerate(inputs)]
+        out = on_cpu(*leaves, **OPTIONS)
+        return torch.autograd.grad(out, [leaves[i] for i in needed], dout)
+
+    together = gradients(range(5))
+    for i in range(5):
+        assert torch.equal(gradients([i])[0], together[i])
+    for pair in ((0, 2), (1, 3), (2, 4)):
+        assert all(torch.equal(a, together[i]) for a, i in zip(gradients(pair), pair, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_product_gives_the_same_bits(dtype):
+    qkv, pos, dout = make(3, 2, 30, 8, dtype)
+    whole, position = qkv.clone().requires_grad_(), pos.clone().requires_grad_()
+    out = packed_attention(whole, 2, *position, backend="native", **OPTIONS)
+    results = (out, *torch.autograd.grad(out, (whole, position), dout))
+    for a, b in zip(results, run(on_cpu, qkv, pos, dout, 2), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_opcheck():
+    qkv, pos, _ = make(2, 2, 6, 4)
+    q, k, v = (x.detach() for x in split_packed(qkv, 2))
+    for dtype in (torch.float32, torch.bfloat16):
+        flat = qkv.to(dtype).requires_grad_()
+        torch.library.opcheck(fused._packed, (flat, 2, *pos.requires_grad_().unbind(), None, 0.5, 0.3, 0.0))
+    torch.library.opcheck(fused._positional, (q.requires_grad_(), k, v, None, None, None, 0.5, 1.0, 0.0))
+    out, lse = q.new_empty(2, 6, 8), q.new_empty(2, 2, 6)
+    arguments = (q.detach(), k, v, None, None, out, lse, 0.5, 1.0)
+    torch.library.opcheck(torch.ops.convinit.positional_attention_cpu, arguments, test_utils="test_schema")
+
+
+def test_log_sum_exp():
+    """What the op hands to its backward is what the Triton kernels hand to theirs."""
+    qkv, _, _ = make(2, 2, 20, 8)
+    q, k, v = split_packed(qkv, 2)
+    _, lse = fused._positional(q, k, v, None, None, None, 0.5, 1.0, 0.0)
+    torch.testing.assert_close(lse, (0.5 * q @ k.mT).logsumexp(-1) / torch.log(torch.tensor(2.0)))
+
+
+def test_compiles_into_one_graph():
+    def f(qkv, pos):
+        return packed_attention(qkv, 2, *pos, backend="native", **OPTIONS)
+
+    def results(f):
+        qkv, pos = (x.requires_grad_() for x in make(2, 2, 20, 8)[:2])
+        out = f(qkv, pos)
+        return (out, *torch.autograd.grad(out.square().sum(), (qkv, pos)))
+
+    compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
+    for a, b in zip(results(compiled), results(f), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_autocast():
+    layer = ConvInitAttention(32, 2, (4, 4), init="random", backend="native")
+    with torch.autocast("cpu", torch.bfloat16):
+        out = layer(torch.randn(2, 16, 32))
+    out.float().sum().backward()
+    assert out.dtype == torch.bfloat16
+    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in layer.parameters())
+    q = torch.randn(1, 1, 4, 4, dtype=torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert on_cpu(q, q, q).dtype == torch.bfloat16
+
+
+def test_explicit_native_never_falls_back():
+    q = torch.zeros(1, 1, 4, 4)
+    with pytest.raises(TypeError, match="takes float32, bfloat16 or float16, got torch.float64"):
+        on_cpu(q.double(), q.double(), q.double())
+    with pytest.raises(ValueError, match="has no dropout, got dropout_p = 0.5"):
+        on_cpu(q, q, q, dropout_p=0.5)
+    with pytest.raises(ValueError, match="needs tensors on the CPU, got meta"):
+        on_cpu(*[q.to("meta")] * 3)
+    with pytest.raises(ValueError, match='"native" is not for maps that all images share'):
+        shared_attention(q[0], q[0], q, backend="native")
+
+
+def test_second_derivatives_are_refused():
+    q = torch.randn(1, 1, 4, 4, requires_grad=True)
+    (first,) = torch.autograd.grad(on_cpu(q, q, q).square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="positional_attention_backward|does not require grad"):
+        first.sum().backward()

@@ -3,8 +3,8 @@
     python -m pytest benchmarks/bench_positional_attention.py -s --benchmark-json positional_attention.json
 
 On a GPU the paper's shape and its neighbours, in bfloat16 and float16; q, k and v are views of one packed
-product. On a CPU a small shape in float32. Every competitor's output and gradients are checked against
-float64 before anything is timed.
+product. On a CPU smaller batches, in bfloat16 and float32. Every competitor's output and gradients are
+checked against float64 before anything is timed.
 """
 
 from __future__ import annotations
@@ -38,7 +38,14 @@ SHAPES = (  # [B, heads, N, r]
         ),
     ]
     if CUDA
-    else [pytest.param((8, 4, 64, 32), marks=pytest.mark.quick)]
+    else [
+        pytest.param((8, 4, 64, 32), marks=pytest.mark.quick),
+        (32, 8, 256, 32),
+        (32, 8, 256, 64),
+        (32, 3, 196, 64),
+        (8, 6, 576, 64),
+        (4, 6, 1024, 64),
+    ]
 )
 ALPHA = 0.4
 BACKENDS = {
@@ -101,7 +108,7 @@ def bytes_moved(shape: tuple[int, ...], dtype: torch.dtype, backward: bool) -> i
 
 
 @pytest.mark.parametrize("direction", ["forward", "forward+backward"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16] if CUDA else [torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16 if CUDA else torch.float32], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def bench_positional_attention(compare, shape, dtype, direction):
     batch, heads, tokens, rank = shape

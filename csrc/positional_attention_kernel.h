@@ -173,8 +173,13 @@ CONVINIT_INLINE void pack(const Problem& p, const Operand& content, float alpha,
     if (transposed.step > 0) {
       std::fill(block + rows * ld, block + W * ld, 0.0f);
       float* to = transposed.data + n / kColumns<W> * transposed.step + n % kColumns<W>;
-      for (int64_t c = 0; c < p.rank; ++c)
-        for (int64_t i = 0; i < W; ++i) to[c * transposed.ld + i] = block[i * ld + c];
+      for (int64_t c = 0; c < p.rank; c += W) {
+        simd::F<W> square[W];
+        for (int i = 0; i < W; ++i) square[i] = simd::load<W>(block + i * ld + c);
+        simd::transpose<W>(square);
+        for (int64_t i = 0; i < std::min<int64_t>(W, p.rank - c); ++i)
+          simd::store<W>(to + (c + i) * transposed.ld, square[i]);
+      }
     }
   }
 }

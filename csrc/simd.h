@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstdint>
+#include <utility>
 
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wpsabi"  // about passing wide vectors between functions: none is, all are inlined
@@ -89,6 +90,30 @@ CONVINIT_INLINE F<W> exp_or_nan(F<W> x) {
   using Int = typename Vec<W>::I;
   const Int lost = x < -87.0f;
   return (F<W>)((Int)exp_unmasked<W>(x) & ~lost);
+}
+
+template <int W, int D, int... I>
+CONVINIT_INLINE void swap_blocks(F<W>& a, F<W>& b, std::integer_sequence<int, I...>) {
+#if defined(__clang__)
+  const F<W> low = __builtin_shufflevector(a, b, (I & D ? W + I - D : I)...);
+  const F<W> high = __builtin_shufflevector(a, b, (I & D ? W + I : I + D)...);
+#else
+  using Int = typename Vec<W>::I;
+  const F<W> low = __builtin_shuffle(a, b, Int{(I & D ? W + I - D : I)...});
+  const F<W> high = __builtin_shuffle(a, b, Int{(I & D ? W + I : I + D)...});
+#endif
+  a = low;
+  b = high;
+}
+
+// Transposes a W x W matrix: blocks of 2D x 2D swap their D x D corners, D doubling.
+template <int W, int D = 1>
+CONVINIT_INLINE void transpose(F<W> (&rows)[W]) {
+  if constexpr (D < W) {
+    for (int i = 0; i < W; ++i)
+      if (!(i & D)) swap_blocks<W, D>(rows[i], rows[i + D], std::make_integer_sequence<int, W>{});
+    transpose<W, 2 * D>(rows);
+  }
 }
 
 // One register tile of C: MR rows, NV vectors.

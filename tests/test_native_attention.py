@@ -11,7 +11,7 @@ import torch
 
 from convinit.kernels.layout import split_heads, split_packed
 from convinit.nn.attention import ConvInitAttention
-from convinit.ops import fused
+from convinit.ops import fused, native
 from convinit.ops.positional_attention import (
     packed_attention,
     positional_attention,
@@ -302,3 +302,40 @@ def test_second_derivatives_are_refused():
     (first,) = torch.autograd.grad(on_cpu(q, q, q).square().sum(), q, create_graph=True)
     with pytest.raises(RuntimeError, match="positional_attention_backward|does not require grad"):
         first.sum().backward()
+
+
+def test_auto_is_native_where_nothing_stands_against_it(monkeypatch):
+    taken = []
+    forward = native.forward
+    monkeypatch.setattr(native, "forward", lambda *args: taken.append(True) or forward(*args))
+    monkeypatch.setattr(native, "_VECTORS", True)
+    monkeypatch.setattr(native, "_AMX", False)
+
+    def takes(dtype=torch.float32, **options):
+        taken.clear()
+        positional_attention(*[torch.randn(1, 1, 4, 4).to(dtype)] * 3, **options)
+        return bool(taken)
+
+    assert takes() and takes(torch.bfloat16) and takes(torch.float16)
+    assert not takes(torch.float64) and not takes(dropout_p=0.1)
+    assert not takes(backend="sdpa") and not takes(backend="eager")
+    monkeypatch.setattr(native, "_AMX", True)
+    assert takes() and not takes(torch.bfloat16) and not takes(torch.float16)
+    monkeypatch.setattr(native, "_VECTORS", False)
+    assert not takes() and takes(backend="native")
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*jit.*deprecated")
+def test_auto_leaves_exports_and_transforms_to_torch():
+    layer = ConvInitAttention(16, 2, (2, 2), init="random").eval()
+    x = torch.randn(1, 4, 16)
+    exported = torch.export.export(layer, (x,))
+    assert not any("convinit" in str(node.target) for node in exported.graph.nodes)
+    assert "packed_attention" not in str(torch.jit.trace(layer, (x,)).inlined_graph)
+    q = torch.randn(1, 1, 4, 4, requires_grad=True)
+    gradient = torch.func.grad(lambda q: positional_attention(q, q, q).square().sum())(q)
+    positional_attention(q, q, q).square().sum().backward()
+    torch.testing.assert_close(gradient, q.grad)
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward AD"):
+        dual = torch.autograd.forward_ad.make_dual(q, q.detach())
+        positional_attention(dual, dual, dual)

@@ -28,7 +28,8 @@ def register_attention(name: str = "convinit", *, backend: str = "auto") -> str:
 
     Args:
         name: under which transformers knows it. The last registration of a name counts.
-        backend: "auto", "triton", "sdpa" or "eager", as in :func:`convinit.positional_attention`.
+        backend: "auto", "triton", "native", "sdpa" or "eager", as in
+            :func:`convinit.positional_attention`.
 
     Returns:
         The name.

@@ -56,7 +56,7 @@ class ConvInitAttention(nn.Module):
             and on the output.
         value, proj: False leaves out W_v or W_o. Either needs heads·r = D.
         proj_bias: bias of the output layer.
-        backend: of the attention: "auto", "triton", "sdpa" or "eager", as in
+        backend: of the attention: "auto", "triton", "native", "sdpa" or "eager", as in
             :func:`~convinit.ops.positional_attention.positional_attention` and
             :func:`~convinit.ops.shared_attention.shared_attention`. An explicit choice never falls back.
         trainable_mixing: False freezes W_q and W_k, or Q and K.

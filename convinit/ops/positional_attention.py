@@ -38,16 +38,20 @@ def positional_attention(
         alpha: content share α of queries and keys.
         dropout_p: probability that an attention weight is dropped. Pass 0 in evaluation.
         backend: "triton" (the kernels of `convinit.kernels`: CUDA, r up to 128; no second derivatives),
-            "sdpa" (:func:`torch.nn.functional.scaled_dot_product_attention` on mixed q and k), "eager" (the
-            formula), or "auto": "triton" where committed measurements say that it is faster, else "sdpa". No
-            measurement has been committed yet, so "auto" is "sdpa". An explicit choice never falls back.
+            "native" (compiled kernels: CPU; float32, bfloat16 and float16, all computed in float32; no
+            dropout, no second derivatives), "sdpa" (mixed q and k go to
+            :func:`torch.nn.functional.scaled_dot_product_attention`), "eager" (the formula), or "auto": kernels where measurements say that they are faster, else "sdpa". On a CPU with AVX2 or
+            AVX-512 that is "native" in all it serves, except for bfloat16 and float16 where the CPU has AMX;
+            while a model is exported or traced, and under torch.func and forward-mode AD, it is "sdpa". On
+            CUDA no measurement has been committed yet, so "auto" is "sdpa".
+            An explicit choice never falls back.
 
     Returns:
         [B, N, heads·r], the heads side by side, ready for the output layer.
 
     Raises:
-        ValueError: shapes, dropout_p or backend out of range; "triton" cannot serve device or shape.
-        TypeError: dtypes. RuntimeError: "triton" without Triton.
+        ValueError: shapes, dropout_p or backend out of range; "triton" or "native" cannot serve device, shape
+            or dropout. TypeError: dtypes. RuntimeError: "triton" without Triton.
 
     Source: Model I of arXiv 2401.12511, with the sum taken after the projection instead of before it.
     """
@@ -80,8 +84,8 @@ def packed_attention(
 
     q, k, v = qkv.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)
 
-    The same to the last bit. With "triton" the gradient of qkv is written in place of three that autograd
-    would have to copy together.
+    The same to the last bit. With "triton" and "native" the gradient of qkv is written in place of three
+    that autograd would have to copy together.
 
     Args:
         qkv: [B, N, 3·heads·r], as an ``nn.Linear`` makes it.

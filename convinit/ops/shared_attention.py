@@ -35,8 +35,10 @@ def shared_attention(
             q_map and k_map expanded over the batch: a map, and a dropout mask, an image);
             "eager" (the formula); or "auto": "triton" where committed measurements say that it is faster,
             else one tall product a head. No measurement has been committed yet, so "auto" is the product,
-            but "sdpa" for the inference of a single image on a CPU, where there is nothing to share. An
-            explicit choice never falls back.
+            but "sdpa" for the inference of a single image on a CPU, where there is nothing to share.
+            "native", the CPU kernels of :func:`~convinit.ops.positional_attention.positional_attention`, is
+            refused: on a CPU the product is as fast as matrix products are. An explicit choice never falls
+            back.
 
     Returns:
         [B, N, heads·r], the heads side by side, ready for the output layer.

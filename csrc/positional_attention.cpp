@@ -10,6 +10,7 @@ namespace convinit {
 namespace {
 
 using attention::Gradients;
+using attention::kRowBlock;
 using attention::Operand;
 using attention::Problem;
 
@@ -65,11 +66,12 @@ bool has_dense_rows(const Tensor& x) {
 }
 
 // Of a tensor [B, heads, N, r] or [heads, N, r].
-Operand operand(const Tensor& x) {
+Operand operand(const Tensor& x, bool written) {
   STD_TORCH_CHECK(has_dense_rows(x), "convinit: gradients must be dense in r");
   const Element element = element_of(x);
   const int64_t size = size_of(element), last = x.dim() - 1;
-  return {.data = static_cast<char*>(x.data_ptr()),
+  void* data = written ? x.mutable_data_ptr() : const_cast<void*>(x.const_data_ptr());
+  return {.data = static_cast<char*>(data),
           .element = element,
           .image = last == 3 ? x.stride(0) * size : 0,
           .head = x.stride(last - 2) * size,
@@ -82,7 +84,7 @@ struct Input {
   Operand operand;
 
   explicit Input(const Tensor& x)
-      : dense(has_dense_rows(x) ? x : torch::stable::contiguous(x)), operand(convinit::operand(dense)) {}
+      : dense(has_dense_rows(x) ? x : torch::stable::contiguous(x)), operand(convinit::operand(dense, false)) {}
 };
 
 struct Inputs {
@@ -118,10 +120,9 @@ struct Inputs {
   }
 };
 
-Input side_by_side(const Tensor& x, const Problem& p) {
+void check_side_by_side(const Tensor& x, const Problem& p) {
   STD_TORCH_CHECK(x.dim() == 3 && x.size(0) == p.batch && x.size(1) == p.tokens && x.size(2) == p.heads * p.rank,
                   "convinit: out and dout must have shape [B, N, heads r]");
-  return Input(x);
 }
 
 // [B, N, heads r] as [B, heads, N, r].
@@ -154,20 +155,27 @@ void positional_attention_cpu(const Tensor& q, const Tensor& k, const Tensor& v,
   STD_TORCH_CHECK(out.is_contiguous() && lse.is_contiguous() && lse.scalar_type() == ScalarType::Float &&
                       lse.numel() == p.batch * p.heads * p.tokens,
                   "convinit: out and lse must be contiguous, and lse float32 [B, heads, N]");
-  const Operand to = heads_of(side_by_side(out, p).operand, out, p.rank);
+  check_side_by_side(out, p);
+  const Operand to = heads_of(operand(out, true), out, p.rank);
   float* sums = lse.mutable_data_ptr<float>();
   expect_writes(to, p);
-  torch::stable::parallel_for(0, p.batch * p.heads, grain(4 * p.tokens * p.tokens * p.rank),
-                              [&](int64_t begin, int64_t end) {
-                                for (int64_t i = begin; i < end; ++i)
-                                  kernels().forward(p, i / p.heads, i % p.heads, 0, p.tokens, to, sums);
-                              });
+  // Fewer heads than threads share the rows of each; a row is the same whoever makes it.
+  const int64_t heads = p.batch * p.heads, threads = torch::stable::get_num_threads();
+  const int64_t parts = std::clamp<int64_t>(threads / heads, 1, (p.tokens + kRowBlock - 1) / kRowBlock);
+  const int64_t part = (p.tokens + parts - 1) / parts;  // rows
+  torch::stable::parallel_for(
+      0, heads * parts, grain(4 * part * p.tokens * p.rank), [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+          const int64_t head = i / parts, first = i % parts * part;
+          kernels().forward(p, head / p.heads, head % p.heads, first, std::min(first + part, p.tokens), to, sums);
+        }
+      });
 }
 
 namespace {
 
 Operand gradient(const std::optional<Tensor>& x, const Tensor& of) {
-  return x ? operand(Inputs::checked(*x, of, 4 - x->dim())) : Operand{};
+  return x ? operand(Inputs::checked(*x, of, 4 - x->dim()), true) : Operand{};
 }
 
 // The gradient of a position term, summed over images. A task takes a chunk of them and has a sum of its own, so that
@@ -221,7 +229,8 @@ void positional_attention_backward_cpu(const Tensor& dout_, const Tensor& q, con
   const Inputs inputs(q, k, v, q_pos, k_pos, scale, alpha);
   const Problem& p = inputs.problem;
   if (p.heads * p.tokens * p.rank == 0) return;
-  const Input dense_dout = side_by_side(dout_, p);
+  check_side_by_side(dout_, p);
+  const Input dense_dout(dout_);
   const Operand dout = heads_of(dense_dout.operand, dense_dout.dense, p.rank);
   const Gradients images{.q = gradient(dq, q), .k = gradient(dk, q), .v = gradient(dv, q)};
   const int64_t wanted = (kTasks + p.heads - 1) / p.heads;

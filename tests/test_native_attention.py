@@ -200,13 +200,14 @@ def test_scratch_of_the_last_call_does_not_leak():
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
-def test_threads_do_not_change_the_bits():
-    inputs, threads = make(7, 3, 40, 16), torch.get_num_threads()
+@pytest.mark.parametrize(("batch", "heads"), [(7, 3), (1, 1), (1, 2)])
+def test_threads_do_not_change_the_bits(batch, heads):
+    inputs, threads = make(batch, heads, 150, 40), torch.get_num_threads()
     results = []
     try:
         for number in (1, 2, 3):
             torch.set_num_threads(number)
-            results.append(run(on_cpu, *inputs, 3))
+            results.append(run(on_cpu, *inputs, heads))
     finally:
         torch.set_num_threads(threads)
     for other in results[1:]:
@@ -310,13 +311,15 @@ def test_auto_is_native_where_nothing_stands_against_it(monkeypatch):
     monkeypatch.setattr(native, "forward", lambda *args: taken.append(True) or forward(*args))
     monkeypatch.setattr(native, "_VECTORS", True)
     monkeypatch.setattr(native, "_AMX", False)
+    monkeypatch.setattr(native, "_WORTHWHILE", 64)
 
-    def takes(dtype=torch.float32, **options):
+    def takes(dtype=torch.float32, size=4, **options):
         taken.clear()
-        positional_attention(*[torch.randn(1, 1, 4, 4).to(dtype)] * 3, **options)
+        positional_attention(*[torch.randn(1, 1, size, 4).to(dtype)] * 3, **options)
         return bool(taken)
 
     assert takes() and takes(torch.bfloat16) and takes(torch.float16)
+    assert not takes(size=3)
     assert not takes(torch.float64) and not takes(dropout_p=0.1)
     assert not takes(backend="sdpa") and not takes(backend="eager")
     monkeypatch.setattr(native, "_AMX", True)
@@ -326,7 +329,8 @@ def test_auto_is_native_where_nothing_stands_against_it(monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*jit.*deprecated")
-def test_auto_leaves_exports_and_transforms_to_torch():
+def test_auto_leaves_exports_and_transforms_to_torch(monkeypatch):
+    monkeypatch.setattr(native, "_WORTHWHILE", 0)
     layer = ConvInitAttention(16, 2, (2, 2), init="random").eval()
     x = torch.randn(1, 4, 16)
     exported = torch.export.export(layer, (x,))

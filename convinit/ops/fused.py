@@ -283,6 +283,9 @@ def _packed(
     alpha: float,
     dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
+    if native.serves(qkv, seed):  # without the price of a second op
+        q, k, v = split_packed(qkv, heads)
+        return native.forward(q, k, v, q_pos, k_pos, scale, alpha)
     return _positional(*split_packed(qkv, heads), q_pos, k_pos, seed, scale, alpha, dropout_p)
 
 

@@ -17,6 +17,9 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Asked once, for torch.compile does not trace through the questions.
 _VECTORS = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 _AMX = torch.cpu._is_amx_tile_supported()
+_WORTHWHILE = (
+    2**20
+)  # B·heads·N²·r; below it the price of an op in Python, 20 µs, outweighs what a kernel saves
 
 
 def check_native(x: Tensor, dropout_p: float) -> None:
@@ -34,15 +37,17 @@ def prefers_native(x: Tensor, dropout_p: float) -> bool:
     """Whether backend="auto" takes the kernels for x [B, heads, N, r].
 
     They measured faster than PyTorch's in every shape from N = 64 to 2304 and r = 32 and 64, forward and
-    backward, with AVX-512 and with AVX2. Without either they do not compete, nor with AMX, which multiplies
-    16-bit numbers many times faster than the float32 arithmetic here. What is exported takes PyTorch's ops,
-    which others can read; so do the transforms of torch.func and forward-mode AD, which ours do not know.
+    backward, with AVX-512 and with AVX2, unless the problem is tiny. Without either they do not compete, nor
+    with AMX, which multiplies 16-bit numbers many times faster than the float32 arithmetic here. What is
+    exported takes PyTorch's ops, which others can read; so do the transforms of torch.func and forward-mode
+    AD, which ours do not know.
     """
     dtype = _dtype(x)
     return (
         x.device.type == "cpu"
         and dropout_p == 0
         and _VECTORS
+        and x.shape[2] * x.numel() >= _WORTHWHILE
         and (dtype == torch.float32 or (dtype in _DTYPES and not _AMX))
         and not (torch.compiler.is_exporting() or torch.jit.is_tracing())
         and not (torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0)
@@ -51,7 +56,7 @@ def prefers_native(x: Tensor, dropout_p: float) -> bool:
 
 def serves(q: Tensor, seed: Tensor | None) -> bool:
     """Whether the kernels can be the CPU's part of the fused ops; plain PyTorch is the rest."""
-    return q.dtype in _DTYPES and seed is None
+    return q.device.type == "cpu" and q.dtype in _DTYPES and seed is None
 
 
 def forward(

@@ -42,9 +42,9 @@ def positional_attention(
             dropout, no second derivatives), "sdpa" (mixed q and k go to
             :func:`torch.nn.functional.scaled_dot_product_attention`), "eager" (the formula), or "auto", which
             is kernels where measurements say that they are faster, else "sdpa". On a CPU with AVX2 or AVX-512
-            that is "native" in all it serves, except for bfloat16 and float16 where the CPU has AMX; while a
-            model is exported or traced, and under torch.func and forward-mode AD, it is "sdpa". On CUDA no
-            measurement has been committed yet, so "auto" is "sdpa".
+            that is "native" in all it serves, if B·heads·N²·r is 2²⁰ or more, except for bfloat16 and float16
+            where the CPU has AMX; while a model is exported or traced, and under torch.func and forward-mode
+            AD, it is "sdpa". On CUDA no measurement has been committed yet, so "auto" is "sdpa".
             An explicit choice never falls back.
 
     Returns:

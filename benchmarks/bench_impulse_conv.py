@@ -1,6 +1,6 @@
 """impulse_conv against PyTorch's depthwise convolution with the same filters, in both memory formats.
 
-    python -m pytest benchmarks/bench_impulse_conv.py -s --rows rows.csv
+    python -m pytest benchmarks/bench_impulse_conv.py -s --benchmark-json impulse_conv.json
 
 The gradient is that of x alone, as with frozen filters. The second benchmark is the whole ConvMixer with
 frozen impulse filters against the same model whose layers convolve. On a GPU the first runs there.
@@ -21,7 +21,8 @@ from convinit.models import ConvMixer
 from convinit.nn import SpatialConv
 from convinit.ops.impulse_conv import impulse_conv_reference
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
 SHAPES = [(32, 512, 16, 16), (8, 256, 32, 32)]  # [B, C, H, W]; the first is ConvMixer's
 
 
@@ -29,6 +30,12 @@ def last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
+def there(benchmark):
+    """Where there is a GPU it belongs to the GPU's part of a suite."""
+    return pytest.mark.gpu(benchmark) if CUDA else benchmark
+
+
+@there
 @pytest.mark.parametrize("direction", ["forward", "forward+backward"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -57,7 +64,8 @@ def bench_impulse_conv(compare, shape, dtype, direction):
 
     def check(name: str, results: tuple[Tensor, ...]) -> None:
         for actual, exact in zip(results, expected, strict=True):
-            torch.testing.assert_close(actual.contiguous(), exact, rtol=2e-2, atol=2e-2)
+            limit = 4 * torch.finfo(dtype).eps
+            torch.testing.assert_close(actual.contiguous(), exact, rtol=limit, atol=limit)
 
     compare(
         "impulse_conv",
@@ -71,7 +79,7 @@ def bench_impulse_conv(compare, shape, dtype, direction):
         baseline="conv2d, channels_last",
         check=check,
         dtype=dtype,
-        bytes_written=(1 + backward) * x.numel() * dtype.itemsize,
+        bytes_moved=2 * (1 + backward) * x.nbytes,  # x in, the result out; dout in, dx out
     )
 
 

@@ -80,27 +80,27 @@ def follow(arguments: list[str], log: Path, gpu: bool, deadline: float | None) -
             start_new_session=True,
         )
         interrupts, shown = 0, 0
-        while True:
-            try:
-                process.wait(0.2)
-            except subprocess.TimeoutExpired:
-                pass
+        while process.returncode is None:
+            try:  # all of it: wherever Ctrl-C comes, pytest must hear of it
+                try:
+                    process.wait(0.2)
+                except subprocess.TimeoutExpired:
+                    pass
+                text = log.read_text(errors="replace")
+                print(text[shown:], end="", flush=True)
+                shown = len(text)
+                if deadline is not None and time.monotonic() > deadline and process.returncode is None:
+                    deadline = None
+                    print("\ntime is up: what is measured so far is kept")
+                    process.send_signal(signal.SIGINT)
+                    try:
+                        process.wait(30)
+                    except subprocess.TimeoutExpired:
+                        process.kill()
             except KeyboardInterrupt:
                 interrupts += 1
                 process.send_signal(signal.SIGINT if interrupts == 1 else signal.SIGKILL)
-            text = log.read_text(errors="replace")
-            print(text[shown:], end="", flush=True)
-            shown = len(text)
-            if process.returncode is not None:
-                break
-            if deadline is not None and time.monotonic() > deadline:
-                print("\ntime is up: what is measured so far is kept")
-                process.send_signal(signal.SIGINT)
-                try:
-                    process.wait(30)
-                except subprocess.TimeoutExpired:
-                    process.kill()
-                deadline = None
+        print(log.read_text(errors="replace")[shown:], end="", flush=True)
     if interrupts:
         raise KeyboardInterrupt
     return process.returncode
@@ -145,9 +145,11 @@ def run(suite: str, out: Path, minutes: float | None, only: list[str]) -> tuple[
                 if code == NOT_RUN:
                     log.unlink()
                     continue
-                word = {0: "ok", 2: "cut short"}.get(code, f"FAILED ({code}), see {log.name}")
+                # pytest says 2 when it is interrupted, and when it cannot import a file.
+                cut = code == 2 and share is not None and time.monotonic() > share
+                word = "ok" if code == 0 else "cut short" if cut else f"FAILED ({code}), see {log.name}"
                 summary.append(f"{name:<32} {word}, {time.monotonic() - start:.0f} s")
-                good = good and code in (0, 2)
+                good = good and (code == 0 or cut)
     except KeyboardInterrupt:
         summary.append("interrupted")
         good = False
@@ -167,6 +169,8 @@ def main() -> int:
         "--minutes", type=float, help="stop after this long (default: quick 2, gpu 8, others never)"
     )
     options = parser.parse_args()
+    # In the background of a script SIGINT is ignored, by pytest as well, which is stopped by it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     lacking = [name for name in NEEDED + REPORT if importlib.util.find_spec(name) is None]
     if set(lacking) & set(NEEDED):
         print(f"run.py needs {', '.join(lacking)}: pip install 'convinit[test]'", file=sys.stderr)

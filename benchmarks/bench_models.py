@@ -22,7 +22,7 @@ import papers
 import pytest
 import torch
 import torch.nn.functional as F
-from timing import Absent
+from timing import Absent, compiled
 from torch import Tensor, nn
 
 from convinit.models import ConvMixer, SimpleViT
@@ -176,8 +176,8 @@ def bench_simple_vit(compare, name, dtype, direction):
     ours = simple_vit(variant, **options)
     models: dict[str, nn.Module | Absent] = {"papers' eager": papers.simple_vit(ours), "convinit": ours}
     if DEVICE == "cuda":  # minutes of compilation on two CPU cores
-        models["papers' eager, compiled"] = torch.compile(papers.simple_vit(ours))
-        models["convinit, compiled"] = torch.compile(copy.deepcopy(ours))
+        models["papers' eager, compiled"] = compiled(papers.simple_vit(ours))
+        models["convinit, compiled"] = compiled(copy.deepcopy(ours))
     if variant == "vanilla":
         models["vit-pytorch"], models["timm"] = vit_pytorch_simple_vit(), timm_vit()
     measure(

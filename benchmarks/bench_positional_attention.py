@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from timing import compiled
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -87,10 +88,10 @@ def competitors() -> dict[str, Callable[..., Tensor]]:
         return found
     for name, backend in BACKENDS.items():
         found[f"sdpa {name}"] = functools.partial(with_backend, backend, sdpa)
-    found["compiled eager"] = functools.partial(torch.compile(positional_attention_reference), alpha=ALPHA)
-    compiled = torch.compile(positional_attention)
-    found["compiled sdpa"] = functools.partial(compiled, alpha=ALPHA, backend="sdpa")
-    found |= {"flex": torch.compile(flex), "flash-attn": flash_attn, "xformers": xformers}
+    found["compiled eager"] = functools.partial(compiled(positional_attention_reference), alpha=ALPHA)
+    ours = compiled(positional_attention)
+    found["compiled sdpa"] = functools.partial(ours, alpha=ALPHA, backend="sdpa")
+    found |= {"flex": compiled(flex), "flash-attn": flash_attn, "xformers": xformers}
     if HAS_TRITON:
         found["convinit, triton"] = functools.partial(positional_attention, alpha=ALPHA, backend="triton")
     return found

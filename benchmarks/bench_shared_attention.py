@@ -12,6 +12,7 @@ import functools
 
 import pytest
 import torch
+from timing import compiled
 from torch import Tensor
 
 from convinit.ops.fused import HAS_TRITON
@@ -56,8 +57,8 @@ def competitors() -> dict[str, functools.partial[Tensor]]:
         "head by head": functools.partial(head_by_head),
     }
     if CUDA:
-        found["compiled eager"] = functools.partial(torch.compile(shared_attention_reference))
-        found["convinit, compiled"] = functools.partial(torch.compile(shared_attention), backend="auto")
+        found["compiled eager"] = functools.partial(compiled(shared_attention_reference))
+        found["convinit, compiled"] = functools.partial(compiled(shared_attention), backend="auto")
         if HAS_TRITON:
             found["convinit, triton"] = functools.partial(shared_attention, backend="triton")
     return found

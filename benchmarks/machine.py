@@ -7,6 +7,7 @@ import importlib.metadata
 import os
 import platform
 import re
+import shlex
 import subprocess
 import time
 from collections.abc import Callable
@@ -100,7 +101,7 @@ def run(arguments: list[str], ceilings: dict[str, Any]) -> dict[str, Any]:
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "revision": revision(),
-        "command": " ".join(["python -m pytest", *shown]),
+        "command": f"python -m pytest {shlex.join(shown)}",
         "ceilings": ceilings,
     }
 

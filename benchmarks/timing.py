@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import re
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -59,8 +60,18 @@ class Outcome:
 
 
 def first_line(error: BaseException | str) -> str:
+    """What an error says, without the directories of this machine: result files are committed."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return lines[0][:200]
+    return re.sub(r"(?<![\w.:/])/(?:[^\s/]+/)+", "", lines[0])[:200]
+
+
+def compiled(fn: Any) -> Any:
+    """`fn` by torch.compile, for the very shapes it is called with.
+
+    A check calls it on fewer images, too. By default the second batch size makes the next compilation a
+    dynamic one, which all later calls then take: the slower code would be timed.
+    """
+    return torch.compile(fn, dynamic=False)
 
 
 def status_of(error: Exception) -> str:

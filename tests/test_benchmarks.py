@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
 import sys
 import time
+import unittest.mock
 from pathlib import Path
 
 import numpy as np
@@ -86,6 +88,29 @@ def test_rounds_are_interleaved():
 def test_what_cannot_be_timed_is_an_outcome(competitor, status, reason):
     outcome = timing.try_out("me", competitor, right)
     assert outcome.status == status and outcome.reason.startswith(reason)
+
+
+def test_reasons_name_no_directories():
+    error = ImportError("cannot import name 'a' from 'b' (/home/me/lib/b/__init__.py), see https://b.org/c/d")
+    found = timing.try_out("me", raises(error), right).reason
+    assert found == "cannot import name 'a' from 'b' (__init__.py), see https://b.org/c/d"
+
+
+def test_compiled_competitors_are_timed_with_their_own_shapes():
+    """A check on fewer images must not leave a graph of symbolic sizes to the calls that are timed."""
+    sizes = []
+
+    def backend(module, inputs):
+        def run(*arguments):
+            sizes.append([type(x) for x in inputs])
+            return module(*arguments)
+
+        return run
+
+    with unittest.mock.patch.object(torch, "compile", functools.partial(torch.compile, backend=backend)):
+        fn = timing.compiled(lambda x: x * 2)
+    fn(torch.ones(512, 3)), fn(torch.ones(4, 3)), fn(torch.ones(512, 3))
+    assert len(sizes) == 3 and all(kinds == [torch.Tensor] for kinds in sizes), sizes
 
 
 def test_wrong_results_keep_their_error():
@@ -397,6 +422,34 @@ def test_a_file_out_of_time_is_interrupted_once(tmp_path, capsys):
     assert (tmp_path / "kept").read_text() == "rows"
     shown = capsys.readouterr().out
     assert "started" in shown and "time is up" in shown
+
+
+def test_a_file_that_cannot_be_imported_has_failed(tmp_path, monkeypatch):
+    """pytest's exit code is then that of an interrupt."""
+    (tmp_path / "bench_broken.py").write_text("import no_such_module")
+    monkeypatch.setattr(suites, "HERE", tmp_path)
+    monkeypatch.setattr(suites, "ROOT", tmp_path)
+    for minutes in (None, 5):
+        found, summary, good = suites.run("quick", tmp_path, minutes, [])
+        assert found == [] and not good and "FAILED (2)" in summary[0], summary
+
+
+def test_time_is_up_in_the_background_too(tmp_path):
+    """A script's background jobs are started with SIGINT ignored."""
+    (tmp_path / "bench_slow.py").write_text(
+        "import time\nimport pytest\n@pytest.mark.quick\ndef bench_slow():\n    time.sleep(60)\n"
+    )
+    (tmp_path / "pytest.ini").write_text(
+        "[pytest]\npython_files = bench_*.py\npython_functions = bench_*\nmarkers =\n    quick\n    gpu\n"
+    )
+    code = (
+        "import sys, pathlib, signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+        f"sys.path.insert(0, {str(BENCHMARKS)!r}); import run\n"
+        f"run.HERE = run.ROOT = pathlib.Path({str(tmp_path)!r})\n"
+        f"sys.argv = ['run.py', '--out', {str(tmp_path)!r}, '--minutes', '0.05']; run.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=25)
+    assert "cut short" in done.stdout, done.stdout + done.stderr
 
 
 def test_cheap_benchmarks_check_out():

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.autograd import forward_ad
 
 import convinit
 from convinit.ops.impulse_conv import impulse_conv, impulse_conv_reference
@@ -126,6 +127,24 @@ def test_gradients(memory_format):
     assert torch.autograd.gradcheck(lambda x, g, b: impulse_conv(x, offsets, g, b), inputs)
     assert torch.autograd.gradgradcheck(lambda x, g, b: impulse_conv(x, offsets, g, b), inputs)
     assert torch.autograd.gradcheck(lambda x: impulse_conv(x, torch.tensor(EXTREMES[:5])), [x])
+
+
+def test_forward_mode_derivatives():
+    """Of the op, and of a layer of frozen impulse filters in its input and in its weight."""
+    x, offsets, gain, bias = problem((2, 5, 3, 4), torch.float64)
+    tangents = [torch.randn_like(y) for y in (x, gain, bias)]
+    layer = convinit.nn.SpatialConv(5, 3, init="impulse", trainable=False, dtype=torch.float64)
+    weight, dw = layer.weight.detach(), torch.randn_like(layer.weight)
+    with forward_ad.dual_level():
+        dx, dg, db = (forward_ad.make_dual(y, t) for y, t in zip((x, gain, bias), tangents, strict=True))
+        found = forward_ad.unpack_dual(impulse_conv(dx, offsets, dg, db)).tangent
+        through = forward_ad.unpack_dual(layer(dx)).tangent
+        dual = {"weight": forward_ad.make_dual(weight, dw)}
+        of_weight = forward_ad.unpack_dual(torch.func.functional_call(layer, dual, (x,))).tangent
+    expected = impulse_conv_reference(tangents[0], offsets, gain, tangents[2])
+    torch.testing.assert_close(found, expected + impulse_conv_reference(x, offsets, tangents[1]))
+    torch.testing.assert_close(through, F.conv2d(tangents[0], weight, padding="same", groups=5))
+    torch.testing.assert_close(of_weight, F.conv2d(x, dw, padding="same", groups=5))
 
 
 def test_only_the_gradients_asked_for():

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from convinit import init as init_
 from convinit.offsets import check_generator, check_grid_size, check_int
@@ -200,6 +201,7 @@ class SpatialConv(nn.Module):
             or x.dim() != 4
             or not x.is_contiguous()
             or torch._C._functorch.maybe_current_level() is not None
+            or forward_ad._current_level >= 0  # the weight may have a tangent, whatever requires_grad says
         ):
             return None
         impulses = self._impulses

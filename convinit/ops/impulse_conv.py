@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from convinit import _library  # noqa: F401  registers torch.ops.convinit
 from convinit.offsets import check_offsets
@@ -28,7 +29,7 @@ def impulse_conv(
     or an infinity in x stays where it is, while a convolution multiplies it by zero into its neighbours.
 
     Under autocast x is cast, as for `F.conv2d`. Differentiable, any number of times, in x, gain and bias; x
-    is kept for the backward only where gain needs its gradient.
+    is kept for the backward only where gain needs its gradient. Forward-mode AD takes PyTorch's ops.
 
     Args:
         x: [B, C, H, W], float64, float32, bfloat16 or float16. Contiguous or channels_last tensors are read
@@ -72,6 +73,8 @@ def impulse_conv(
     device = x.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         x = x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(device))
+    if forward_ad._current_level >= 0:  # the op would drop the tangents, without a word
+        return impulse_conv_reference(x, offsets, gain, bias)
     return torch.ops.convinit.impulse_conv(x, offsets, gain, bias)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Collection
 
 import numpy as np
 import pandas as pd
@@ -37,9 +38,13 @@ def ratio(value: float) -> str:
     return f"{value:,.0f}×" if value >= 1000 else f"{value:.3g}×"
 
 
-def ratio_bars(op: str, rows: pd.DataFrame) -> Figure:
-    """Every competitor's ratio to its problem's baseline, with its spread; right of 1 is faster."""
-    rows = rows[rows["competitor"] != rows["baseline"]]
+def ratio_bars(op: str, rows: pd.DataFrame, extrapolated: Collection[str] = ()) -> Figure:
+    """Every competitor's ratio to its problem's baseline, with its spread; right of 1 is faster.
+
+    Args:
+        rows: those with a ratio, without the baselines.
+        extrapolated: baselines of which only a part was run.
+    """
     groups = list(rows.groupby(["problem", "dtype", "device"], sort=False))
     bar, least_tall, margin = 0.2, 0.6, 1.05  # inches
     tall = sum(max(bar * len(group) + 0.2, least_tall) for _, group in groups)
@@ -61,7 +66,8 @@ def ratio_bars(op: str, rows: pd.DataFrame) -> Figure:
                 textcoords="offset points", va="center", fontsize=7.5,
             )  # fmt: skip
             y += bar
-        against = f"against {group['baseline'].iloc[0]}"
+        baseline = group["baseline"].iloc[0]
+        against = f"against {baseline}" + (", extrapolated" if baseline in extrapolated else "")
         text = textwrap.fill(f"{problem}, {dtype}, {device}", 50)
         axes.text(-0.01, (top + y) / 2, f"{text}\n{against}", transform=axes.get_yaxis_transform(),
                   ha="right", va="center", fontsize=7.5)  # fmt: skip

@@ -124,6 +124,11 @@ def is_ours(competitor: str) -> bool:
     return competitor.startswith("convinit")
 
 
+def extrapolated(rows: pd.DataFrame) -> set[str]:
+    """The competitors of which only a part was run, and its time multiplied."""
+    return set(rows.loc[rows["extrapolated_by"].notna(), "competitor"])
+
+
 def wins_and_losses(rows: pd.DataFrame) -> str:
     """convinit's fastest way of each problem against the best competitor that is not convinit's."""
     found = []
@@ -138,9 +143,11 @@ def wins_and_losses(rows: pd.DataFrame) -> str:
             ratio, low, high = our["vs_best"], our["vs_best_q20"], our["vs_best_q80"]
         word = "faster" if low > 1 else "slower" if high < 1 else "even"
         spread = f"{significant(ratio)} ({significant(low)} to {significant(high)})"
-        found.append(
-            (ratio, [f"{problem}, {dtype}, {device}", our["competitor"], other["competitor"], spread, word])
-        )
+        names = [
+            row["competitor"] + (" (extrapolated)" if row["competitor"] in extrapolated(group) else "")
+            for row in (our, other)
+        ]
+        found.append((ratio, [f"{problem}, {dtype}, {device}", *names, spread, word]))
     if not found:
         return ""
     found.sort(key=lambda entry: -entry[0])
@@ -165,11 +172,13 @@ def scaling_table(found: dict[tuple[str, ...], pd.DataFrame]) -> str:
     lines = []
     for (op, series, variable, dtype, device), sweep in found.items():
         for name, fit in exponents(sweep).items():
+            total = sweep.loc[sweep["competitor"] == name, "value"].nunique()
             title = ", ".join(filter(None, [op, series, f"against {variable}", dtype, device]))
+            if name in extrapolated(sweep):
+                name += " (extrapolated)"
             if fit is None:
                 lines.append([title, name, "fewer than 3 points", ""])
                 continue
-            total = sweep.loc[sweep["competitor"] == name, "value"].nunique()
             span = f"{variable} = {fit['from']:g} to {fit['to']:g}, {fit['points']} of {total} points"
             lines.append([title, name, f"{fit['exponent']:.2f} ± {fit['error']:.2f}", span])
     return table(["sweep", "competitor", "exponent", "fitted over"], lines)
@@ -183,8 +192,10 @@ def write(paths: list[Path], out: Path) -> Path:
     """Writes the page and its pictures into `out`; the page's path."""
     out.mkdir(parents=True, exist_ok=True)
     frame = load(paths)
-    # The same row from several files: the last one given counts.
-    frame = frame.drop_duplicates([*KEY, "series", "value"], keep="last")
+    # The same problem in several files: the last one given counts, whole, so that only rows of one run meet.
+    problem = [*(name for name in KEY if name != "competitor"), "series", "value"]
+    last = frame.groupby(problem, dropna=False)["file"].transform("max")
+    frame = frame[frame["file"] == last].drop_duplicates([*KEY, "series", "value"], keep="last")
     timed = frame[frame["status"] == "ok"]
     page = ["# Benchmark results", "## Machine", machine_table(paths), NOTES]
     for op, rows in timed.groupby("op", sort=False):
@@ -192,9 +203,10 @@ def write(paths: list[Path], out: Path) -> Path:
         single = rows[rows["sweep"] == ""]
         if not single.empty:
             page.append(wins_and_losses(single))
-            if (single["competitor"] != single["baseline"]).any():
+            bars = single[single["ratio"].notna() & (single["competitor"] != single["baseline"])]
+            if not bars.empty:
                 name = file_name("ratios", op)
-                plots.ratio_bars(op, single[single["ratio"].notna()]).savefig(out / name, dpi=130)
+                plots.ratio_bars(op, bars, extrapolated(rows)).savefig(out / name, dpi=130)
                 page.append(f"![Ratios of {op}]({name})")
             page.append(op_table(single))
         swept = rows[rows["sweep"] != ""]

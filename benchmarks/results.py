@@ -191,7 +191,9 @@ def load(paths: list[Path]) -> pd.DataFrame:
             row["sweep"], row["value"] = next(iter(row.pop("sweep").items()), ("", None))
             rows.append(row)
     frame = pd.DataFrame(rows)
-    for column in [*KEY, "status", "reason", "median_ms", "ratio", "vs_best"]:
+    figures = [f"{name}{end}" for name in ("ratio", "vs_best") for end in ("", "_q20", "_q80")]
+    facts = ["series", "value", "file", "status", "reason", "median_ms", "best_other", "extrapolated_by"]
+    for column in [*KEY, *facts, *figures]:
         if column not in frame:
             frame[column] = None
     return frame

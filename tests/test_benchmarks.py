@@ -328,6 +328,45 @@ def test_report(result_file, tmp_path):
         assert f"]({name})" in page and (tmp_path / "out" / name).stat().st_size > 5000
 
 
+def edited(source: Path, target: Path, edit) -> Path:
+    found = json.loads(source.read_text())
+    edit(found)
+    target.write_text(json.dumps(found))
+    return target
+
+
+def test_report_of_results_without_ratios(result_file, tmp_path):
+    def nothing(found):
+        found["benchmarks"], found["not_timed"] = [], []
+
+    def no_baselines(found):
+        rows = found["benchmarks"]
+        found["benchmarks"] = [row for row in rows if row["params"]["competitor"] == "convinit"]
+        for row in found["benchmarks"]:
+            for name in [
+                name for name in row["extra_info"] if name.startswith(("ratio", "vs_best", "best_"))
+            ]:
+                del row["extra_info"][name]
+
+    for edit in (nothing, no_baselines):
+        path = edited(result_file, tmp_path / "odd.json", edit)
+        page = report.write([path], tmp_path / "out").read_text()
+        assert "## Machine" in page and "ratios-" not in page
+
+
+def test_report_never_mixes_the_rows_of_two_runs(result_file, tmp_path):
+    def renamed(found):
+        found["machine_info"]["cpu"] = "Another"
+        for row in found["benchmarks"]:
+            if row["params"]["competitor"] == "eager":
+                row["params"]["competitor"] = "elsewhere"
+
+    old = edited(result_file, tmp_path / "old.json", renamed)
+    page = report.write([old, result_file], tmp_path / "out").read_text()
+    assert "elsewhere" not in page and "eager" in page and "Another" in page
+    assert "convinit (extrapolated)" in page  # its exponent and its wins are of multiplied times
+
+
 def scaled(source: Path, target: Path, factor: float, competitor: str = "convinit") -> Path:
     """The same results with one competitor's times multiplied."""
     found = json.loads(source.read_text())

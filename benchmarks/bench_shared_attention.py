@@ -36,7 +36,7 @@ SHAPES = (  # [B, heads, N, r]
         ),
     ]
     if CUDA
-    else [pytest.param((8, 4, 64, 32), marks=pytest.mark.quick)]
+    else [pytest.param((8, 4, 64, 32), marks=pytest.mark.quick), (32, 8, 256, 64)]
 )
 
 

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <bit>
+#include <cmath>
 #include <type_traits>
 #include <vector>
 
@@ -204,12 +205,15 @@ Tensor shift(const Tensor& x, const Tensor& offsets, const std::optional<Tensor>
 
   if (tensors.channels_last) {
     const Frame<T> frame(image, channels);
-    if (frame.pixels() <= 4 * image.pixels()) {
+    const bool finite =
+        std::all_of(channels.gain.begin(), channels.gain.end(), [](Real<T> g) { return std::isfinite(g); });
+    // A frame has whole blocks of channels, and its zeros are multiplied.
+    if (image.channels >= Frame<T>::kBlock && frame.pixels() <= 4 * image.pixels() && finite) {
       prefer_huge_pages(tensors.out.data_ptr(), x.numel() * static_cast<int64_t>(sizeof(T)));
       frame.shift(tensors.out.mutable_data_ptr<T>(), tensors.x.const_data_ptr<T>());
       return tensors.out;
     }
-    // Offsets almost as large as the image, or larger: the frame would be mostly zeros.
+    // Few channels, or offsets almost as large as the image: the frame would be mostly zeros.
     const Tensor planes = shift<T>(torch::stable::contiguous(x), offsets, gain, bias);
     return torch::stable::copy_(tensors.out, planes);
   }

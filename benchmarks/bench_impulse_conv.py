@@ -2,23 +2,19 @@
 
     python -m pytest benchmarks/bench_impulse_conv.py -s --benchmark-json impulse_conv.json
 
-The gradient is that of x alone, as with frozen filters. The second benchmark is the whole ConvMixer with
-frozen impulse filters against the same model whose layers convolve. On a GPU the first runs there.
+The gradient is that of x alone, as with frozen filters. The whole ConvMixer is in bench_models.py.
 """
 
 from __future__ import annotations
 
-import copy
 import functools
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from convinit import impulse_conv, sample_offsets
-from convinit.models import ConvMixer
-from convinit.nn import SpatialConv
 from convinit.ops.impulse_conv import impulse_conv_reference
 
 CUDA = torch.cuda.is_available()
@@ -80,54 +76,4 @@ def bench_impulse_conv(compare, shape, dtype, direction):
         check=check,
         dtype=dtype,
         bytes_moved=2 * (1 + backward) * x.nbytes,  # x in, the result out; dout in, dx out
-    )
-
-
-class Depthwise(nn.Module):
-    """What a layer of frozen filters was before: a depthwise convolution."""
-
-    def __init__(self, spatial: SpatialConv) -> None:
-        super().__init__()
-        self.spatial = spatial
-
-    def forward(self, x: Tensor) -> Tensor:
-        spatial = self.spatial
-        return F.conv2d(x, spatial.weight, spatial.bias, padding="same", groups=spatial.dim)
-
-
-@pytest.mark.parametrize("direction", ["forward", "training step"])
-def bench_convmixer(compare, direction):
-    training = direction != "forward"
-    g = torch.Generator().manual_seed(0)
-    model = ConvMixer(32, 2, 10, init="impulse", trainable_mixing=False, generator=g).train(training)
-    twin = copy.deepcopy(model)
-    for block in twin.blocks:
-        block.spatial = Depthwise(block.spatial)
-    twin_last = copy.deepcopy(twin).to(memory_format=torch.channels_last)
-    images, labels = torch.randn(32, 3, 32, 32, generator=g), torch.randint(10, (32,), generator=g)
-
-    def run(model: nn.Module, images: Tensor) -> Tensor:
-        if not training:
-            with torch.no_grad():
-                return model(images)
-        model.zero_grad()
-        loss = F.cross_entropy(model(images), labels)
-        loss.backward()
-        return loss.detach()
-
-    expected = run(copy.deepcopy(twin), images)
-
-    def check(name: str, result: Tensor) -> None:
-        torch.testing.assert_close(result, expected, rtol=1e-3, atol=1e-3)
-
-    compare(
-        "convmixer",
-        f"32 images, {direction}",
-        {
-            "depthwise": functools.partial(run, twin, images),
-            "depthwise, channels_last": functools.partial(run, twin_last, last(images)),
-            "convinit": functools.partial(run, model, images),
-        },
-        baseline="depthwise",
-        check=check,
     )

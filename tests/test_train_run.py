@@ -20,7 +20,7 @@ from convinit.train.build import build_model
 from convinit.train.config_files import resolve
 from convinit.train.data import Augmented, augmentation, load_data, train_loader
 from convinit.train.engine import Engine, make_accelerator
-from convinit.train.optim import make_optimizer, make_schedule
+from convinit.train.optim import MovingAverage, make_optimizer, make_schedule
 from convinit.train.records import Records, read_records
 from convinit.train.run import Watcher, measure, run_training
 
@@ -290,6 +290,23 @@ def test_decay_of_matrices_spares_the_rest():
     assert len(decayed["params"]) + len(spared["params"]) == len(list(model.parameters()))
     with pytest.raises(ValueError, match="parameters that are trained, got none"):
         make_optimizer(model.requires_grad_(False), small().recipe)
+
+
+def test_the_average_has_statistics_of_its_own():
+    model = nn.Sequential(nn.BatchNorm1d(2))
+    model.register_buffer("index", torch.tensor([3, 7]))
+    average = MovingAverage(model, 0.75)
+    want = None
+    for step in range(4):
+        model(
+            torch.full((3, 2), float(step)) + torch.randn(3, 2, generator=torch.Generator().manual_seed(step))
+        )
+        average.update_parameters(model)
+        now = model[0].running_var.double()
+        want = now if want is None else 0.75 * want + 0.25 * now
+    torch.testing.assert_close(average.module[0].running_var.double(), want, rtol=1e-6, atol=1e-6)
+    assert not torch.equal(average.module[0].running_mean, model[0].running_mean)
+    assert average.module.index.tolist() == [3, 7] and int(average.module[0].num_batches_tracked) == 4
 
 
 def test_schedules_end_where_they_should():

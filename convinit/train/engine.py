@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from convinit.train.build import build_model
 from convinit.train.checkpoint import (
@@ -29,7 +28,7 @@ from convinit.train.checkpoint import (
 from convinit.train.config import Config
 from convinit.train.data import Augmented, ImageData, augmentation, load_data, test_loader, train_loader
 from convinit.train.data.draws import derived_seed
-from convinit.train.optim import make_mix, make_optimizer, make_schedule
+from convinit.train.optim import MovingAverage, make_mix, make_optimizer, make_schedule
 
 _LAST = 8  # losses that a report on NaN shows
 
@@ -140,9 +139,9 @@ class Engine:
         optimizer = make_optimizer(self.inner, recipe)
         self.schedule = make_schedule(optimizer, recipe, len(self.batch_sizes))
         self.mix = make_mix(recipe, self.data.num_classes)
-        self.ema: AveragedModel | None = None
+        self.ema: MovingAverage | None = None
         if recipe.ema is not None:  # before `prepare`, whose forward would go on calling the original
-            self.ema = AveragedModel(self.inner, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema))
+            self.ema = MovingAverage(self.inner, recipe.ema)
         self._finite_at_start = [
             name for name, each in self.inner.state_dict().items() if bool(_finite([each]))
         ]

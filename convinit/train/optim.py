@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer, lr_scheduler
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from convinit.train.config import RecipeConfig
 
@@ -64,6 +65,33 @@ def make_schedule(
         return after
     rise = lr_scheduler.LinearLR(optimizer, recipe.warmup_lr / recipe.lr, total_iters=warmup)
     return lr_scheduler.SequentialLR(optimizer, [rise, after], milestones=[warmup])
+
+
+class MovingAverage(AveragedModel):
+    """Exponential moving average of the weights and, with the same decay, of BatchNorm's statistics.
+
+    Averaged weights give other activations than the latest ones, whose statistics torch would copy. Other
+    buffers are copied: they may be indices or masks.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        super().__init__(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
+        self.decay = decay
+
+    def update_parameters(self, model: nn.Module) -> None:
+        """Takes the model's present weights in; the first ones are the average's start."""
+        first = int(self.n_averaged) == 0
+        before = [each.clone() for each in _statistics(self.module)]
+        super().update_parameters(model)  # copies all buffers
+        if not first:
+            for now, old in zip(_statistics(self.module), before, strict=True):
+                now.lerp_(old, self.decay)
+
+
+def _statistics(model: nn.Module) -> list[Tensor]:
+    norms = [each for each in model.modules() if isinstance(each, nn.modules.batchnorm._BatchNorm)]
+    found = [each for norm in norms for each in (norm.running_mean, norm.running_var)]
+    return [each for each in found if each is not None]
 
 
 def make_mix(recipe: RecipeConfig, num_classes: int) -> Mix | None:

@@ -116,3 +116,9 @@ def test_every_field_has_help_and_a_flag_of_its_own():
         kind, optional = kind_of(section, each.name)
         default = default_of(section, each.name)
         assert isinstance(default, kind) or (optional and default is None)
+
+
+@pytest.mark.parametrize(("optimizer", "name"), [("adamw", "beta1"), ("sgd", "momentum")])
+def test_one_cycle_refuses_what_it_would_overrule(optimizer, name):
+    with pytest.raises(ValueError, match=f"recipe.{name} must not be set with schedule one-cycle"):
+        resolve(given={"recipe.schedule": "one-cycle", "recipe.optimizer": optimizer, f"recipe.{name}": 0.8})

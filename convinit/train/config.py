@@ -250,6 +250,12 @@ class RecipeConfig(_Section):
                 "recipe.warmup_epochs and recipe.min_lr must be 0 with schedule one-cycle, which has its own "
                 f"warm-up and end, got {self.warmup_epochs} and {self.min_lr}"
             )
+        cycled = {"sgd": "momentum"}.get(self.optimizer, "beta1")
+        if self.schedule == "one-cycle" and getattr(self, cycled) != default_of(RecipeConfig, cycled):
+            raise ValueError(
+                f"recipe.{cycled} must not be set with schedule one-cycle, which moves it between 0.85 and "
+                f"0.95, got {getattr(self, cycled)}"
+            )
         if self.warmup_epochs > self.epochs:
             raise ValueError(
                 f"recipe.warmup_epochs must be at most epochs = {self.epochs}, got {self.warmup_epochs}"

@@ -211,3 +211,27 @@ def test_a_damaged_checkpoint_is_named_with_the_one_before(name, tmp_path):
         run_training(small(recipe__epochs=1), tmp_path)
     shutil.rmtree(path.parent)
     assert run_training(small(recipe__epochs=1), tmp_path).steps == 2
+
+
+def test_overwrite_keeps_the_old_run_until_the_new_one_can_start(tmp_path):
+    run_training(small(recipe__epochs=1), tmp_path)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    with pytest.raises(FileNotFoundError):
+        bad = small(data__name="folder", data__root=str(tmp_path / "none"), data__train_count=None)
+        run_training(bad, tmp_path, overwrite=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+    assert run_training(small(recipe__epochs=1, recipe__lr=0.02), tmp_path, overwrite=True).steps > 0
+
+
+def test_a_finished_run_without_its_records_says_so(tmp_path):
+    run_training(small(recipe__epochs=1), tmp_path)
+    (tmp_path / "metrics.jsonl").unlink()
+    with pytest.raises(ValueError, match="its weights are in .*metrics.jsonl"):
+        run_training(small(recipe__epochs=1), tmp_path)
+
+
+def test_checkpoints_are_ordered_by_number(tmp_path):
+    for step in (999_999, 1_000_000):
+        (tmp_path / f"step-{step}").mkdir()
+    with pytest.raises(ValueError, match="go on from step-999999"):
+        files.read_progress(tmp_path / "step-1000000")

@@ -148,7 +148,8 @@ def read_tensors(checkpoint: Path, name: str, device: torch.device | str = "cpu"
 
 
 def _damaged(checkpoint: Path, error: Exception) -> ValueError:
-    older = [path for path in checkpoints(checkpoint.parent) if path.name < checkpoint.name]
+    every = checkpoints(checkpoint.parent)  # by number: step-1000000 is after step-999999
+    older = every[: every.index(checkpoint)] if checkpoint in every else []
     rest = f"to go on from {older[-1].name}" if older else "to start anew; there is no older one"
     return ValueError(f"{checkpoint} is damaged ({error}); remove it {rest}")
 

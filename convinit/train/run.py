@@ -110,11 +110,14 @@ def run_training(
             files.check_room(out, 0, config.run.keep)
             stack.enter_context(files.locked(out))
             files.clean(out)
-            _clear(out, resume, overwrite)
+            if not (resume or overwrite):
+                _refuse_run(out)
         accelerator.wait_for_everyone()
         start = _latest(config, out) if resume and not overwrite else None
         engine = Engine(config, accelerator, start)
         if main:
+            if overwrite:  # only now that data and model are known to be good
+                _remove_run(out)
             files.check_room(out, engine.checkpoint_bytes(), config.run.keep)
         stop = stack.enter_context(StopRequest())
         drive = _Drive(engine, out, config_text, stop, watcher or Watcher(), start)
@@ -215,7 +218,13 @@ class _Drive:
             raise FloatingPointError(f"{error}; {kept}") from error
         last = files.checkpoints(self.out)[-1]
         if not self.figures and self.main:  # finished before
-            self.figures = [r for r in read_records(self.out / METRICS) if r["kind"] == "epoch"][-1]
+            tested = [each for each in read_records(self.out / METRICS) if each["kind"] == "epoch"]
+            if not tested:
+                raise ValueError(
+                    f"the run is finished and its weights are in {last}, but {self.out / METRICS}, which "
+                    "held its figures, was removed or emptied; put it back, or train anew with --overwrite"
+                )
+            self.figures = tested[-1]
         return Result(self.figures, last, progress.step - first)
 
     def _epoch(self) -> None:
@@ -348,19 +357,20 @@ def _tracker(name: str) -> str | None:
     return name
 
 
-def _clear(out: Path, resume: bool, overwrite: bool) -> None:
-    """Sees to it that a new run starts in a folder without one."""
-    old = files.checkpoints(out)
-    if overwrite:
-        for path in old:
-            files.discard(path)
-        (out / METRICS).unlink(missing_ok=True)
-        shutil.rmtree(out / TENSORBOARD, ignore_errors=True)
-    elif not resume and (old or (out / METRICS).exists()):
+def _refuse_run(out: Path) -> None:
+    """ValueError where the folder holds a run."""
+    if files.checkpoints(out) or (out / METRICS).exists():
         raise ValueError(
             f"{out} holds a run, and none shall be gone on with: choose another folder, or remove "
             "that run with --overwrite"
         )
+
+
+def _remove_run(out: Path) -> None:
+    for path in files.checkpoints(out):
+        files.discard(path)
+    (out / METRICS).unlink(missing_ok=True)
+    shutil.rmtree(out / TENSORBOARD, ignore_errors=True)
 
 
 def _latest(config: Config, out: Path) -> Path | None:

@@ -25,7 +25,35 @@ class Line(NamedTuple):
     device: str = "cpu"
 
 
-LINES: list[Line] = []
+BASELINE_FIT = "6 layers x 8 heads, 16x16, D=512, r=64, f=5, scale 0.1, weight_norm 8.77"
+LEARNED_FIT = "12 layers x 3 heads, learned 14x14, D=192, r=64, f=3, scale 1/8, weight_norm 7"
+BOTH = "forward+backward"
+LINES: list[Line] = [
+    Line("fit of 6 layers of 8 heads, the paper's case", "qk_fit", BASELINE_FIT, "papers' adam"),
+    Line("the same", "qk_fit", BASELINE_FIT, "adam, well ordered"),
+    Line("fit to a learned embedding, 12 layers of 3 heads", "qk_fit", LEARNED_FIT, "papers' svd"),
+    Line("impulse matrices, 8 heads, 16 × 16", "impulse_matrix", "8 heads, 16x16", "papers' loops"),
+    Line("the same", "impulse_matrix", "8 heads, 16x16", "torch.zeros"),
+    Line("impulse matrices, 8 heads, 64 × 64: 537 MB", "impulse_matrix", "8 heads, 64x64", "torch.zeros"),
+    Line("positional attention [32, 8, 256, 64], both directions", "positional_attention",
+         f"[32, 8, 256, 64], {BOTH}", "eager"),
+    Line("the same", "positional_attention", f"[32, 8, 256, 64], {BOTH}", "sdpa"),
+    Line("the same in bfloat16", "positional_attention", f"[32, 8, 256, 64], {BOTH}", "eager",
+         dtype="bfloat16"),
+    Line("[8, 6, 576, 64] in bfloat16", "positional_attention", f"[8, 6, 576, 64], {BOTH}", "eager",
+         dtype="bfloat16"),
+    Line("shared attention [32, 8, 256, 64], both directions", "shared_attention",
+         f"[32, 8, 256, 64], {BOTH}", "eager"),
+    Line("the same", "shared_attention", f"[32, 8, 256, 64], {BOTH}", "sdpa"),
+    Line("impulse convolution [32, 512, 16, 16], both directions", "impulse_conv",
+         f"[32, 512, 16, 16], {BOTH}, cpu", "conv2d, channels_last"),
+    Line("Model I, training step of 16 images", "models", "Model I, training, batch 16", "papers' eager"),
+    Line("the same under bfloat16 autocast", "models", "Model I, training, batch 16", "papers' eager",
+         dtype="bfloat16"),
+    Line("Model II, training step of 16 images", "models", "Model II, training, batch 16", "papers' eager"),
+    Line("ConvMixer, frozen impulse filters, training step of 16 images", "models",
+         "ConvMixer, frozen impulse filters, training, batch 16", "depthwise convolution, channels_last"),
+]  # fmt: skip
 
 
 def time(milliseconds: float) -> str:
@@ -34,6 +62,12 @@ def time(milliseconds: float) -> str:
             value = milliseconds / size
             return f"{value:,.0f} {unit}" if value >= 1000 else f"{value:.3g} {unit}"
     raise AssertionError
+
+
+def times(ratio: float) -> str:
+    """Three digits, without an exponent."""
+    rounded = float(f"{ratio:.3g}")
+    return f"{rounded:,.0f}" if rounded >= 100 else f"{rounded:g}"
 
 
 def find(frame: pd.DataFrame, line: Line, competitor: str) -> pd.Series:
@@ -52,7 +86,7 @@ def rendered(paths: list[Path], lines: list[Line]) -> str:
         return ""
     frame = load(paths)
     frame = frame[frame["sweep"] == ""]
-    used: dict[int, str] = {}
+    used: dict[str, list[str]] = {}  # the revisions of each machine and day
     text = ["| | convinit | the other | times as fast |", "|---|---:|---:|---:|"]
     for line in lines:
         our, their = find(frame, line, line.ours), find(frame, line, line.theirs)
@@ -71,17 +105,21 @@ def rendered(paths: list[Path], lines: list[Line]) -> str:
         mark = "" if pd.isna(their.get("extrapolated_by")) else "about "
         text.append(
             f"| {line.label} | {time(our['median_ms'])} | {line.theirs}: {mark}{time(their['median_ms'])} | "
-            f"{mark}{ratio:.3g}{spread} |"
+            f"{mark}{times(ratio)}{spread} |"
         )
         output = json.loads(paths[our["file"]].read_text())
         info, run = output["machine_info"], output["run"]
         name = info["gpu"] if line.device == "cuda" else f"{info['cpu']}, {info['threads']} threads"
-        used[our["file"]] = f"{name}, torch {info['torch']}, {run['date'][:10]}, revision {run['revision']}"
+        used.setdefault(f"{name}, torch {info['torch']}, {run['date'][:10]}", []).append(run["revision"])
     return "\n".join(
         [
             *text,
             "",
-            "Medians; in brackets 20 to 80 % of the rounds. " + "; ".join(dict.fromkeys(used.values())) + ".",
+            "Medians; in brackets 20 to 80 % of the rounds. "
+            + "; ".join(
+                f"{where}, revision {', '.join(dict.fromkeys(found))}" for where, found in used.items()
+            )
+            + ".",
         ]
     )
 

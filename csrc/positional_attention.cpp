@@ -174,8 +174,9 @@ void positional_attention_cpu(const Tensor& q, const Tensor& k, const Tensor& v,
 
 namespace {
 
-Operand gradient(const std::optional<Tensor>& x, const Tensor& of) {
-  return x ? operand(Inputs::checked(*x, of, 4 - x->dim()), true) : Operand{};
+// `from` is the dimension of `of` that the gradient's first one is: 1 for those of position terms.
+Operand gradient(const std::optional<Tensor>& x, const Tensor& of, int64_t from = 0) {
+  return x ? operand(Inputs::checked(*x, of, from), true) : Operand{};
 }
 
 // The gradient of a position term, summed over images. A task takes a chunk of them and has a sum of its own, so that
@@ -236,7 +237,7 @@ void positional_attention_backward_cpu(const Tensor& dout_, const Tensor& q, con
   const int64_t wanted = (kTasks + p.heads - 1) / p.heads;
   const int64_t chunk = std::max<int64_t>((p.batch + wanted - 1) / wanted, 1);  // images
   const int64_t chunks = std::max<int64_t>((p.batch + chunk - 1) / chunk, 1);
-  PositionSum q_sum(p, gradient(dq_pos, q), chunks), k_sum(p, gradient(dk_pos, q), chunks);
+  PositionSum q_sum(p, gradient(dq_pos, q, 1), chunks), k_sum(p, gradient(dk_pos, q, 1), chunks);
   if (p.batch > 0)
     for (const Operand& x : {images.q, images.k, images.v}) expect_writes(x, p);
 

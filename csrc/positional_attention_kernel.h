@@ -57,6 +57,7 @@ class Scratch {
     Block& block = mine();
     if (block.floats < floats) {
       block.data.reset();
+      block.floats = 0;  // there may be no memory for more
       block.data.reset(static_cast<float*>(::operator new(floats * sizeof(float), std::align_val_t{64})));
       block.floats = floats;
     }

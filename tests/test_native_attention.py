@@ -282,8 +282,18 @@ def test_autocast():
     assert out.dtype == torch.bfloat16
     assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in layer.parameters())
     q = torch.randn(1, 1, 4, 4, dtype=torch.float64)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(TypeError, match="got torch.float64"):
+        on_cpu(q, q, q)
+
+
+@pytest.mark.parametrize("worthwhile", [0, 2**60])
+def test_autocast_leaves_float64_alone_in_every_size(monkeypatch, worthwhile):
+    monkeypatch.setattr(native, "_VECTORS", True)
+    monkeypatch.setattr(native, "_WORTHWHILE", worthwhile)
+    q = torch.randn(1, 1, 4, 4, dtype=torch.float64)
     with torch.autocast("cpu", torch.bfloat16):
-        assert on_cpu(q, q, q).dtype == torch.bfloat16
+        assert positional_attention(q, q, q).dtype == torch.float64
+        assert fused.apply_map(q[0], q).dtype == torch.float64
 
 
 def test_explicit_native_never_falls_back():
@@ -296,6 +306,34 @@ def test_explicit_native_never_falls_back():
         on_cpu(*[q.to("meta")] * 3)
     with pytest.raises(ValueError, match='"native" is not for maps that all images share'):
         shared_attention(q[0], q[0], q, backend="native")
+
+
+def test_tangents_are_refused():
+    """Nothing else would say that they are dropped."""
+    q, qkv = torch.randn(1, 1, 4, 4), torch.randn(1, 4, 12)
+    ad = torch.autograd.forward_ad
+    with ad.dual_level():
+        on_cpu(q, q, q)  # has none
+        dual = ad.make_dual(q, torch.ones_like(q))
+        for call in (
+            lambda: on_cpu(dual, q, q),
+            lambda: on_cpu(q, q, q, ad.make_dual(q[0], q[0])),
+            lambda: packed_attention(ad.make_dual(qkv, qkv), 1, backend="native"),
+            lambda: fused.apply_map(q[0], dual),
+        ):
+            with pytest.raises(NotImplementedError, match="no forward AD"):
+                call()
+    with pytest.raises(NotImplementedError, match="no forward AD"):
+        torch.func.jvp(lambda q: on_cpu(q, q, q), (q,), (q,))
+
+
+def test_gradients_of_other_dimensions_are_refused():
+    """A direct call must not write beyond them."""
+    q = torch.zeros(1, 2, 8, 4)
+    backward = torch.ops.convinit.positional_attention_backward_cpu
+    for dq, dq_pos in ((q[0], None), (q[0, 0], None), (None, q), (None, q[0, 0])):
+        with pytest.raises(RuntimeError, match="must have the shape of q"):
+            backward(torch.zeros(1, 8, 8), q, q, q, q[0], None, dq, None, None, dq_pos, None, 1.0, 1.0)
 
 
 def test_second_derivatives_are_refused():

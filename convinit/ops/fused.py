@@ -21,6 +21,7 @@ from torch import Tensor
 from convinit.kernels import configs
 from convinit.kernels.layout import image_gradient, split_heads, split_packed
 from convinit.ops import native
+from convinit.ops.tangents import refuse_tangents
 
 __all__ = [
     "BACKENDS",
@@ -33,6 +34,7 @@ __all__ = [
     "takes_kernels",
 ]
 
+_EAGER = 'backend="eager"'
 BACKENDS = ("auto", "triton", "native", "sdpa", "eager")
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -51,7 +53,8 @@ def check_triton(x: Tensor) -> None:
         raise ValueError(
             f'backend="triton" needs tensors on a CUDA device, got {x.device}; use backend="auto"'
         )
-    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
+    casts = torch.is_autocast_enabled("cuda") and x.dtype != torch.float64  # which autocast leaves alone
+    dtype = torch.get_autocast_dtype("cuda") if casts else x.dtype
     if dtype not in _DTYPES:
         raise TypeError(f'backend="triton" takes bfloat16, float16 or float32, got {dtype}')
     if x.shape[2] > configs.MAX_TOKENS or x.shape[3] > configs.MAX_RANK:
@@ -88,6 +91,7 @@ def fused_positional_attention(
     dropout_p: float,
 ) -> Tensor:
     """Positional attention as one op, [B, N, heads·r]; q, k, v are cast under autocast, as for SDPA."""
+    refuse_tangents("positional attention's op", _EAGER, q, k, v, q_pos, k_pos)
     q, k, v = _autocast(q), _autocast(k), _autocast(v)
     # On the device: a seed from the CPU would be a constant of a captured CUDA graph.
     seed = torch.randint(2**31 - 1, (), device=q.device) if dropout_p > 0 else None
@@ -104,6 +108,7 @@ def fused_packed_attention(
     dropout_p: float,
 ) -> Tensor:
     """The same of one packed product qkv [B, N, 3·heads·r], whose gradient is written packed, uncopied."""
+    refuse_tangents("positional attention's op", _EAGER, qkv, q_pos, k_pos)
     qkv = _autocast(qkv)
     seed = torch.randint(2**31 - 1, (), device=qkv.device) if dropout_p > 0 else None
     return _packed(qkv, heads, q_pos, k_pos, seed, scale, alpha, dropout_p)[0]
@@ -111,12 +116,14 @@ def fused_packed_attention(
 
 def apply_map(attention: Tensor, v: Tensor) -> Tensor:
     """attention [heads, N, N] · v [B, heads, N, r] → [B, N, heads·r]; cast under autocast, as for bmm."""
+    refuse_tangents("the op that applies a map", _EAGER, attention, v)
     return _apply_map(_autocast(attention), _autocast(v))
 
 
 def _autocast(x: Tensor) -> Tensor:
     device = x.device.type
-    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+    casts = torch.is_autocast_enabled(device) and x.dtype != torch.float64  # as torch's own ops
+    return x.to(torch.get_autocast_dtype(device)) if casts else x
 
 
 # --- positional attention ---------------------------------------------------------------------------------

@@ -94,7 +94,8 @@ def backward(
 
 
 def _dtype(x: Tensor) -> torch.dtype:
-    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+    casts = torch.is_autocast_enabled("cpu") and x.dtype != torch.float64  # which autocast leaves alone
+    return torch.get_autocast_dtype("cpu") if casts else x.dtype
 
 
 def _narrow(position: Tensor | None) -> Tensor | None:

@@ -52,7 +52,8 @@ def positional_attention(
 
     Raises:
         ValueError: shapes, dropout_p or backend out of range; "triton" or "native" cannot serve device, shape
-            or dropout. TypeError: dtypes. RuntimeError: "triton" without Triton.
+            or dropout. TypeError: dtypes. RuntimeError: "triton" without Triton. NotImplementedError:
+            forward-mode AD with "triton" or "native".
 
     Source: Model I of arXiv 2401.12511, with the sum taken after the projection instead of before it.
     """

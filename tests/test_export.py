@@ -142,6 +142,13 @@ def test_what_computes_something_else_is_not_written(tmp_path, monkeypatch):
     assert path.read_bytes() != b"earlier"
 
 
+def test_nan_in_one_batch_is_a_difference(tmp_path, monkeypatch):
+    found = iter([0.0, float("nan"), 0.0])
+    monkeypatch.setattr(sys.modules["convinit.serve.export"], "_difference", lambda *_: next(found))
+    with pytest.raises(RuntimeError, match="got a difference of nan"):
+        export(vit(depth=1), tmp_path / "m.pt2", SHAPE, format="torch-export")
+
+
 class OwnOp(nn.Module):
     def forward(self, images):
         q = images.flatten(2).unsqueeze(1)  # [B, 1, 3, 64]

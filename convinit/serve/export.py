@@ -92,7 +92,8 @@ def export(
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise RuntimeError(f"{type(model).__name__} cannot be exported as {format}: {reason}") from error
         run = reader(part)
-        worst = max(_difference(run(x), y) for x, y in zip(images, expected, strict=True))
+        differences = [_difference(run(x), y) for x, y in zip(images, expected, strict=True)]
+        worst = torch.tensor(differences, dtype=torch.float64).max().item()  # Python's max may lose a NaN
         if not worst <= tolerance:
             raise RuntimeError(
                 f"the exported model must give the logits of PyTorch to {tolerance:g} of the largest one, "

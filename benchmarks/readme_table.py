@@ -100,7 +100,7 @@ def rendered(paths: list[Path], lines: list[Line]) -> str:
         ]:
             other = our["baseline"] if name == "ratio" else our["best_other"]
             if other == line.theirs and not pd.isna(our[name]):
-                ratio, spread = our[name], f" ({our[low]:.3g} to {our[high]:.3g})"
+                ratio, spread = our[name], f" ({times(our[low])} to {times(our[high])})"
                 break
         mark = "" if pd.isna(their.get("extrapolated_by")) else "about "
         text.append(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import pickle
 import resource
 import sys
 from pathlib import Path
@@ -22,7 +23,7 @@ from convinit.train.data import Augmented, augmentation, load_data, train_loader
 from convinit.train.engine import Engine, make_accelerator
 from convinit.train.optim import MovingAverage, make_optimizer, make_schedule
 from convinit.train.records import Records, read_records
-from convinit.train.run import Watcher, measure, run_training
+from convinit.train.run import RunInterrupted, Watcher, measure, run_training
 
 DIGITS = {"image_size": 8, "channels": 1, "num_classes": 10}
 
@@ -355,3 +356,9 @@ def test_a_tracker_that_is_not_installed(tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match="tracker is wandb, which is not installed"):
         run_training(small(run__tracker="wandb"), tmp_path)
+
+
+def test_an_interruption_passes_between_processes():
+    told = pickle.loads(pickle.dumps(RunInterrupted(15, Path("step-000003"))))
+    assert (told.signum, told.checkpoint) == (15, Path("step-000003"))
+    assert str(told) == "stopped by signal 15; saved step-000003"

@@ -38,6 +38,9 @@ class RunInterrupted(Exception):  # noqa: N818 (no error: it did as it was told)
         super().__init__(f"stopped by signal {signum}; saved {checkpoint}")
         self.signum, self.checkpoint = signum, checkpoint
 
+    def __reduce__(self) -> tuple[type, tuple[int, Path]]:
+        return type(self), (self.signum, self.checkpoint)  # through a process pool, too
+
 
 class Watcher:
     """Told what a run does; does nothing itself. Only the main process's is told."""

@@ -49,9 +49,8 @@ class Pretrained:
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         model = super().__new__(cls)
         model.__dict__["metadata"] = {}
-        model.__dict__["_arguments"] = _bound(
-            cls, args, kwargs
-        )  # none when unpickled: they follow with the rest
+        # None of them when unpickled: they follow with the rest of the state.
+        model.__dict__["_arguments"] = _bound(cls, args, kwargs)
         return model
 
     def save_pretrained(self, folder: str | Path, *, metadata: Mapping[str, Any] | None = None) -> None:

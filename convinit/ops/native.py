@@ -17,9 +17,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Asked once, for torch.compile does not trace through the questions.
 _VECTORS = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 _AMX = torch.cpu._is_amx_tile_supported()
-_WORTHWHILE = (
-    2**20
-)  # B·heads·N²·r; below it the price of an op in Python, 20 µs, outweighs what a kernel saves
+_WORTHWHILE = 2**20  # B·heads·N²·r; below it an op's price in Python, 20 µs, outweighs what a kernel saves
 
 
 def check_native(x: Tensor, dropout_p: float) -> None:

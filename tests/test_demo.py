@@ -5,10 +5,10 @@ import json
 import pytest
 import torch
 
+from convinit._over_seeds import Figure
 from convinit.demo import ARMS, Settings, build_model, load_maps, load_runs, run_demo
 from convinit.demo import runs as demo_runs
 from convinit.demo.summary import (
-    Figure,
     Row,
     cells,
     columns,

@@ -14,6 +14,7 @@ from convinit.cli.fit import fit
 from convinit.cli.info import info
 from convinit.cli.plot import plot
 from convinit.cli.predict import predict_command
+from convinit.cli.reproduce import reproduce
 from convinit.cli.train import train
 
 app = typer.Typer(
@@ -52,6 +53,7 @@ app.command()(errors.explained(demo))
 app.command()(errors.explained(fit))
 app.command()(errors.explained(plot))
 app.command()(errors.explained(train))
+app.command()(errors.explained(reproduce))
 app.command("predict")(errors.explained(predict_command))
 app.command("export")(errors.explained(export_command))
 app.command()(errors.explained(info))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import sys
 import time
@@ -23,6 +22,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from convinit._processes import cpus
 from convinit.cli.errors import say
 from convinit.demo.arms import ARMS, GRID_SIZE, OURS, QUICK
 from convinit.demo.runs import Run, Settings, load_maps, load_runs, run_demo, save_runs
@@ -101,7 +101,7 @@ def demo(
         num_test=test_images,
     )
     start = time.perf_counter()
-    runs, fresh = _run(out, arms, range(number), settings, _cpus() if jobs is None else jobs, resume)
+    runs, fresh = _run(out, arms, range(number), settings, cpus() if jobs is None else jobs, resume)
     rows = summarize(runs)
     text = conclusions(rows, settings.epochs)
     if quick:
@@ -183,13 +183,6 @@ def _run(
         )
         raise typer.Exit(130) from None
     return runs, fresh
-
-
-def _cpus() -> int:
-    """CPUs that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _table(rows: Sequence[Row], epochs: int) -> Table:

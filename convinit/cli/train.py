@@ -176,7 +176,7 @@ def _print_plan(config: Config, plan: Any, step_seconds: float) -> None:
         f"{config.recipe.batch_size}",
         "device": f"{plan.device}, {plan.processes} process{'es' * (plan.processes > 1)}, precision "
         f"{plan.precision}",
-        "time": f"{_duration(total)} without tests, by {step_seconds * 1000:.1f} ms a step as measured now",
+        "time": f"{duration(total)} without tests, by {step_seconds * 1000:.1f} ms a step as measured now",
         "checkpoint": f"{files.megabytes(plan.checkpoint_bytes)}, {config.run.keep} kept, one being written",
     }
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
@@ -188,7 +188,7 @@ def _print_plan(config: Config, plan: Any, step_seconds: float) -> None:
 def _print_result(figures: Mapping[str, Any], checkpoint: Path, steps: int, seconds: float) -> None:
     names = {"top1": "top-1", "top5": "top-5", "ema_top1": "average's top-1", "ema_top5": "average's top-5"}
     shares = [f"{words} {figures[key]:.2%}" for key, words in names.items() if key in figures]
-    done = f"{steps} steps in {_duration(seconds)}" if steps else "the run was finished already"
+    done = f"{steps} steps in {duration(seconds)}" if steps else "the run was finished already"
     Console().print(
         f"After {figures['epoch']} epochs: {', '.join(shares)}, best top-1 {figures['best_top1']:.2%}; "
         f"{done}.\n"
@@ -199,7 +199,7 @@ def _print_result(figures: Mapping[str, Any], checkpoint: Path, steps: int, seco
     )
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return (

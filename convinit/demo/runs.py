@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
 import os
 import platform
-import queue
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -22,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import convinit
+from convinit._processes import in_processes
 from convinit.demo.arms import ARMS, GRID_SIZE, OURS, build_model
 from convinit.models import SimpleViT
 from convinit.nn import ConvInitAttention
@@ -115,11 +112,13 @@ def run_demo(
     on_epoch = on_epoch or (lambda arm, seed, epoch: None)
     if on_plan is not None:
         on_plan(len(done))
-    if min(jobs, len(missing)) <= 1:
-        for arm, seed in missing:
-            finished(run_one(arm, seed, settings, out, on_epoch))
-    else:
-        _run_in_processes(missing, settings, out, min(jobs, len(missing)), on_epoch, finished)
+    in_processes(
+        run_one,
+        [(arm, seed, settings, out) for arm, seed in missing],
+        on_tick=on_epoch,
+        on_done=finished,
+        workers=[{}] * jobs,
+    )
     return [done[pair] for pair in wanted]
 
 
@@ -266,65 +265,3 @@ def _peak(maps: Tensor, offsets: Tensor) -> float:
     targets = impulse_targets(offsets.flatten(0, 1), GRID_SIZE)  # [layers · heads, N]
     picked = maps.flatten(0, 1).gather(2, targets.clamp(min=0).unsqueeze(2)).squeeze(2)
     return picked[targets >= 0].mean().item()
-
-
-# --- processes ----------------------------------------------------------------------------------------------
-
-
-def _run_in_processes(
-    pairs: Sequence[tuple[str, int]],
-    settings: Settings,
-    out: Path,
-    jobs: int,
-    on_epoch: OnEpoch,
-    finished: Callable[[Run], None],
-) -> None:
-    context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
-    ticks = context.Queue()
-    not_ours = set(multiprocessing.active_children())
-    executor = ProcessPoolExecutor(jobs, mp_context=context, initializer=_start_worker, initargs=(ticks,))
-    try:
-        pending = {executor.submit(run_one, arm, seed, settings, out, _tick) for arm, seed in pairs}
-        while pending:
-            done, pending = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
-            _drain(ticks, on_epoch)
-            for future in done:
-                finished(future.result())
-    except BrokenProcessPool as error:
-        raise RuntimeError(
-            "a process of the demo died, perhaps for want of memory; finished runs are kept. "
-            "Run the same command again, with fewer jobs"
-        ) from error
-    except BaseException:
-        for process in set(multiprocessing.active_children()) - not_ours:
-            process.terminate()
-        raise
-    finally:
-        executor.shutdown(cancel_futures=True)
-    _drain(ticks, on_epoch)
-
-
-def _drain(ticks: Any, on_epoch: OnEpoch) -> None:
-    while True:
-        try:
-            on_epoch(*ticks.get_nowait())
-        except queue.Empty:
-            return
-
-
-_ticks: Any = None
-
-
-def _start_worker(ticks: Any) -> None:
-    import signal
-
-    global _ticks
-    _ticks = ticks
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C reaches all processes; the first one ends the others
-    torch.set_num_threads(1)  # tensors this small are slower with more
-
-
-def _tick(arm: str, seed: int, epoch: int) -> None:
-    _ticks.put((arm, seed, epoch))

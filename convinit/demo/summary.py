@@ -2,34 +2,16 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from convinit._over_seeds import Figure, clearly, compare, over_seeds
 from convinit.demo.arms import ARMS, OURS
 from convinit.demo.runs import SHIFTS, Run
 
 GOAL = 0.9  # test accuracy; the table counts the epochs to it
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A mean over seeds.
-
-    Attributes:
-        mean: of the values.
-        sd: sample standard deviation; None for a single value.
-        n: number of values.
-    """
-
-    mean: float
-    sd: float | None
-    n: int
-
-    def __str__(self) -> str:
-        return f"{self.mean:.1f}" + (f" ± {self.sd:.1f}" if self.sd is not None else "")
 
 
 @dataclass(frozen=True)
@@ -77,14 +59,14 @@ def summarize(runs: Sequence[Run]) -> list[Row]:
         rows.append(
             Row(
                 arm=arm,
-                early=_figure([100 * curve[early - 1] for curve in curves]),
-                end=_figure([100 * run["accuracy"] for run in own]),
-                shifted=_figure([100 * statistics.fmean(run["shifted"].values()) for run in own]),
-                epochs_to_goal=_figure(reached) if reached else None,
+                early=over_seeds([100 * curve[early - 1] for curve in curves]),
+                end=over_seeds([100 * run["accuracy"] for run in own]),
+                shifted=over_seeds([100 * statistics.fmean(run["shifted"].values()) for run in own]),
+                epochs_to_goal=over_seeds(reached) if reached else None,
                 reached=len(reached),
                 parameters=own[0]["parameters"],
-                peak_start=_figure([100 * run["peak"]["start"] for run in own]) if has_peak else None,
-                peak_trained=_figure([100 * run["peak"]["trained"] for run in own]) if has_peak else None,
+                peak_start=over_seeds([100 * run["peak"]["start"] for run in own]) if has_peak else None,
+                peak_trained=over_seeds([100 * run["peak"]["trained"] for run in own]) if has_peak else None,
             )
         )
     return rows
@@ -151,15 +133,15 @@ def conclusions(rows: Sequence[Row], epochs: int) -> list[str]:
             (("default", "mimetic-vo"), "Speed of learning"),
             (("scrambled-vo", "random-vo"), "Speed of learning against the controls"),
         ):
-            found = [_compare(ours.early, by_arm[o].early, ARMS[o].label) for o in others if o in by_arm]
+            found = [compare(ours.early, by_arm[o].early, ARMS[o].label) for o in others if o in by_arm]
             if found:
                 text.append(f"{what}: {early}, {name} is {_join(found)}.")
         alone = by_arm.get("impulse")
         if alone is not None and "default" in by_arm:
-            found = [_compare(alone.early, by_arm["default"].early, ARMS["default"].label)]
+            found = [compare(alone.early, by_arm["default"].early, ARMS["default"].label)]
             text.append(f"Queries and keys alone, {early}: {ARMS['impulse'].label} is {_join(found)}.")
         found = [
-            _compare(ours.end, by_arm[o].end, ARMS[o].label)
+            compare(ours.end, by_arm[o].end, ARMS[o].label)
             for o in ("default", "mimetic-vo", "scrambled-vo", "random-vo")
             if o in by_arm
         ]
@@ -167,7 +149,7 @@ def conclusions(rows: Sequence[Row], epochs: int) -> list[str]:
             text.append(f"At the end: {name} is {_join(found)}.")
         controls = [o for o in ("scrambled-vo", "random-vo") if o in by_arm]
         if controls:
-            found = [_compare(ours.shifted, by_arm[o].shifted, ARMS[o].label) for o in controls]
+            found = [compare(ours.shifted, by_arm[o].shifted, ARMS[o].label) for o in controls]
             text.append(
                 f"Shifted images: {name} is {_join(found)}. {_what_controls_say(ours, by_arm, controls)}"
             )
@@ -202,7 +184,7 @@ def _what_controls_say(ours: Row, by_arm: dict[str, Row], controls: Sequence[str
     """Whether the convolution itself is seen to help: only if it beats every control."""
 
     def beaten(name: str) -> list[bool | None]:
-        return [_clearly(getattr(ours, name), getattr(by_arm[o], name)) for o in controls]
+        return [clearly(getattr(ours, name), getattr(by_arm[o], name)) for o in controls]
 
     verdicts = {"early": beaten("early"), "shifted": beaten("shifted")}
     if any(verdict is None for found in verdicts.values() for verdict in found):
@@ -225,31 +207,6 @@ def _what_controls_say(ours: Row, by_arm: dict[str, Row], controls: Sequence[str
             f"So convolutional maps are seen to help with speed, and not shown to help with shifts. {flatter}"
         )
     return "So what it gains here is not shown to come from the convolution itself."
-
-
-def _compare(ours: Figure, other: Figure, label: str) -> str:
-    difference = ours.mean - other.mean
-    points = f"{abs(difference):.1f} points"
-    clear = _clearly(ours, other)
-    if clear is None:
-        return f"{points} {'above' if difference >= 0 else 'below'} {label}"
-    if not clear and not _clearly(other, ours):
-        return f"not clearly apart from {label} ({difference:+.1f} points)"
-    return f"clearly {'above' if difference > 0 else 'below'} {label} ({difference:+.1f} points)"
-
-
-def _clearly(higher: Figure, lower: Figure) -> bool | None:
-    """Whether one mean is above another by more than two standard errors; None where seeds are too few."""
-    if higher.sd is None or lower.sd is None:
-        return None
-    error = math.sqrt(higher.sd**2 / higher.n + lower.sd**2 / lower.n)
-    return higher.mean - lower.mean > 2 * error
-
-
-def _figure(values: Sequence[float]) -> Figure:
-    return Figure(
-        statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values)
-    )
 
 
 def _join(parts: Sequence[str]) -> str:

@@ -26,7 +26,15 @@ from convinit.train.checkpoint import (
     read_tensors,
 )
 from convinit.train.config import Config
-from convinit.train.data import Augmented, ImageData, augmentation, load_data, test_loader, train_loader
+from convinit.train.data import (
+    Augmented,
+    ImageData,
+    augmentation,
+    load_data,
+    shift_images,
+    test_loader,
+    train_loader,
+)
 from convinit.train.data.draws import derived_seed
 from convinit.train.optim import MovingAverage, make_mix, make_optimizer, make_schedule
 
@@ -275,11 +283,14 @@ class Engine:
     # --- test -----------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def evaluate(self, stopped: Any = lambda: False) -> dict[str, float] | None:
+    def evaluate(
+        self, stopped: Any = lambda: False, *, shift: tuple[int, int] = (0, 0)
+    ) -> dict[str, float] | None:
         """Loss, top-1 and, with more than 5 classes, top-5 on the test images; of the average too, if any.
 
         Args:
             stopped: asked between batches; once it says True, the test is given up.
+            shift: (dy, dx) in pixels by which the images are moved first, the data's mean colour coming in.
 
         Returns:
             Names → figures; shares of 1. None if it was given up.
@@ -300,7 +311,7 @@ class Engine:
         for images, labels in self._on_device(loader):
             for row, model in zip(sums, models.values(), strict=True):
                 with self.accelerator.autocast():
-                    logits = model(images)
+                    logits = model(shift_images(images, *shift) if any(shift) else images)
                 logits = logits.float()
                 hits = logits.topk(ranks, dim=1).indices == labels[:, None]
                 row += torch.stack(

@@ -8,11 +8,13 @@ Colours stay apart for colour-blind readers and in grey.
 of plain tensors     ``attention_filter``  ``attention_filters``  ``attention_maps``  ``fit_filters``
 of a whole model     ``head_maps``  ``model_filters``  ``model_maps``
 of training          ``learning_curves``  ``drift``
+of experiments       ``grid_lines``  ``grid_dots``
 ===================  ============================================================================
 """
 
 from convinit.adapters.measure import head_maps
 from convinit.viz.curves import drift, learning_curves
+from convinit.viz.grids import grid_dots, grid_lines
 from convinit.viz.heads import attention_filter, attention_filters, attention_maps, fit_filters
 from convinit.viz.model import model_filters, model_maps
 
@@ -22,6 +24,8 @@ __all__ = [
     "attention_maps",
     "drift",
     "fit_filters",
+    "grid_dots",
+    "grid_lines",
     "head_maps",
     "learning_curves",
     "model_filters",

@@ -1,0 +1,143 @@
+"""Work in several processes, whose progress the first one is told of."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import queue
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any
+
+import torch
+
+Tick = Callable[..., None]
+
+
+def cpus() -> int:
+    """CPUs that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def in_processes(
+    work: Callable[..., Any],
+    tasks: Sequence[tuple],
+    *,
+    on_tick: Tick,
+    on_done: Callable[[Any], None],
+    workers: Sequence[Mapping[str, str]],
+) -> None:
+    """Calls ``work(*task, tick)`` for every task, as many at once as there are workers.
+
+    Ctrl-C and SIGTERM end the workers by SIGTERM, which `work` may catch to save what it has, and raise
+    KeyboardInterrupt here. If this process is killed, the workers get their SIGTERM all the same.
+
+    Args:
+        work: a function of a module; its tasks and results are pickled. ``tick(...)`` may be called in it.
+        tasks: its arguments.
+        on_tick: told the arguments of each tick, in this process.
+        on_done: told each result as soon as it is there.
+        workers: environment variables for each process, beside this one's. One worker alone works here, and
+            its variables are not set.
+
+    Raises:
+        RuntimeError: a process died, for example for want of memory. Whatever `work` raises.
+    """
+    with _terminable():
+        workers = workers[: len(tasks)]
+        if len(workers) == 1:
+            for task in tasks:
+                on_done(work(*task, on_tick))
+        elif tasks:
+            _in_processes(work, tasks, on_tick, on_done, workers)
+
+
+def _in_processes(
+    work: Callable[..., Any],
+    tasks: Sequence[tuple],
+    on_tick: Tick,
+    on_done: Callable[[Any], None],
+    workers: Sequence[Mapping[str, str]],
+) -> None:
+    context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
+    ticks, environments = context.Queue(), context.Queue()
+    for each in workers:
+        environments.put(dict(each))
+    not_ours = set(multiprocessing.active_children())
+    executor = ProcessPoolExecutor(
+        len(workers), mp_context=context, initializer=_start_worker, initargs=(ticks, environments)
+    )
+    try:
+        pending = {executor.submit(work, *task, _tick) for task in tasks}
+        while pending:
+            done, pending = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
+            _drain(ticks, on_tick)
+            for future in done:
+                on_done(future.result())
+    except BrokenProcessPool as error:
+        raise RuntimeError(
+            "a process died, perhaps for want of memory; finished runs are kept. Run the same command again, "
+            "with fewer jobs"
+        ) from error
+    except BaseException:
+        for process in set(multiprocessing.active_children()) - not_ours:
+            process.terminate()
+        raise
+    finally:
+        executor.shutdown(cancel_futures=True)
+    _drain(ticks, on_tick)
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM raises KeyboardInterrupt, as Ctrl-C does, so that no worker is left behind."""
+    if threading.current_thread() is not threading.main_thread():  # no other may set handlers
+        yield
+        return
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _drain(ticks: Any, on_tick: Tick) -> None:
+    while True:
+        try:
+            on_tick(*ticks.get_nowait())
+        except queue.Empty:
+            return
+
+
+_ticks: Any = None
+
+
+def _start_worker(ticks: Any, environments: Any) -> None:
+    global _ticks
+    _ticks = ticks
+    os.environ.update(environments.get())
+    # Ctrl-C reaches all processes; the first one ends the others.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)  # several at once, each with all threads, would be in each other's way
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _tick(*what: Any) -> None:
+    _ticks.put(what)

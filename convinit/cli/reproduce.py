@@ -1,0 +1,281 @@
+"""`convinit reproduce`."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table as Sheet
+
+from convinit._processes import cpus
+from convinit.cli.errors import say
+from convinit.offsets import check_int
+
+
+def reproduce(
+    table: Annotated[
+        list[str] | None, typer.Argument(help="Experiments, or all. Without any, they are listed.")
+    ] = None,
+    data: Annotated[
+        str,
+        typer.Option(
+            help="digits: the small version of each, minutes on 2 CPU cores. cifar10, cifar100, svhn, "
+            "tiny-imagenet: the papers' size."
+        ),
+    ] = "digits",
+    root: Annotated[
+        Path | None, typer.Option(help="Folder of the data set; digits come with scikit-learn.")
+    ] = None,
+    download: Annotated[
+        bool, typer.Option("--download", help="Fetch the data set into --root if it is not there.")
+    ] = False,
+    out: Annotated[
+        Path, typer.Option(help="Folder of the runs and of the tables, for all tables and data sets.")
+    ] = Path("convinit-reproduce"),
+    seeds: Annotated[
+        int, typer.Option(help="Seeds 0, 1, … of initial weights, image order and augmentation.")
+    ] = 3,
+    jobs: Annotated[
+        int | None,
+        typer.Option(help="Runs at once.", show_default="one a GPU; digits: one a CPU, one thread each"),
+    ] = None,
+    setting: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="SECTION.KEY=VALUE",
+            help="A setting of all runs, as in convinit train's config files, such as recipe.epochs=50; may "
+            "be repeated.",
+        ),
+    ] = None,
+    keep_checkpoints: Annotated[
+        bool, typer.Option("--keep-checkpoints", help="Keep the trained weights of each run.")
+    ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Say which runs are to do and how long they take; write nothing."),
+    ] = False,
+) -> None:
+    """Repeat the papers' experiments, with controls, seeds and shifted test images beside each.
+
+    Every run is kept as it is finished, and tables share runs: after Ctrl-C, kill -9 or a crash the same
+    command goes on where it was, in the middle of a run too. Writes DATA-TABLE.md, .csv and .png: the table,
+    what it shows and what it does not, and beside it what others reported for the same settings.
+
+    Examples:
+
+    - `convinit reproduce alpha`
+
+    - `convinit reproduce models shift --seeds 5`
+
+    - `convinit reproduce convergence --data cifar10 --root ~/data --download --dry-run`
+
+    - `convinit reproduce all --data cifar100 --root ~/data --set data.workers=12 --set recipe.epochs=100`
+    """
+    from convinit import reproduce as api
+    from convinit.reproduce.grid import check_data, jobs_for
+    from convinit.train.config_files import parse
+    from convinit.train.run import RunInterrupted
+
+    if not table:
+        _list_tables()
+        return
+    names = list(api.TABLES) if "all" in table else list(dict.fromkeys(table))
+    check_int("seeds", seeds)
+    if jobs is not None:
+        check_int("jobs", jobs)
+    given: dict[str, Any] = api.data_settings(data, workers=min(8, cpus() - 1))
+    given |= {} if root is None else {"data.root": str(root.expanduser())}
+    given |= {"data.download": True} if download else {}
+    for each in setting or ():
+        key, _, text = each.partition("=")
+        if "." not in key or not text:
+            raise ValueError(f"--set must be SECTION.KEY=VALUE, such as recipe.epochs=50, got {each!r}")
+        given[key] = parse(key, text)
+    grids = [api.Grid.of(api.declared(name, data), data, range(seeds), given) for name in names]
+    todo = api.unfinished(grids, out)
+    at_once = jobs_for(todo, jobs) if todo else 0
+    found = check_data(grids) if todo or dry_run else {}
+    if dry_run:
+        _print_plan(grids, out, found, at_once)
+        return
+    start = time.perf_counter()
+    try:
+        _run(todo, out, jobs, keep_checkpoints, kept=_count(grids) - len(todo))
+    except (KeyboardInterrupt, RunInterrupted):
+        say(
+            f"interrupted: finished runs are kept in {out}, those in progress have been saved. To go on: "
+            f"{shlex.join(['convinit', *sys.argv[1:]])}",
+            style="yellow",
+        )
+        raise typer.Exit(130) from None
+    finally:  # also of what there is so far
+        written = _report(grids, out)
+    if written:
+        Console().print(
+            "Written: " + ", ".join(map(str, written)), highlight=False, soft_wrap=True, markup=False
+        )
+    if todo:
+        seconds = time.perf_counter() - start
+        Console().print(f"{seconds:.0f} s for {len(todo)} runs, {at_once} at once.", highlight=False)
+
+
+def _list_tables() -> None:
+    from convinit.reproduce import TABLES, declared
+
+    sheet = Sheet(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for name in TABLES:
+        small = declared(name)
+        sheet.add_row(f"[bold]{name}[/bold]", f"{small.title}. {small.question}")
+    console = Console()
+    console.print(sheet, highlight=False)
+    console.print("\nRun one or several, or all: convinit reproduce TABLE. More: convinit reproduce --help")
+
+
+def _count(grids: Sequence[Any]) -> int:
+    return len({identity for grid in grids for identity in grid.runs()})
+
+
+def _run(todo: Sequence[Any], out: Path, jobs: int | None, keep_checkpoints: bool, kept: int) -> None:
+    """The runs that are missing; a bar where somebody is looking, else a line a run."""
+    from convinit.reproduce import run_all
+
+    if kept:
+        say(f"{kept} of {kept + len(todo)} runs are in {out} already", style="dim")
+    console = Console(stderr=True)
+    progress = Progress(
+        TextColumn("training"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("runs"),
+        TimeElapsedColumn(),
+        TextColumn("left:"),
+        TimeRemainingColumn(elapsed_when_finished=False),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+    task = progress.add_task("training", total=len(todo))
+    finished = 0
+
+    def on_run(config: Any, outcome: Any) -> None:
+        nonlocal finished
+        finished += 1
+        if console.is_terminal and "failed" not in outcome:
+            return
+        variant = f" {config.model.variant}" if config.model.variant else ""
+        result = f"{outcome['accuracy']:.1%}" if "failed" not in outcome else outcome["failed"]
+        say(
+            f"{finished}/{len(todo)}: {config.model.name}{variant}, {config.init.method}, seed "
+            f"{config.run.seed}: {result}",
+            style="" if "failed" not in outcome else "yellow",
+        )
+
+    with progress:
+        run_all(
+            todo,
+            out,
+            jobs=jobs,
+            keep_checkpoints=keep_checkpoints,
+            on_tick=lambda share: progress.advance(task, share),
+            on_run=on_run,
+        )
+
+
+def _report(grids: Sequence[Any], out: Path) -> list[Path]:
+    """Writes and prints the tables of what there is."""
+    from convinit.reproduce import Report, write_report
+    from convinit.reproduce.conclusions import conclusions
+
+    command = shlex.join(["convinit", *sys.argv[1:]])
+    written: list[Path] = []
+    console = Console()
+    for grid in grids:
+        report = Report(grid, grid.outcomes(out))
+        if not report.counts()[0]:
+            continue
+        console.print(f"[bold]{grid.table.title}[/bold]\n{report.setting()}\n", highlight=False)
+        for name, lines in report.tables():
+            sheet = Sheet(
+                box=None, padding=(0, 2, 0, 0), title=name or None, title_justify="left", title_style="italic"
+            )
+            for i, head in enumerate(lines[0]):
+                sheet.add_column(head, justify="left" if i == 0 else "right")
+            for line in lines[1:]:
+                sheet.add_row(*line, style="bold" if line[0] == grid.table.ours else "")
+            console.print(sheet)
+            console.print()
+        for sentence in conclusions(report):
+            console.print(f"• {sentence}", highlight=False, markup=False)
+        console.print()
+        written += write_report(report, out, command)
+    return written
+
+
+def _print_plan(grids: Sequence[Any], out: Path, data: Any, at_once: int) -> None:
+    from convinit.cli.train import duration
+    from convinit.reproduce import unfinished
+    from convinit.reproduce.cells import identity
+    from convinit.reproduce.grid import count_steps, kind_of_step, measure_steps
+
+    todo = unfinished(grids, out)
+    kinds = len({kind_of_step(config) for config in todo})
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("measuring steps", total=kinds)
+        times = measure_steps(todo, on_kind=lambda: progress.advance(task))
+    sheet = Sheet(box=None, padding=(0, 2, 0, 0))
+    for head in ("table", "cells", "runs", "to do", "steps a run", "ms a step", "time"):
+        sheet.add_column(head, justify="left" if head == "table" else "right")
+    seen: set[str] = set()
+    total = 0.0
+    for grid in grids:
+        own = [config for config in unfinished([grid], out) if identity(config) not in seen]
+        seen |= {identity(config) for config in own}
+        steps = [count_steps(config, data[config.data.name]) for config in own]
+        each = [times[kind_of_step(config)] for config in own]
+        seconds = sum(number * time for number, time in zip(steps, each, strict=True)) / max(at_once, 1)
+        total += seconds
+        sheet.add_row(
+            grid.table.name,
+            str(len(grid.configs)),
+            str(len(grid.runs())),
+            str(len(own)),
+            _range([float(number) for number in steps], 1, "{:,.0f}"),
+            _range(each, 1000, "{:,.1f}"),
+            duration(seconds),
+        )
+    Console().print(sheet, highlight=False)
+    Console().print(
+        f"{len(todo)} runs to do, {at_once} at once on {_device()}: about {duration(total)} by the steps as "
+        "measured now, without tests and reading. Runs that tables share stand in the first of them.",
+        highlight=False,
+    )
+
+
+def _range(values: Sequence[float], unit: float, form: str) -> str:
+    if not values:
+        return "–"
+    low, high = form.format(unit * min(values)), form.format(unit * max(values))
+    return low if low == high else f"{low} to {high}"
+
+
+def _device() -> str:
+    import torch
+
+    return torch.cuda.get_device_name(0) if torch.cuda.is_available() else f"{os.cpu_count()} CPUs"

@@ -1,0 +1,25 @@
+"""`convinit reproduce`: the papers' experiments as grids of training runs (extra `train`).
+
+tables → grid → cells: what is varied, which runs that makes, one run. readings → report: what is read off the
+runs, and what is written of it; published: what others reported.
+"""
+
+from convinit.reproduce.cells import run_cell
+from convinit.reproduce.grid import Grid, run_all, unfinished
+from convinit.reproduce.report import Report, write_report
+from convinit.reproduce.tables import DATA, TABLES, Choice, Table, data_settings, declared
+
+__all__ = [
+    "DATA",
+    "TABLES",
+    "Choice",
+    "Grid",
+    "Report",
+    "Table",
+    "data_settings",
+    "declared",
+    "run_all",
+    "run_cell",
+    "unfinished",
+    "write_report",
+]

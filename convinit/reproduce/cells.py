@@ -1,0 +1,175 @@
+"""One run of a grid: trained, tested on shifted images, and kept in a folder of its own."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Callable
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import convinit
+from convinit.models import SimpleViT
+from convinit.nn import ConvInitAttention
+from convinit.offsets import impulse_targets
+from convinit.train import checkpoint as files
+from convinit.train.config import Config, field_of
+from convinit.train.engine import Engine, make_accelerator
+from convinit.train.records import read_records
+from convinit.train.run import METRICS, Plan, Watcher, run_training
+
+OUTCOME = "cell.json"
+SHIFTS = (1, 2)  # pixels
+_DIRECTIONS = {"down": (1, 0), "up": (-1, 0), "right": (0, 1), "left": (0, -1)}
+_MAP_IMAGES = 64  # test images over which attention maps are averaged
+
+
+def identity(config: Config) -> str:
+    """The same for two runs if they are the same: of all settings but those that only surround a run."""
+    settled = {key: each for key, each in config.flat().items() if field_of(key).metadata["fixed"]}
+    text = json.dumps(settled, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def folder_of(config: Config, out: Path) -> Path:
+    """Where a run is kept: `out`/cells/DATA-MODEL-INIT-IDENTITY-seedN."""
+    model = config.model.name + (f"-{config.model.variant}" if config.model.variant else "")
+    parts = (config.data.name, model, config.init.method, identity(config), f"seed{config.run.seed}")
+    return out / "cells" / "-".join(parts)
+
+
+def read_outcome(config: Config, out: Path) -> dict[str, Any] | None:
+    """The outcome of a finished run; None if there is none.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    path = folder_of(config, out) / OUTCOME
+    try:
+        outcome = json.loads(path.read_text(encoding="utf-8"))
+        if outcome["identity"] != identity(config):
+            raise ValueError("it is of another run")
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} is no outcome of this run ({error}); remove its folder to run it anew"
+        ) from error
+    return outcome
+
+
+def run_cell(
+    config: Config, out: Path, keep_checkpoints: bool, tick: Callable[[float], None]
+) -> tuple[str, dict[str, Any]]:
+    """Trains, or goes on where it was stopped, measures, and keeps the outcome.
+
+    Args:
+        config: the run.
+        out: folder of all of them.
+        keep_checkpoints: keep the last checkpoint; its weights are not needed for the tables.
+        tick: told the share of the run that has been done since the last call.
+
+    Returns:
+        The run's identity, and {"accuracy", "curve" [[epoch, accuracy]], "shifted" {pixels: {direction:
+        accuracy}}, "peak" {"start", "trained"}, ...}, accuracies as shares of 1; or {"failed": why} where the
+        loss became NaN.
+
+    Raises:
+        RunInterrupted: SIGTERM or SIGINT came. Otherwise as `convinit.train.run_training`.
+    """
+    folder = folder_of(config, out)
+    outcome: dict[str, Any] = {"identity": identity(config), "config": config.as_dict()}
+    try:
+        result = run_training(config, folder, watcher=_Shares(config.recipe.epochs, tick))
+    except FloatingPointError as error:
+        outcome["failed"] = str(error)
+    else:
+        records = [each for each in read_records(folder / METRICS) if each["kind"] == "epoch"]
+        outcome |= {
+            "accuracy": result.figures["top1"],
+            "epochs": config.recipe.epochs,
+            "curve": [[each["epoch"], each["top1"]] for each in records if "top1" in each],
+            "loss": result.figures["loss"],
+            "seconds": result.figures["seconds"],
+            **_measure(config, result.checkpoint),
+        }
+    outcome["finished"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    outcome["environment"] = {**convinit.build_info(), "machine": platform.machine()}
+    _write(folder / OUTCOME, outcome)
+    if not keep_checkpoints:
+        for each in files.checkpoints(folder):
+            files.discard(each)
+    return outcome["identity"], outcome
+
+
+class _Shares(Watcher):
+    """Tells of the share of a run that is done, epoch by epoch."""
+
+    def __init__(self, epochs: int, tick: Callable[[float], None]) -> None:
+        self.epochs, self.tick = epochs, tick
+
+    def planned(self, plan: Plan, step: int, epoch: int) -> None:
+        if epoch:
+            self.tick(epoch / self.epochs)
+
+    def recorded(self, record: dict[str, Any]) -> None:
+        if record["kind"] == "epoch":
+            self.tick(1 / self.epochs)
+
+
+def _measure(config: Config, checkpoint: Path) -> dict[str, Any]:
+    """Accuracy on shifted images, and attention on the impulse before and after training."""
+    start, trained = (Engine(config, make_accelerator(config), each) for each in (None, checkpoint))
+    shifted: dict[str, dict[str, float]] = {}
+    for pixels in SHIFTS:
+        shifted[str(pixels)] = {}
+        for name, (dy, dx) in _DIRECTIONS.items():
+            figures = trained.evaluate(shift=(pixels * dy, pixels * dx))
+            assert figures is not None
+            shifted[str(pixels)][name] = figures["top1"]
+    plan = trained.plan()
+    return {
+        "shifted": shifted,
+        "peak": {"start": _peak(start), "trained": _peak(trained)},
+        "parameters": plan.parameters,
+        "trained_parameters": plan.trained,
+        "train_images": plan.train_images,
+        "test_images": plan.test_images,
+        "device": plan.device,
+    }
+
+
+@torch.no_grad()
+def _peak(engine: Engine) -> float | None:
+    """Mean attention on the targets of a SimpleViT's offsets, on test images; None for other models.
+
+    Controls have offsets, too: what they were not fitted to.
+    """
+    model = engine.inner
+    if not isinstance(model, SimpleViT):
+        return None
+    images, _ = engine.test_set.batch(range(min(_MAP_IMAGES, len(engine.test_set))))
+    maps = (
+        model.eval().attention_maps(images.to(engine.accelerator.device)).mean(dim=1)
+    )  # [depth, heads, N, N]
+    layers = [each for each in model.modules() if isinstance(each, ConvInitAttention)]
+    offsets: Tensor = torch.stack([each.offsets for each in layers])  # [depth, heads, 2]
+    targets = impulse_targets(offsets.flatten(0, 1), model.grid_size)  # [depth · heads, N]
+    picked = maps.flatten(0, 1).gather(2, targets.clamp(min=0).unsqueeze(2)).squeeze(2)
+    return picked[targets >= 0].mean().item()
+
+
+def _write(path: Path, outcome: dict[str, Any]) -> None:
+    """Whole or not at all."""
+    part = path.with_suffix(f".{os.getpid()}.part")
+    try:
+        part.write_text(json.dumps(outcome, indent=1, ensure_ascii=False), encoding="utf-8")
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)

@@ -1,0 +1,51 @@
+"""What is read off a finished run, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+Outcome = Mapping[str, Any]  # what `convinit.reproduce.cells.run_cell` returns
+
+_TITLES = {
+    "accuracy": "test accuracy, %",
+    "shifted-1": "on test images shifted by one pixel, %",
+    "shifted-2": "on test images shifted by two pixels, %",
+    "start-peak": "attention on the impulse at the start, %",
+    "trained-peak": "attention on the impulse after training, %",
+}
+
+
+def title(reading: str, epochs: int) -> str:
+    """What a reading is, with its unit.
+
+    Args:
+        reading: "accuracy"; "shifted-1" and "shifted-2", means over four directions; "part-X", the accuracy
+            after the share X of all epochs; "start-peak" and "trained-peak".
+        epochs: of the runs.
+    """
+    if reading.startswith("part-"):
+        after = _epoch(reading, epochs)
+        return f"after {after} epoch{'s' * (after != 1)}, %"
+    return _TITLES[reading]
+
+
+def value(reading: str, outcome: Outcome) -> float | None:
+    """A reading of a run in %; None where the run does not have it, or failed."""
+    if "failed" in outcome:
+        return None
+    if reading == "accuracy":
+        return 100 * outcome["accuracy"]
+    if reading.startswith("part-"):
+        accuracies = {epoch: accuracy for epoch, accuracy in outcome["curve"]}
+        share = accuracies.get(_epoch(reading, outcome["epochs"]))
+        return None if share is None else 100 * share
+    if reading.startswith("shifted-"):
+        shares = outcome["shifted"][reading.removeprefix("shifted-")]
+        return 100 * sum(shares.values()) / len(shares)
+    share = outcome["peak"][reading.removesuffix("-peak")]
+    return None if share is None else 100 * share
+
+
+def _epoch(reading: str, epochs: int) -> int:
+    return max(1, round(float(reading.removeprefix("part-")) * epochs))

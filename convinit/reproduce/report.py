@@ -1,0 +1,280 @@
+"""A table as Markdown, CSV and figure: every number and sentence is made from the runs."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from convinit._over_seeds import Figure, over_seeds
+from convinit.reproduce import readings
+from convinit.reproduce.conclusions import conclusions
+from convinit.reproduce.grid import Cell, Grid
+from convinit.reproduce.published import reported
+from convinit.train.config import Config
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure as Picture
+
+_COLUMNS = (
+    "table", "data", "row", "column", "reading", "mean", "sd", "seeds", "values", "reported", "source",
+    "differs",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Report:
+    """A grid with its finished runs.
+
+    Attributes:
+        grid: what was asked for.
+        outcomes: (row, column) → finished runs.
+    """
+
+    grid: Grid
+    outcomes: Mapping[Cell, Sequence[Mapping[str, Any]]]
+
+    def values(self, cell: Cell, reading: str) -> list[float]:
+        """A reading of a cell's runs in %, without those that do not have it."""
+        found = [readings.value(reading, outcome) for outcome in self.outcomes.get(cell, ())]
+        return [each for each in found if each is not None]
+
+    def figure(self, cell: Cell, reading: str) -> Figure | None:
+        values = self.values(cell, reading)
+        return over_seeds(values) if values else None
+
+    def title(self, reading: str) -> str:
+        return readings.title(reading, self._config().recipe.epochs)
+
+    def counts(self) -> tuple[int, int]:
+        """Finished runs and all runs; one that several cells share counts once."""
+        done = {outcome["identity"] for found in self.outcomes.values() for outcome in found}
+        return len(done), len(self.grid.runs())
+
+    # --- text -----------------------------------------------------------------------------------------------
+
+    def markdown(self, command: str) -> str:
+        """The page: setting, tables, what they show, what was reported."""
+        table = self.grid.table
+        parts = [f"# {table.title}", f"{table.question} {table.note}".strip(), self.setting()]
+        for name, rows in self.tables():
+            parts += [f"**{name[:1].upper()}{name[1:]}**"] if name else []
+            parts.append(_markdown(rows, table.ours))
+        parts.append(f"![{table.title}]({self.stem()}.png)")
+        if sentences := conclusions(self):
+            parts.append("\n".join(f"- {each}" for each in sentences))
+        parts.append(self._reported_text())
+        parts.append(f"Made by `{command}`; [all figures]({self.stem()}.csv).")
+        return "\n\n".join(parts) + "\n"
+
+    def stem(self) -> str:
+        """Name of the files, without ending."""
+        return f"{self.grid.data}-{self.grid.table.name}"
+
+    def tables(self) -> list[tuple[str, list[list[str]]]]:
+        """(name, lines of cells, the first of them the head): one for each reading, or one for all."""
+        table = self.grid.table
+        if len(table.columns) == 1:
+            column = table.columns[0].label
+            head = ["", *(self.title(reading) for reading in table.readings)]
+            body = [
+                [r.label, *(self._text((r.label, column), x) for x in table.readings)] for r in table.rows
+            ]
+            return [("", [head, *body])]
+        head = ["", *(column.label for column in table.columns)]
+        return [
+            (
+                self.title(reading),
+                [head, *([r.label, *(self._text((r.label, c.label), reading) for c in table.columns)]
+                         for r in table.rows)],
+            )
+            for reading in table.readings
+        ]  # fmt: skip
+
+    def _text(self, cell: Cell, reading: str) -> str:
+        if cell not in self.grid.configs:
+            return ""
+        figure = self.figure(cell, reading)
+        if figure is None:
+            return "–"
+        failed = sum("failed" in each for each in self.outcomes[cell])
+        return f"{figure}" + (f" ({failed} of {failed + figure.n} diverged)" if failed else "")
+
+    def setting(self) -> str:
+        """What was done, in a paragraph."""
+        config, seeds = self._config(), self.grid.seeds
+        recipe, (done, total) = config.recipe, self.counts()
+        epochs = sorted({each.recipe.epochs for configs in self.grid.configs.values() for each in configs})
+        runs = [each for found in self.outcomes.values() for each in found if "failed" not in each]
+        named = {"width": config.model.dim, "depth": config.model.depth}
+        size = ", ".join(f"{key} {value}" for key, value in named.items() if value is not None)
+        words = [f"Data: {self.grid.data}."]
+        if runs:
+            images = " or ".join(f"{n:,}" for n in sorted({each["train_images"] for each in runs}))
+            words = [
+                f"Data: {self.grid.data}, {images} training and {runs[0]['test_images']:,} test images, "
+                f"augmentation {config.data.augment}."
+            ]
+        words.append(f"Model: {config.model.name}{f' ({size})' if size else ''}.")
+        if config.model.name != "convmixer":
+            kind = "mimetic" if config.init.values == "mimetic" else "as nn.Linear's"
+            words.append(f"Values and output layer start {kind}, unless said.")
+        words += [
+            f"Training: {' or '.join(map(str, epochs))} epochs of {recipe.optimizer} at {recipe.lr:g} "
+            f"({recipe.schedule}) in batches of {recipe.batch_size}.",
+            f"{len(seeds)} seeds, mean ± standard deviation."
+            if len(seeds) > 1
+            else f"Seed {seeds[0]} alone.",
+            "Shifted: moved up, down, left and right by so many pixels, the mean colour coming in.",
+        ]
+        if done < total:
+            words.append(f"**Unfinished: {done} of {total} runs.**")
+        if runs:
+            versions = sorted({each["environment"]["torch"] for each in runs})
+            devices = sorted({each["device"] for each in runs})
+            days = sorted({each["finished"][:10] for each in runs})
+            seconds = sum({each["identity"]: each["seconds"] for each in runs}.values())
+            words.append(
+                f"Made with torch {', '.join(versions)} on {', '.join(devices)}, "
+                f"{' to '.join(dict.fromkeys((days[0], days[-1])))}, in {seconds:,.0f} s of training in all."
+            )
+        return " ".join(words)
+
+    def _config(self) -> Config:
+        return next(iter(self.grid.configs.values()))[0]
+
+    # --- reported figures -----------------------------------------------------------------------------------
+
+    def _reported_text(self) -> str:
+        lines = [["row", "column", "reading", "measured here", "reported", "source", "what differs"]]
+        for cell, reading in self._all():
+            for each in self._reported(cell, reading):
+                measured = self.figure(cell, reading)
+                lines.append(
+                    [
+                        *cell,
+                        self.title(reading),
+                        "–" if measured is None else str(measured),
+                        f"{each.value:.2f}",
+                        each.source,
+                        each.differs,
+                    ]
+                )
+        if len(lines) == 1:
+            return "No published result is known for just these settings."
+        return "**Reported by others** (not measured here)\n\n" + _markdown(lines, "")
+
+    def _reported(self, cell: Cell, reading: str) -> list[Any]:
+        config = self.grid.configs[cell][0]
+        return reported(self.grid.data, self.grid.table.name, *cell, reading, config)
+
+    def _all(self) -> list[tuple[Cell, str]]:
+        return [(cell, reading) for cell in self.grid.configs for reading in self.grid.table.readings]
+
+    def csv(self) -> str:
+        """One line for each cell and reading: table, data, row, column, reading, mean, sd, seeds, values, and
+        what was reported."""
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(_COLUMNS)
+        for cell, reading in self._all():
+            values, figure = self.values(cell, reading), self.figure(cell, reading)
+            numbers = ["", "", 0] if figure is None else [
+                f"{figure.mean:.3f}", "" if figure.sd is None else f"{figure.sd:.3f}", figure.n,
+            ]  # fmt: skip
+            base = [self.grid.table.name, self.grid.data, *cell, self.title(reading), *numbers]
+            base.append(" ".join(f"{each:.3f}" for each in values))
+            for each in self._reported(cell, reading) or [None]:
+                others = ["", "", ""] if each is None else [each.value, each.source, each.differs]
+                writer.writerow([*base, *others])
+        return text.getvalue()
+
+    # --- figure ---------------------------------------------------------------------------------------------
+
+    def picture(self) -> Picture | None:
+        """The figure; None as long as there are no runs."""
+        from convinit.viz import grid_dots, grid_lines, learning_curves
+
+        table = self.grid.table
+        if not any(self.outcomes.values()):
+            return None
+        heading = f"{table.title}; {self.grid.data}, {len(self.grid.seeds)} seeds"
+        if table.figure == "curves":
+            return learning_curves(self._curves(), title=heading)
+        if table.figure == "shifts":
+            column = table.columns[0].label
+            rows = {
+                row.label: torch.stack([self._seeds((row.label, column), x) for x in table.readings])
+                for row in table.rows
+            }
+            pixels = range(len(table.readings))
+            return grid_lines(
+                {self.title("accuracy"): rows},
+                pixels,
+                xlabel="shift of the test images, pixels",
+                title=heading,
+            )
+        panels = {
+            self.title(reading): {
+                row.label: torch.stack([self._seeds((row.label, c.label), reading) for c in table.columns])
+                for row in table.rows
+            }
+            for reading in table.readings[:2]
+        }
+        if table.figure == "dots":
+            return grid_dots(panels, [column.label for column in table.columns], title=heading)
+        x = [column.x for column in table.columns if column.x is not None]
+        return grid_lines(panels, x, xlabel=table.column_title, log_x=table.log_x, title=heading)
+
+    def _seeds(self, cell: Cell, reading: str) -> Tensor:
+        """Values [seeds], NaN where there is none."""
+        values = self.values(cell, reading)
+        missing = [float("nan")] * (len(self.grid.seeds) - len(values))
+        return torch.tensor([*values, *missing], dtype=torch.float64)
+
+    def _curves(self) -> dict[str, Tensor]:
+        column = self.grid.table.columns[0].label
+        curves = {}
+        for row in self.grid.table.rows:
+            runs = [each for each in self.outcomes[row.label, column] if "failed" not in each]
+            if runs:
+                own = [[100 * accuracy for _, accuracy in each["curve"]] for each in runs]
+                curves[row.label] = torch.tensor(own, dtype=torch.float64)
+        return curves
+
+
+def write_report(report: Report, out: Path, command: str) -> list[Path]:
+    """Writes the page, the CSV and the figure of a table into a folder; returns their paths.
+
+    Args:
+        report: the table.
+        out: the folder.
+        command: that made it.
+    """
+    texts = {".md": report.markdown(command), ".csv": report.csv()}
+    paths = []
+    for suffix, text in texts.items():
+        path = out / f"{report.stem()}{suffix}"
+        part = path.with_name(f"{path.name}.{os.getpid()}.part")
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, path)
+        paths.append(path)
+    picture = report.picture()
+    if picture is not None:
+        paths.append(out / f"{report.stem()}.png")
+        picture.savefig(paths[-1], dpi=130)
+    return paths
+
+
+def _markdown(lines: Sequence[Sequence[str]], bold: str) -> str:
+    head, *body = lines
+    rows = [head, ["---"] * len(head)]
+    rows += [[f"**{each}**" if each and line[0] == bold else each for each in line] for line in body]
+    return "\n".join("| " + " | ".join(line) + " |" for line in rows)

@@ -148,7 +148,9 @@ class Report:
         return " ".join(words)
 
     def _config(self) -> Config:
-        return next(iter(self.grid.configs.values()))[0]
+        """Of our row: what is common to all cells, it has."""
+        own = [configs for (row, _), configs in self.grid.configs.items() if row == self.grid.table.ours]
+        return own[-1][0]
 
     # --- reported figures -----------------------------------------------------------------------------------
 

@@ -74,7 +74,7 @@ def _in_processes(
         len(workers), mp_context=context, initializer=_start_worker, initargs=(ticks, environments)
     )
     try:
-        pending = {executor.submit(work, *task, _tick) for task in tasks}
+        pending = {executor.submit(_work, work, *task) for task in tasks}
         while pending:
             done, pending = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
             _drain(ticks, on_tick)
@@ -119,7 +119,11 @@ def _drain(ticks: Any, on_tick: Tick) -> None:
             return
 
 
+# --- in a worker --------------------------------------------------------------------------------------------
+
 _ticks: Any = None
+_busy = threading.Lock()
+_ending = threading.Event()
 
 
 def _start_worker(ticks: Any, environments: Any) -> None:
@@ -132,11 +136,25 @@ def _start_worker(ticks: Any, environments: Any) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
+def _work(work: Callable[..., Any], *task: Any) -> Any:
+    with _busy:
+        if _ending.is_set():  # tasks wait in a queue of the workers, which nobody can take them from
+            raise RuntimeError("the work was ended")
+        try:
+            return work(*task, _tick)
+        except BaseException:
+            _ending.set()
+            raise
+
+
 def _end_with_parent() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
+    _ending.set()
     os.kill(os.getpid(), signal.SIGTERM)
+    with _busy:  # the work may have caught it to save what it has
+        os._exit(1)
 
 
 def _tick(*what: Any) -> None:

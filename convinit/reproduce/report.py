@@ -102,9 +102,9 @@ class Report:
         if cell not in self.grid.configs:
             return ""
         figure = self.figure(cell, reading)
-        if figure is None:
-            return "–"
         failed = sum("failed" in each for each in self.outcomes[cell])
+        if figure is None:
+            return "diverged" if failed else "–"
         return f"{figure}" + (f" ({failed} of {failed + figure.n} diverged)" if failed else "")
 
     def setting(self) -> str:

@@ -1,0 +1,517 @@
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from test_data import write_cifar10
+from typer.testing import CliRunner
+
+from convinit.cli.app import app
+from convinit.reproduce import DATA, TABLES, Grid, Report, data_settings, declared, unfinished
+from convinit.reproduce import write_report as write
+from convinit.reproduce.cells import OUTCOME, folder_of, identity, read_outcome, run_cell
+from convinit.reproduce.conclusions import conclusions
+from convinit.reproduce.grid import check_data, count_steps, jobs_for, kind_of_step
+from convinit.reproduce.published import REPORTED
+from convinit.reproduce.readings import title, value
+from convinit.train.build import build_model
+from convinit.train.engine import Engine, make_accelerator
+from convinit.train.run import RunInterrupted
+from convinit.train.signals import StopRequest
+from convinit.viz import grid_dots, grid_lines
+
+# A run of two seconds; "shift" has seven of them.
+TINY = {
+    "recipe.epochs": 1,
+    "data.train_count": 70,
+    "model.dim": 32,
+    "model.depth": 1,
+    "run.eval_batch_size": 800,
+}
+
+
+def tiny_grid(name: str = "shift", seeds: int = 1) -> Grid:
+    return Grid.of(declared(name), "digits", range(seeds), TINY)
+
+
+def fake(grid: Grid, accuracy=lambda cell, seed: 0.5, **changes) -> Report:
+    """A report of outcomes that were never run."""
+    outcomes = {}
+    for cell, configs in grid.configs.items():
+        outcomes[cell] = []
+        for seed, config in enumerate(configs):
+            share = accuracy(cell, seed)
+            outcomes[cell].append(
+                {
+                    "identity": identity(config),
+                    "accuracy": share,
+                    "epochs": config.recipe.epochs,
+                    "curve": [
+                        [i, share * i / config.recipe.epochs] for i in range(1, config.recipe.epochs + 1)
+                    ],
+                    "shifted": {p: {"up": share / 2, "down": share / 4} for p in ("1", "2")},
+                    "peak": {"start": 0.7, "trained": None},
+                    "train_images": 1000,
+                    "test_images": 797,
+                    "seconds": 2.0,
+                    "device": "cpu",
+                    "finished": "2026-11-25T00:00:00+00:00",
+                    "environment": {"torch": "2.14.1"},
+                    **changes,
+                }
+            )
+    return Report(grid, outcomes)
+
+
+# --- what is declared -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("data", DATA)
+@pytest.mark.parametrize("name", TABLES)
+def test_every_table_is_whole(name, data):
+    table = declared(name, data)
+    grid = Grid.of(table, data, (0, 1), data_settings(data, 2))
+    rows, columns = [row.label for row in table.rows], [column.label for column in table.columns]
+    assert table.name == name and len({*rows}) == len(rows) and len({*columns}) == len(columns)
+    assert table.ours in rows and table.question.endswith("?")
+    assert len([row for row in rows if row.startswith("control")]) == 2
+    runs = grid.runs()
+    everywhere = sum(row.everywhere for row in table.rows)
+    assert len(runs) == 2 * (len(grid.configs) - everywhere * (len(columns) - 1))
+    for config in runs.values():
+        assert config.data.name == data and config.run.tracker == "none"
+        assert config.recipe.precision == ("no" if data == "digits" else "bf16")
+    if table.figure == "lines":
+        assert all(column.x is not None for column in table.columns)
+    for reading in table.readings:
+        assert title(reading, 8).endswith(", %")
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_every_small_cell_can_be_built(name):
+    for configs in Grid.of(declared(name), "digits", (0,), {}).configs.values():
+        model = build_model(configs[0], image_size=8, channels=1, num_classes=10)
+        assert model(torch.zeros(1, 1, 8, 8)).shape == (1, 10)
+
+
+def test_tables_share_their_runs():
+    grids = {name: Grid.of(declared(name), "digits", (0,), {}) for name in TABLES}
+
+    def runs_of(name: str, column: str) -> str:
+        return identity(grids[name].configs["impulse", column][0])
+
+    same = {
+        runs_of("models", "Model I"), runs_of("alpha", "α = 0.2"), runs_of("kernel-size", "f = 3"),
+        runs_of("data", "1,000 images"), runs_of("shift", "Model I"),
+    }  # fmt: skip
+    assert len(same) == 1
+    assert runs_of("convergence", "Model I") not in same
+    assert len(unfinished(list(grids.values()), Path("nowhere"))) < sum(len(g.runs()) for g in grids.values())
+
+
+def test_columns_of_the_data_table_have_as_many_steps():
+    grid = Grid.of(declared("data"), "digits", (0,), {})
+    (data,) = check_data([grid]).values()
+    steps = {count_steps(configs[0], data) for configs in grid.configs.values()}
+    assert steps == {128}
+    full = Grid.of(declared("data", "cifar10"), "cifar10", (0,), {})
+    epochs = {cell[1]: configs[0].recipe.epochs for cell, configs in full.configs.items()}
+    assert epochs == {"1 %": 20000, "5 %": 4000, "10 %": 2000, "25 %": 800, "100 %": 200}
+    assert full.configs["impulse", "1 %"][0].run.eval_every == 100
+
+
+def test_settings_of_all_cells():
+    table = declared("alpha")
+    config = Grid.of(table, "digits", (3,), {"recipe.epochs": 2}).configs["impulse", "α = 0.3"][0]
+    assert (config.recipe.epochs, config.model.alpha, config.run.seed) == (2, 0.3, 3)
+    for key in ("model.alpha", "init.method", "run.seed"):
+        with pytest.raises(ValueError, match=f"varies {key} itself"):
+            Grid.of(table, "digits", (0,), {key: 0})
+    # A row that is about the values keeps them.
+    cells = Grid.of(declared("models"), "digits", (0,), {"init.values": "mimetic"}).configs
+    assert cells["default, values too", "Model I"][0].init.values == "default"
+    assert cells["random", "Model I"][0].init.values == "mimetic"
+    # What surrounds a run is not part of it.
+    other = Grid.of(table, "digits", (3,), {"recipe.epochs": 2, "data.workers": 1, "run.threads": 2})
+    assert identity(other.configs["impulse", "α = 0.3"][0]) == identity(config)
+
+
+def test_refused():
+    with pytest.raises(ValueError, match="table must be one of convmixer, models"):
+        declared("tables")
+    with pytest.raises(ValueError, match="data must be one of digits, cifar10"):
+        declared("alpha", "imagenet")
+    with pytest.raises(ValueError, match=r"\[recipe\] has no key"):
+        Grid.of(declared("alpha"), "digits", (0,), {"recipe.epoch": 2})
+
+
+# --- runs ---------------------------------------------------------------------------------------------------
+
+
+def test_a_cell_is_trained_measured_and_kept(tmp_path):
+    config = tiny_grid().configs["impulse", "Model I"][0]
+    shares: list[float] = []
+    name, outcome = run_cell(config, tmp_path, True, shares.append)
+    assert name == identity(config) == outcome["identity"] and shares == [1.0]
+    assert outcome["curve"] == [[1, outcome["accuracy"]]] and outcome["train_images"] == 70
+    assert 0.3 < outcome["peak"]["start"] < 0.8
+    assert outcome == read_outcome(config, tmp_path)
+    # The shifted accuracy is that of the trained weights on shifted images.
+    (checkpoint,) = folder_of(config, tmp_path).glob("step-*")
+    engine = Engine(config, make_accelerator(config), checkpoint)
+    images, labels = engine.test_set.batch(range(len(engine.test_set)))
+    down = torch.nn.functional.pad(images, (0, 0, 2, 0))[:, :, :-2]
+    with torch.no_grad():
+        hits = (engine.inner.eval()(down).argmax(1) == labels).double().mean().item()
+    assert outcome["shifted"]["2"]["down"] == pytest.approx(hits, abs=1.5 / 797)
+    assert outcome["accuracy"] == pytest.approx(
+        (engine.inner(images).argmax(1) == labels).double().mean().item(), abs=1.5 / 797
+    )
+    assert set(outcome["shifted"]["1"]) == {"down", "up", "right", "left"}
+
+
+def test_a_run_that_diverges_is_said_to(tmp_path):
+    grid = Grid.of(declared("shift"), "digits", (0,), {**TINY, "recipe.lr": 1e30, "recipe.epochs": 2})
+    config = grid.configs["impulse", "Model I"][0]
+    _, outcome = run_cell(config, tmp_path, False, lambda share: None)
+    assert "the loss became" in outcome["failed"] and value("accuracy", outcome) is None
+    assert not unfinished([grid], tmp_path).count(config)
+    report = Report(grid, {**fake(grid).outcomes, ("impulse", "Model I"): [outcome]})
+    ((_, lines),) = report.tables()
+    assert next(line for line in lines if line[0] == "impulse")[1] == "diverged"
+    assert "impulse" not in report._curves()
+    assert report.picture() is not None
+
+
+def test_damaged_outcomes_are_named(tmp_path):
+    config = tiny_grid().configs["impulse", "Model I"][0]
+    assert read_outcome(config, tmp_path) is None
+    path = folder_of(config, tmp_path) / OUTCOME
+    path.parent.mkdir(parents=True)
+    for content in ("{", "[]", json.dumps({"identity": "other"})):
+        path.write_text(content)
+        with pytest.raises(ValueError, match=r"cell.json is no outcome of this run .* remove its folder"):
+            read_outcome(config, tmp_path)
+
+
+def test_a_stopped_run_goes_on(tmp_path):
+    config = Grid.of(declared("shift"), "digits", (0,), {**TINY, "recipe.epochs": 3}).configs[
+        "impulse", "Model I"
+    ][0]
+    _, whole = run_cell(config, tmp_path / "whole", False, lambda share: None)
+
+    def stop(share: float) -> None:
+        signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(RunInterrupted):
+        run_cell(config, tmp_path / "stopped", False, stop)
+    assert unfinished([tiny_grid()], tmp_path / "stopped")
+    shares: list[float] = []
+    _, resumed = run_cell(config, tmp_path / "stopped", False, shares.append)
+    assert sum(shares) == pytest.approx(1) and shares[0] == pytest.approx(1 / 3)
+    for key in ("accuracy", "curve", "shifted", "peak", "loss"):
+        assert resumed[key] == whole[key]
+    assert not list(folder_of(config, tmp_path / "stopped").glob("step-*"))  # checkpoints are not kept
+
+
+def test_jobs(monkeypatch):
+    quick = list(tiny_grid().runs().values())
+    monkeypatch.setattr("convinit.reproduce.grid.cpus", lambda: 5)
+    assert jobs_for(quick) == 5 and jobs_for(quick, 3) == 3
+    full = list(Grid.of(declared("shift", "cifar10"), "cifar10", (0,), {}).runs().values())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert jobs_for(full) == 1  # each run has all threads
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert jobs_for(full) == 4
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
+    from convinit.reproduce.grid import _workers
+
+    assert [each["CUDA_VISIBLE_DEVICES"] for each in _workers(full, 3)] == ["2", "5", "2"]
+
+
+COMMAND = [sys.executable, "-m", "convinit.cli", "reproduce", "shift", "--seeds", "2", "--jobs", "2"]
+SETTINGS = [word for key, each in TINY.items() for word in ("--set", f"{key}={each}")]
+
+
+def start(out: Path, *more: str) -> subprocess.Popen:
+    command = [*COMMAND, *SETTINGS, *more, "--out", str(out)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def outcomes(out: Path) -> dict[str, dict]:
+    clock = ("finished", "seconds", "environment")
+    found = {path.parent.name: json.loads(path.read_text()) for path in out.glob(f"cells/*/{OUTCOME}")}
+    return {name: {k: v for k, v in each.items() if k not in clock} for name, each in found.items()}
+
+
+def children(pid: int) -> list[int]:
+    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True)
+    return [int(each) for each in found.stdout.split()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_killed_in_the_middle_the_same_command_goes_on(tmp_path, signum):
+    process = start(tmp_path / "killed")
+    deadline = time.monotonic() + 120
+    while not outcomes(tmp_path / "killed"):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    workers = children(process.pid)
+    process.send_signal(signum)
+    text, _ = process.communicate(timeout=60)
+    assert process.returncode == (-9 if signum == signal.SIGKILL else 130)
+    if signum != signal.SIGKILL:
+        assert "interrupted: finished runs are kept" in text and "Unfinished: " in text
+    deadline = time.monotonic() + 30
+    while any(Path(f"/proc/{pid}").exists() for pid in workers):  # no worker is left behind
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    before = outcomes(tmp_path / "killed")
+    assert 0 < len(before) < 14
+    process = start(tmp_path / "killed")
+    text, _ = process.communicate(timeout=120)
+    assert process.returncode == 0 and "runs are in" in text
+    process = start(tmp_path / "whole")
+    process.communicate(timeout=120)
+    assert outcomes(tmp_path / "killed") == outcomes(tmp_path / "whole")
+    assert len(outcomes(tmp_path / "whole")) == 14
+
+
+def test_a_dying_process_is_reported(tmp_path, monkeypatch):
+    from convinit._processes import in_processes
+
+    done: list[int] = []
+    arguments = {"on_tick": lambda *what: None, "on_done": done.append, "workers": [{}, {}]}
+    with pytest.raises(RuntimeError, match="a process died, perhaps for want of memory"):
+        in_processes(_die, [(1,), (2,)], **arguments)
+    assert not done
+    in_processes(_environment, [(1,), (2,), (3,)], **{**arguments, "workers": [{"SLOT": "a"}, {"SLOT": "b"}]})
+    assert {slot for slot, _ in done} <= {"a", "b"} and sorted(n for _, n in done) == [1, 2, 3]
+
+
+def test_an_interrupted_worker_begins_nothing_else(tmp_path):
+    """Of tasks that wait in the workers' own queue, too."""
+    from convinit._processes import in_processes
+
+    tasks = [(str(tmp_path), i) for i in range(20)]
+    with pytest.raises(KeyboardInterrupt):
+        in_processes(_save_on_sigterm, tasks, on_tick=_interrupt, on_done=_interrupt, workers=[{}, {}])
+    begun = {path.name for path in tmp_path.glob("begun-*")}
+    assert 0 < len(begun) <= 2 and {path.name for path in tmp_path.glob("saved-*")} <= {
+        name.replace("begun", "saved") for name in begun
+    }
+
+
+def _interrupt(*what) -> None:
+    raise KeyboardInterrupt
+
+
+def _save_on_sigterm(folder: str, number: int, tick) -> None:
+    """Like a run: notes the signal, saves, and raises."""
+    with StopRequest() as stop:
+        Path(folder, f"begun-{number}").touch()
+        tick(number)
+        deadline = time.monotonic() + 30
+        while not stop.signum and time.monotonic() < deadline:
+            time.sleep(0.01)
+    Path(folder, f"saved-{number}").touch()
+    raise RunInterrupted(stop.signum, Path(folder))
+
+
+def _die(number: int, tick) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _environment(number: int, tick) -> tuple[str, int]:
+    return os.environ["SLOT"], number
+
+
+# --- what is written ----------------------------------------------------------------------------------------
+
+
+def spread(cell, seed) -> float:
+    return {"impulse": 0.9, "control: scrambled": 0.9, "control: norm-matched": 0.7}.get(
+        cell[0], 0.5
+    ) + 0.01 * seed
+
+
+def test_a_table_says_what_its_runs_say(tmp_path):
+    grid = Grid.of(declared("alpha"), "digits", range(3), {})
+    report = fake(grid, spread)
+    command = "convinit reproduce alpha"
+    page = report.markdown(command)
+    assert "| **impulse** | **91.0 ± 1.0** |" in page and "| mimetic | 51.0 ± 1.0 |" in page
+    assert "Test accuracy: impulse against mimetic: clearly above at α = 0 (+40.0), α = 0.1 (+40.0)" in page
+    assert "Test accuracy: impulse against control: scrambled: not clearly apart at α = 0 (+0.0)" in page
+    assert "impulse is nowhere clearly above every control: not shown to come from the convolution" in page
+    assert "No published result" in page and f"`{command}`" in page and "Unfinished" not in page
+    rows = list(csv.DictReader(io.StringIO(report.csv())))
+    assert len(rows) == 2 * len(grid.configs)
+    ours = next(each for each in rows if (each["row"], each["column"]) == ("impulse", "α = 0.5"))
+    assert (ours["mean"], ours["sd"], ours["seeds"]) == ("91.000", "1.000", "3")
+    assert ours["values"] == "90.000 91.000 92.000"
+    paths = write(report, tmp_path, command)
+    assert [path.name for path in paths] == ["digits-alpha.md", "digits-alpha.csv", "digits-alpha.png"]
+    assert paths[2].read_bytes().startswith(b"\x89PNG")
+
+
+def test_clearly_above_every_control():
+    report = fake(
+        Grid.of(declared("convergence"), "digits", range(3), {}),
+        lambda c, s: spread(c, s) - 0.1 * (c[0] == "control: scrambled"),
+    )
+    text = "\n".join(conclusions(report))
+    assert "After 12 epochs: impulse is clearly above every control." in text
+    assert "After 12 epochs: impulse against control: scrambled: clearly above (+5.0)." in text
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_every_table_is_drawn_and_written(name, tmp_path):
+    report = fake(Grid.of(declared(name), "digits", range(2), {}), spread)
+    write(report, tmp_path, "convinit")
+    page = (tmp_path / f"digits-{name}.md").read_text()
+    for row in report.grid.table.rows:
+        assert f"| {row.label} |" in page.replace("**", "")
+    assert "nan" not in page and "None" not in page
+
+
+def test_unfinished_tables_say_so(tmp_path):
+    grid = Grid.of(declared("models"), "digits", range(3), {})
+    whole = fake(grid, spread)
+    part = Report(
+        grid, {cell: found[:1] if cell[0] != "random" else [] for cell, found in whole.outcomes.items()}
+    )
+    page = part.markdown("convinit")
+    assert "**Unfinished: 19 of 69 runs.**" in page and "| random | – | – | – | – |" in page
+    assert part.picture() is not None
+    assert Report(grid, grid.outcomes(tmp_path)).picture() is None
+    one = fake(Grid.of(declared("models"), "digits", (0,), {}), spread)
+    assert conclusions(one) == ["With a single seed no difference can be called clear: run more (--seeds)."]
+
+
+def test_reported_figures_stand_beside_matching_cells_alone():
+    table = declared("convergence", "cifar10")
+    settings = data_settings("cifar10", 1)
+    page = fake(Grid.of(table, "cifar10", range(2), settings), lambda c, s: 0.8).markdown("convinit")
+    assert "| impulse | Model I | after 100 epochs, % | 80.0 ± 0.0 | 86.65 | authors' notebook" in page
+    assert "| mimetic | Model I | after 70 epochs, % | 56.0 ± 0.0 | 83.50 | authors' notebook" in page
+    changed = Grid.of(table, "cifar10", range(2), settings | {"recipe.lr": 1e-3})
+    assert "86.65" not in fake(changed).markdown("convinit")
+    # Each of them belongs to a cell that exists.
+    for each in REPORTED:
+        grid = Grid.of(declared(each.table, each.data), each.data, (0,), {})
+        assert (each.row, each.column) in grid.configs and each.reading in grid.table.readings
+
+
+def test_grid_pictures_refuse():
+    values = {"a": torch.zeros(2, 3)}
+    with pytest.raises(ValueError, match="must be \\[3, seeds\\]"):
+        grid_lines({"accuracy": values}, [1, 2, 3], xlabel="x")
+    with pytest.raises(ValueError, match="at least one row"):
+        grid_dots({}, ["a"])
+    with pytest.raises(ValueError, match="the same rows"):
+        grid_dots({"one": values, "two": {"b": torch.zeros(2, 3)}}, ["x", "y"])
+    gaps = torch.tensor([[1.0, math.nan], [math.nan, math.nan]])
+    figure = grid_lines({"accuracy": {"a": gaps}}, [1, 2], xlabel="x", log_x=True, title="t")
+    (line,) = figure.axes[0].lines
+    assert line.get_ydata()[0] == 1 and math.isnan(line.get_ydata()[1])
+
+
+# --- the command --------------------------------------------------------------------------------------------
+
+
+def invoke(*arguments: object):
+    words = ["reproduce", *map(str, arguments)]
+    return CliRunner().invoke(app, words, env={"COLUMNS": "200", "TERM": "dumb"})
+
+
+def test_tables_are_listed():
+    done = invoke()
+    assert done.exit_code == 0 and all(name in done.output for name in TABLES)
+
+
+def test_the_command_runs_a_table_and_takes_it_from_disk(tmp_path):
+    words = ("shift", "--seeds", 1, "--jobs", 1, *SETTINGS, "--out", tmp_path)
+    done = invoke(*words)
+    assert done.exit_code == 0, done.output
+    assert "7/7: convmixer, impulse, seed 0: " in done.output and "digits-shift.png" in done.output
+    assert "With a single seed" in done.output
+    again = invoke(*words)
+    assert again.exit_code == 0 and "runs, 1 at once" not in again.output and "Written" in again.output
+    assert not list(tmp_path.glob("cells/*/step-*"))
+    plan = invoke(*words, "--dry-run")
+    assert plan.exit_code == 0 and "0 runs to do" in plan.output
+
+
+def test_dry_run_measures_and_writes_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr("convinit.reproduce.grid.measure", lambda config, seconds: (None, 0.5))
+    done = invoke("models", "alpha", "--dry-run", "--jobs", 2, "--out", tmp_path / "o")
+    assert done.exit_code == 0, done.output
+    lines = {line.split()[0]: line.split() for line in done.output.splitlines() if line.strip()}
+    assert lines["models"][1:6] == ["23", "69", "69", "128", "500.0"]
+    assert lines["alpha"][1:6] == ["30", "90", "75", "128", "500.0"]  # 15 of them are Model I's
+    assert "144 runs to do, 2 at once" in done.output and "about 1 h 16 min" in done.output
+    assert not (tmp_path / "o").exists()
+
+
+def test_kinds_of_steps():
+    configs = Grid.of(declared("models"), "digits", (0, 1), {}).runs().values()
+    assert len({kind_of_step(config) for config in configs}) == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["tables"], "table must be one of"),
+        (["alpha", "--data", "mnist"], "data must be one of"),
+        (["alpha", "--set", "epochs=3"], "--set must be SECTION.KEY=VALUE"),
+        (["alpha", "--set", "recipe.epochs=x"], "epochs must be a whole number"),
+        (["alpha", "--set", "model.alpha=0.3"], "varies model.alpha itself"),
+        (["alpha", "--seeds", 0], "seeds must be at least 1"),
+        (["alpha", "--data", "cifar10"], "root must be the folder with the data set"),
+        (["alpha", "--data", "cifar10", "--root", "/nowhere"], "/nowhere is no folder"),
+    ],
+)
+def test_errors_in_one_line(arguments, message, tmp_path):
+    done = invoke(*arguments, "--out", tmp_path / "o")
+    assert done.exit_code in (1, 2)
+    assert message in done.output and "Traceback" not in done.output
+    assert not (tmp_path / "o").exists()
+
+
+def test_the_papers_size_on_files_in_the_genuine_format(tmp_path, monkeypatch):
+    (tmp_path / "data").mkdir()
+    write_cifar10(tmp_path / "data", monkeypatch)
+    small = [
+        "model.dim=32", "model.depth=1", "model.heads=2", "model.mlp_dim=32", "model.patch_size=8",
+        "recipe.epochs=10", "recipe.precision=no", "data.workers=0",
+    ]  # fmt: skip
+    words = [word for each in small for word in ("--set", each)]
+    done = invoke(
+        "convergence",
+        "--data",
+        "cifar10",
+        "--root",
+        tmp_path / "data",
+        "--seeds",
+        1,
+        *words,
+        "--out",
+        tmp_path,
+    )
+    assert done.exit_code == 0, done.output
+    page = (tmp_path / "cifar10-convergence.md").read_text()
+    assert "50 training and" in page and "augmentation paper" in page and "after 7 epochs, %" in page

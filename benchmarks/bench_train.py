@@ -102,6 +102,7 @@ def by_hand(engine: Engine, model: nn.Module, config: Config, steps: int) -> Cal
 def bench_train(compare, case):
     steps, settings = CASES[case]
     ours, plain, theirs = (make_engine(settings) for _ in range(3))
+    steps = min(steps, ours.steps_per_epoch)
     papers_model = papers.simple_vit(theirs.inner)
     reference = make_engine(settings)
     expected = torch.tensor(by_hand(reference, reference.inner, reference.config, steps)())
@@ -122,6 +123,6 @@ def bench_train(compare, case):
         check=check,
         dtype=torch.bfloat16 if ours.config.recipe.precision == "bf16" else torch.float32,
         device="cuda" if CUDA else "cpu",
-        images=steps * ours.config.recipe.batch_size,
+        images=sum(ours.batch_sizes[:steps]),
         capture=False,
     )

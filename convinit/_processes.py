@@ -43,8 +43,8 @@ def in_processes(
         tasks: its arguments.
         on_tick: told the arguments of each tick, in this process.
         on_done: told each result as soon as it is there.
-        workers: environment variables for each process, beside this one's. One worker alone works here, and
-            its variables are not set.
+        workers: environment variables for each process, beside this one's; they share the CPU's threads. One
+            worker alone works here, and its variables are not set.
 
     Raises:
         RuntimeError: a process died, for example for want of memory. Whatever `work` raises.
@@ -66,12 +66,16 @@ def _in_processes(
     workers: Sequence[Mapping[str, str]],
 ) -> None:
     context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
-    ticks, environments = context.Queue(), context.Queue()
+    ticks, environments, ending = context.Queue(), context.Queue(), context.Event()
     for each in workers:
         environments.put(dict(each))
     not_ours = set(multiprocessing.active_children())
+    threads = max(1, cpus() // len(workers))
     executor = ProcessPoolExecutor(
-        len(workers), mp_context=context, initializer=_start_worker, initargs=(ticks, environments)
+        len(workers),
+        mp_context=context,
+        initializer=_start_worker,
+        initargs=(ticks, environments, ending, threads),
     )
     try:
         pending = {executor.submit(_work, work, *task) for task in tasks}
@@ -86,6 +90,7 @@ def _in_processes(
             "with fewer jobs"
         ) from error
     except BaseException:
+        ending.set()
         for process in set(multiprocessing.active_children()) - not_ours:
             process.terminate()
         raise
@@ -96,7 +101,7 @@ def _in_processes(
 
 @contextlib.contextmanager
 def _terminable() -> Iterator[None]:
-    """SIGTERM raises KeyboardInterrupt, as Ctrl-C does, so that no worker is left behind."""
+    """SIGTERM and Ctrl-C raise KeyboardInterrupt, so that no worker is left behind and no task begun."""
     if threading.current_thread() is not threading.main_thread():  # no other may set handlers
         yield
         return
@@ -104,11 +109,12 @@ def _terminable() -> Iterator[None]:
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before = {each: signal.signal(each, interrupt) for each in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for each, handler in before.items():
+            signal.signal(each, handler)
 
 
 def _drain(ticks: Any, on_tick: Tick) -> None:
@@ -122,17 +128,17 @@ def _drain(ticks: Any, on_tick: Tick) -> None:
 # --- in a worker --------------------------------------------------------------------------------------------
 
 _ticks: Any = None
+_ending: Any = None  # an event of all processes
 _busy = threading.Lock()
-_ending = threading.Event()
 
 
-def _start_worker(ticks: Any, environments: Any) -> None:
-    global _ticks
-    _ticks = ticks
+def _start_worker(ticks: Any, environments: Any, ending: Any, threads: int) -> None:
+    global _ticks, _ending
+    _ticks, _ending = ticks, ending
     os.environ.update(environments.get())
     # Ctrl-C reaches all processes; the first one ends the others.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    torch.set_num_threads(1)  # several at once, each with all threads, would be in each other's way
+    torch.set_num_threads(threads)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
@@ -140,11 +146,7 @@ def _work(work: Callable[..., Any], *task: Any) -> Any:
     with _busy:
         if _ending.is_set():  # tasks wait in a queue of the workers, which nobody can take them from
             raise RuntimeError("the work was ended")
-        try:
-            return work(*task, _tick)
-        except BaseException:
-            _ending.set()
-            raise
+        return work(*task, _tick)
 
 
 def _end_with_parent() -> None:

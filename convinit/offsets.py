@@ -146,3 +146,16 @@ def _axis_targets(offset: Tensor, size: int, padding_mode: str) -> Tensor:
     target = position + offset.clamp(-size, size)
     inside = target.clamp(0, size - 1)
     return inside if padding_mode == "replicate" else torch.where(inside == target, target, -1)
+
+
+def attention_on_targets(maps: Tensor, offsets: Tensor, grid_size: Sequence[int]) -> float:
+    """Mean attention on the targets of offsets, over the rows whose target is inside the grid.
+
+    Args:
+        maps: [heads, N, N].
+        offsets: [heads, 2].
+        grid_size: (H, W).
+    """
+    targets = impulse_targets(offsets, grid_size)  # [heads, N]
+    picked = maps.gather(2, targets.clamp(min=0).unsqueeze(2)).squeeze(2)
+    return picked[targets >= 0].mean().item()

@@ -17,13 +17,14 @@ from test_data import write_cifar10
 from typer.testing import CliRunner
 
 from convinit.cli.app import app
-from convinit.reproduce import DATA, TABLES, Grid, Report, data_settings, declared, unfinished
+from convinit.reproduce import DATA, TABLES, Grid, Report, declared, run_all, unfinished
 from convinit.reproduce import write_report as write
 from convinit.reproduce.cells import OUTCOME, folder_of, identity, read_outcome, run_cell
 from convinit.reproduce.conclusions import conclusions
 from convinit.reproduce.grid import check_data, count_steps, jobs_for, kind_of_step
 from convinit.reproduce.published import REPORTED
 from convinit.reproduce.readings import title, value
+from convinit.train import checkpoint as files
 from convinit.train.build import build_model
 from convinit.train.engine import Engine, make_accelerator
 from convinit.train.run import RunInterrupted
@@ -41,7 +42,7 @@ TINY = {
 
 
 def tiny_grid(name: str = "shift", seeds: int = 1) -> Grid:
-    return Grid.of(declared(name), "digits", range(seeds), TINY)
+    return Grid.of(declared(name), range(seeds), TINY)
 
 
 def fake(grid: Grid, accuracy=lambda cell, seed: 0.5, **changes) -> Report:
@@ -66,7 +67,7 @@ def fake(grid: Grid, accuracy=lambda cell, seed: 0.5, **changes) -> Report:
                     "seconds": 2.0,
                     "device": "cpu",
                     "finished": "2026-11-25T00:00:00+00:00",
-                    "environment": {"torch": "2.14.1"},
+                    "environment": {"torch": "2.14.1", "convinit": "0.1.0"},
                     **changes,
                 }
             )
@@ -80,11 +81,13 @@ def fake(grid: Grid, accuracy=lambda cell, seed: 0.5, **changes) -> Report:
 @pytest.mark.parametrize("name", TABLES)
 def test_every_table_is_whole(name, data):
     table = declared(name, data)
-    grid = Grid.of(table, data, (0, 1), data_settings(data, 2))
+    grid = Grid.of(table, (0, 1), {})
     rows, columns = [row.label for row in table.rows], [column.label for column in table.columns]
     assert table.name == name and len({*rows}) == len(rows) and len({*columns}) == len(columns)
     assert table.ours in rows and table.question.endswith("?")
-    assert len([row for row in rows if row.startswith("control")]) == 2
+    controls = [row for row in table.rows if row.control]
+    assert len(controls) >= 2 and [row for row in table.rows if row.label.startswith("control")] == controls
+    assert {row.against or table.ours for row in table.rows} <= {*rows}
     runs = grid.runs()
     everywhere = sum(row.everywhere for row in table.rows)
     assert len(runs) == 2 * (len(grid.configs) - everywhere * (len(columns) - 1))
@@ -99,13 +102,13 @@ def test_every_table_is_whole(name, data):
 
 @pytest.mark.parametrize("name", TABLES)
 def test_every_small_cell_can_be_built(name):
-    for configs in Grid.of(declared(name), "digits", (0,), {}).configs.values():
+    for configs in Grid.of(declared(name), (0,), {}).configs.values():
         model = build_model(configs[0], image_size=8, channels=1, num_classes=10)
         assert model(torch.zeros(1, 1, 8, 8)).shape == (1, 10)
 
 
 def test_tables_share_their_runs():
-    grids = {name: Grid.of(declared(name), "digits", (0,), {}) for name in TABLES}
+    grids = {name: Grid.of(declared(name), (0,), {}) for name in TABLES}
 
     def runs_of(name: str, column: str) -> str:
         return identity(grids[name].configs["impulse", column][0])
@@ -120,29 +123,44 @@ def test_tables_share_their_runs():
 
 
 def test_columns_of_the_data_table_have_as_many_steps():
-    grid = Grid.of(declared("data"), "digits", (0,), {})
+    grid = Grid.of(declared("data"), (0,), {})
     (data,) = check_data([grid]).values()
     steps = {count_steps(configs[0], data) for configs in grid.configs.values()}
     assert steps == {128}
-    full = Grid.of(declared("data", "cifar10"), "cifar10", (0,), {})
+    full = Grid.of(declared("data", "cifar10"), (0,), {})
     epochs = {cell[1]: configs[0].recipe.epochs for cell, configs in full.configs.items()}
-    assert epochs == {"1 %": 20000, "5 %": 4000, "10 %": 2000, "25 %": 800, "100 %": 200}
-    assert full.configs["impulse", "1 %"][0].run.eval_every == 100
+    assert epochs == {"1 %": 19600, "5 %": 3920, "10 %": 1960, "25 %": 784, "100 %": 200}
+    assert full.configs["impulse", "1 %"][0].run.eval_every == 98
+    svhn = Grid.of(declared("data", "svhn"), (0,), {}).configs
+    assert (
+        svhn["impulse", "1 %"][0].recipe.epochs == 200 * 144 // 2
+    )  # 73,257 images are 144 batches, 733 are 2
 
 
 def test_settings_of_all_cells():
     table = declared("alpha")
-    config = Grid.of(table, "digits", (3,), {"recipe.epochs": 2}).configs["impulse", "α = 0.3"][0]
+    config = Grid.of(table, (3,), {"recipe.epochs": 2}).configs["impulse", "α = 0.3"][0]
     assert (config.recipe.epochs, config.model.alpha, config.run.seed) == (2, 0.3, 3)
-    for key in ("model.alpha", "init.method", "run.seed"):
-        with pytest.raises(ValueError, match=f"varies {key} itself"):
-            Grid.of(table, "digits", (0,), {key: 0})
+    for key in ("model.alpha", "init.method", "run.seed", "run.eval_every", "data.name"):
+        with pytest.raises(ValueError, match=f"sets {key} itself"):
+            Grid.of(table, (0,), {key: 0})
+    with pytest.raises(
+        ValueError, match="table 'shift', row 'ConvMixer, frozen impulses': model.heads must not"
+    ):
+        Grid.of(declared("shift"), (0,), {"model.heads": 2})
+    # Labels stay true.
+    for key in ("init.kernel_size", "init.pos_embed_gain"):
+        with pytest.raises(ValueError, match=f"table 'timm' sets {key} itself"):
+            Grid.of(declared("timm"), (0,), {key: 5})
+    timm = Grid.of(declared("timm"), (0,), {"model.options": {"drop_path_rate": 0.1}})
+    options = timm.configs["default", "300 images"][0].model.options
+    assert options["drop_path_rate"] == 0.1 and options["embed_dim"] == 64
     # A row that is about the values keeps them.
-    cells = Grid.of(declared("models"), "digits", (0,), {"init.values": "mimetic"}).configs
+    cells = Grid.of(declared("models"), (0,), {"init.values": "mimetic"}).configs
     assert cells["default, values too", "Model I"][0].init.values == "default"
     assert cells["random", "Model I"][0].init.values == "mimetic"
     # What surrounds a run is not part of it.
-    other = Grid.of(table, "digits", (3,), {"recipe.epochs": 2, "data.workers": 1, "run.threads": 2})
+    other = Grid.of(table, (3,), {"recipe.epochs": 2, "data.workers": 1, "run.threads": 2})
     assert identity(other.configs["impulse", "α = 0.3"][0]) == identity(config)
 
 
@@ -152,7 +170,7 @@ def test_refused():
     with pytest.raises(ValueError, match="data must be one of digits, cifar10"):
         declared("alpha", "imagenet")
     with pytest.raises(ValueError, match=r"\[recipe\] has no key"):
-        Grid.of(declared("alpha"), "digits", (0,), {"recipe.epoch": 2})
+        Grid.of(declared("alpha"), (0,), {"recipe.epoch": 2})
 
 
 # --- runs ---------------------------------------------------------------------------------------------------
@@ -181,7 +199,7 @@ def test_a_cell_is_trained_measured_and_kept(tmp_path):
 
 
 def test_a_run_that_diverges_is_said_to(tmp_path):
-    grid = Grid.of(declared("shift"), "digits", (0,), {**TINY, "recipe.lr": 1e30, "recipe.epochs": 2})
+    grid = Grid.of(declared("shift"), (0,), {**TINY, "recipe.lr": 1e30, "recipe.epochs": 2})
     config = grid.configs["impulse", "Model I"][0]
     _, outcome = run_cell(config, tmp_path, False, lambda share: None)
     assert "the loss became" in outcome["failed"] and value("accuracy", outcome) is None
@@ -189,8 +207,9 @@ def test_a_run_that_diverges_is_said_to(tmp_path):
     report = Report(grid, {**fake(grid).outcomes, ("impulse", "Model I"): [outcome]})
     ((_, lines),) = report.tables()
     assert next(line for line in lines if line[0] == "impulse")[1] == "diverged"
-    assert "impulse" not in report._curves()
     assert report.picture() is not None
+    text = "\n".join(conclusions(report))
+    assert "impulse against mimetic" not in text or "want of runs" in text
 
 
 def test_damaged_outcomes_are_named(tmp_path):
@@ -205,9 +224,7 @@ def test_damaged_outcomes_are_named(tmp_path):
 
 
 def test_a_stopped_run_goes_on(tmp_path):
-    config = Grid.of(declared("shift"), "digits", (0,), {**TINY, "recipe.epochs": 3}).configs[
-        "impulse", "Model I"
-    ][0]
+    config = Grid.of(declared("shift"), (0,), {**TINY, "recipe.epochs": 3}).configs["impulse", "Model I"][0]
     _, whole = run_cell(config, tmp_path / "whole", False, lambda share: None)
 
     def stop(share: float) -> None:
@@ -215,7 +232,7 @@ def test_a_stopped_run_goes_on(tmp_path):
 
     with pytest.raises(RunInterrupted):
         run_cell(config, tmp_path / "stopped", False, stop)
-    assert unfinished([tiny_grid()], tmp_path / "stopped")
+    assert read_outcome(config, tmp_path / "stopped") is None
     shares: list[float] = []
     _, resumed = run_cell(config, tmp_path / "stopped", False, shares.append)
     assert sum(shares) == pytest.approx(1) and shares[0] == pytest.approx(1 / 3)
@@ -224,21 +241,69 @@ def test_a_stopped_run_goes_on(tmp_path):
     assert not list(folder_of(config, tmp_path / "stopped").glob("step-*"))  # checkpoints are not kept
 
 
+def test_a_run_that_cannot_be_made_does_not_stop_the_others(tmp_path, monkeypatch):
+    from convinit.reproduce import cells
+
+    real = cells.run_training
+
+    def failing(config, *arguments, **options):
+        if config.init.method == "mimetic":
+            raise torch.OutOfMemoryError("out of memory")
+        return real(config, *arguments, **options)
+
+    monkeypatch.setattr(cells, "run_training", failing)
+    done = invoke("shift", "--seeds", 1, "--jobs", 1, *SETTINGS, "--out", tmp_path)
+    assert done.exit_code == 1 and "| Traceback" not in done.output
+    assert "1 of 7 runs could not be made: shift, mimetic, Model I, seed 0: OutOfMemoryError" in done.output
+    assert len(unfinished([tiny_grid()], tmp_path)) == 1 and "Unfinished: 6 of 7 runs" in done.output
+
+
+def test_a_run_of_another_process_is_not_done_twice(tmp_path):
+    config = tiny_grid().configs["impulse", "Model I"][0]
+    folder = folder_of(config, tmp_path)
+    folder.mkdir(parents=True)
+    with files.locked(folder, ".cell-lock"):
+        _, outcome = run_cell(config, tmp_path, False, lambda share: None)
+    assert "another process is training into" in outcome["error"] and not (folder / OUTCOME).exists()
+    _, first = run_cell(config, tmp_path, False, lambda share: None)
+    _, second = run_cell(config, tmp_path, False, lambda share: pytest.fail("trained again"))
+    assert first == second
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_in_the_last_save_ends_the_grid(tmp_path, monkeypatch, signum):
+    """Too late to stop its own run, it must stop those that would follow."""
+    real = files.save
+
+    def save(*arguments, **options):
+        signal.raise_signal(signum)
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(files, "save", save)
+    todo = unfinished([tiny_grid()], tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        run_all(todo, tmp_path, jobs=1)
+    assert len(unfinished([tiny_grid()], tmp_path)) == len(todo)
+    assert len(list(tmp_path.glob("cells/*/step-*"))) == 1
+
+
 def test_jobs(monkeypatch):
     quick = list(tiny_grid().runs().values())
     monkeypatch.setattr("convinit.reproduce.grid.cpus", lambda: 5)
     assert jobs_for(quick) == 5 and jobs_for(quick, 3) == 3
-    full = list(Grid.of(declared("shift", "cifar10"), "cifar10", (0,), {}).runs().values())
+    full = list(Grid.of(declared("shift", "cifar10"), (0,), {}).runs().values())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert jobs_for(full) == 1  # each run has all threads
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert jobs_for(full) == 4
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2, 5,-1,3")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)  # CUDA stops at the invalid one
     from convinit.reproduce.grid import _workers
 
     assert [each["CUDA_VISIBLE_DEVICES"] for each in _workers(full, 3)] == ["2", "5", "2"]
+    assert jobs_for(full[:1], 3) == 1
 
 
 COMMAND = [sys.executable, "-m", "convinit.cli", "reproduce", "shift", "--seeds", "2", "--jobs", "2"]
@@ -310,9 +375,8 @@ def test_an_interrupted_worker_begins_nothing_else(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         in_processes(_save_on_sigterm, tasks, on_tick=_interrupt, on_done=_interrupt, workers=[{}, {}])
     begun = {path.name for path in tmp_path.glob("begun-*")}
-    assert 0 < len(begun) <= 2 and {path.name for path in tmp_path.glob("saved-*")} <= {
-        name.replace("begun", "saved") for name in begun
-    }
+    saved = {path.name.replace("saved", "begun") for path in tmp_path.glob("saved-*")}
+    assert 0 < len(begun) <= 2 and saved == begun
 
 
 def _interrupt(*what) -> None:
@@ -349,13 +413,13 @@ def spread(cell, seed) -> float:
 
 
 def test_a_table_says_what_its_runs_say(tmp_path):
-    grid = Grid.of(declared("alpha"), "digits", range(3), {})
+    grid = Grid.of(declared("alpha"), range(3), {})
     report = fake(grid, spread)
     command = "convinit reproduce alpha"
     page = report.markdown(command)
     assert "| **impulse** | **91.0 ± 1.0** |" in page and "| mimetic | 51.0 ± 1.0 |" in page
-    assert "Test accuracy: impulse against mimetic: clearly above at α = 0 (+40.0), α = 0.1 (+40.0)" in page
-    assert "Test accuracy: impulse against control: scrambled: not clearly apart at α = 0 (+0.0)" in page
+    assert "Test accuracy, impulse against mimetic: clearly above for α = 0 (+40.0), α = 0.1 (+40.0)" in page
+    assert "Test accuracy, impulse against control: scrambled: not clearly apart for α = 0 (+0.0)" in page
     assert "impulse is nowhere clearly above every control: not shown to come from the convolution" in page
     assert "No published result" in page and f"`{command}`" in page and "Unfinished" not in page
     rows = list(csv.DictReader(io.StringIO(report.csv())))
@@ -370,17 +434,17 @@ def test_a_table_says_what_its_runs_say(tmp_path):
 
 def test_clearly_above_every_control():
     report = fake(
-        Grid.of(declared("convergence"), "digits", range(3), {}),
+        Grid.of(declared("convergence"), range(3), {}),
         lambda c, s: spread(c, s) - 0.1 * (c[0] == "control: scrambled"),
     )
     text = "\n".join(conclusions(report))
     assert "After 12 epochs: impulse is clearly above every control." in text
-    assert "After 12 epochs: impulse against control: scrambled: clearly above (+5.0)." in text
+    assert "After 12 epochs, impulse against control: scrambled: clearly above (+5.0)." in text
 
 
 @pytest.mark.parametrize("name", TABLES)
 def test_every_table_is_drawn_and_written(name, tmp_path):
-    report = fake(Grid.of(declared(name), "digits", range(2), {}), spread)
+    report = fake(Grid.of(declared(name), range(2), {}), spread)
     write(report, tmp_path, "convinit")
     page = (tmp_path / f"digits-{name}.md").read_text()
     for row in report.grid.table.rows:
@@ -389,7 +453,7 @@ def test_every_table_is_drawn_and_written(name, tmp_path):
 
 
 def test_unfinished_tables_say_so(tmp_path):
-    grid = Grid.of(declared("models"), "digits", range(3), {})
+    grid = Grid.of(declared("models"), range(3), {})
     whole = fake(grid, spread)
     part = Report(
         grid, {cell: found[:1] if cell[0] != "random" else [] for cell, found in whole.outcomes.items()}
@@ -398,22 +462,57 @@ def test_unfinished_tables_say_so(tmp_path):
     assert "**Unfinished: 19 of 69 runs.**" in page and "| random | – | – | – | – |" in page
     assert part.picture() is not None
     assert Report(grid, grid.outcomes(tmp_path)).picture() is None
-    one = fake(Grid.of(declared("models"), "digits", (0,), {}), spread)
+    one = fake(Grid.of(declared("models"), (0,), {}), spread)
     assert conclusions(one) == ["With a single seed no difference can be called clear: run more (--seeds)."]
 
 
 def test_reported_figures_stand_beside_matching_cells_alone():
     table = declared("convergence", "cifar10")
-    settings = data_settings("cifar10", 1)
-    page = fake(Grid.of(table, "cifar10", range(2), settings), lambda c, s: 0.8).markdown("convinit")
+    settings = {"data.workers": 1, "data.root": "/data", "data.download": True}  # which change no result
+    page = fake(Grid.of(table, range(2), settings), lambda c, s: 0.8).markdown("convinit")
     assert "| impulse | Model I | after 100 epochs, % | 80.0 ± 0.0 | 86.65 | authors' notebook" in page
     assert "| mimetic | Model I | after 70 epochs, % | 56.0 ± 0.0 | 83.50 | authors' notebook" in page
-    changed = Grid.of(table, "cifar10", range(2), settings | {"recipe.lr": 1e-3})
-    assert "86.65" not in fake(changed).markdown("convinit")
+    for key, value_ in {
+        "recipe.lr": 1e-3,
+        "data.train_fraction": 0.1,
+        "model.depth": 2,
+        "init.peak": 0.5,
+    }.items():
+        changed = Grid.of(table, range(2), {key: value_})
+        assert "No published result" in fake(changed).markdown("convinit"), key
     # Each of them belongs to a cell that exists.
     for each in REPORTED:
-        grid = Grid.of(declared(each.table, each.data), each.data, (0,), {})
-        assert (each.row, each.column) in grid.configs and each.reading in grid.table.readings
+        grid = Grid.of(declared(each.table, each.data), (0,), each.settings)
+        assert f"| {each.value:.2f} | {each.source} |" in fake(grid).markdown("convinit").replace("**", "")
+
+
+def test_what_cannot_be_judged_is_not():
+    grid = Grid.of(declared("alpha"), range(3), {})
+    whole = fake(grid, spread)
+    part = Report(grid, {cell: found[:1] for cell, found in whole.outcomes.items()})
+    text = "\n".join(conclusions(part))
+    assert "impulse against random: not judged, for want of runs, for α = 0, α = 0.1" in text
+    assert "clearly above for" not in text and "every control" not in text
+
+
+def test_controls_of_the_convmixer():
+    """Filters are judged against random filters, matrices against permutations."""
+    shares = {"impulse": 0.9, "control: random": 0.97, "impulse, N×N matrices": 0.8}
+    grid = Grid.of(declared("convmixer"), range(3), {})
+    text = "\n".join(conclusions(fake(grid, lambda cell, seed: shares.get(cell[0], 0.7) + 0.001 * seed)))
+    assert "Test accuracy: impulse is nowhere clearly above every control" in text
+    assert "Test accuracy: impulse, N×N matrices is clearly above every control for trained, frozen." in text
+
+
+def test_a_table_of_diverged_runs_is_still_written(tmp_path):
+    for name in ("convergence", "alpha", "models"):
+        grid = Grid.of(declared(name), range(2), {})
+        failed = {
+            cell: [{"identity": identity(each), "failed": "the loss became nan"} for each in configs]
+            for cell, configs in grid.configs.items()
+        }
+        report = Report(grid, failed)
+        assert report.picture() is None and "| diverged |" in report.markdown("convinit").replace("**", "")
 
 
 def test_grid_pictures_refuse():
@@ -447,7 +546,9 @@ def test_the_command_runs_a_table_and_takes_it_from_disk(tmp_path):
     words = ("shift", "--seeds", 1, "--jobs", 1, *SETTINGS, "--out", tmp_path)
     done = invoke(*words)
     assert done.exit_code == 0, done.output
-    assert "7/7: convmixer, impulse, seed 0: " in done.output and "digits-shift.png" in done.output
+    name = "digits-shift-epochs=1-train_count=70-dim=32-depth=1-eval_batch_size=800"
+    assert "7/7 shift, ConvMixer, frozen impulses, Model I, seed 0: " in done.output
+    assert (tmp_path / f"{name}.png").exists() and (tmp_path / f"{name}.md").exists()
     assert "With a single seed" in done.output
     again = invoke(*words)
     assert again.exit_code == 0 and "runs, 1 at once" not in again.output and "Written" in again.output
@@ -468,7 +569,7 @@ def test_dry_run_measures_and_writes_nothing(tmp_path, monkeypatch):
 
 
 def test_kinds_of_steps():
-    configs = Grid.of(declared("models"), "digits", (0, 1), {}).runs().values()
+    configs = Grid.of(declared("models"), (0, 1), {}).runs().values()
     assert len({kind_of_step(config) for config in configs}) == 4
 
 
@@ -479,7 +580,9 @@ def test_kinds_of_steps():
         (["alpha", "--data", "mnist"], "data must be one of"),
         (["alpha", "--set", "epochs=3"], "--set must be SECTION.KEY=VALUE"),
         (["alpha", "--set", "recipe.epochs=x"], "epochs must be a whole number"),
-        (["alpha", "--set", "model.alpha=0.3"], "varies model.alpha itself"),
+        (["alpha", "--set", "model.alpha=0.3"], "sets model.alpha itself"),
+        (["alpha", "--set", "recipes.epochs=3"], "a setting is of one of model, init, data, recipe, run"),
+        (["alpha", "--set", "recipe.compile=yes"], "compile must be true or false"),
         (["alpha", "--seeds", 0], "seeds must be at least 1"),
         (["alpha", "--data", "cifar10"], "root must be the folder with the data set"),
         (["alpha", "--data", "cifar10", "--root", "/nowhere"], "/nowhere is no folder"),
@@ -513,5 +616,6 @@ def test_the_papers_size_on_files_in_the_genuine_format(tmp_path, monkeypatch):
         tmp_path,
     )
     assert done.exit_code == 0, done.output
-    page = (tmp_path / "cifar10-convergence.md").read_text()
+    (path,) = tmp_path.glob("cifar10-convergence-*.md")
+    page = path.read_text()
     assert "50 training and" in page and "augmentation paper" in page and "after 7 epochs, %" in page

@@ -54,11 +54,14 @@ def test_the_bar_shows_loss_accuracy_and_speed(tmp_path):
     text = io.StringIO()
     console = Console(file=text, force_terminal=True, width=160)
     with Progress("{task.description} {task.completed} {task.fields[figures]}", console=console) as progress:
-        run_training(small(recipe__epochs=1, run__log_every=2), tmp_path, watcher=Bar(progress, 1))
+        bar = Bar(progress, 1)
+        run_training(small(recipe__epochs=1, run__log_every=2), tmp_path, watcher=bar)
         (task,) = progress.tasks
         assert (task.completed, task.total) == (4, 4)
         assert re.fullmatch(r"loss \d\.\d{3}, [\d,]+ images/s, top-1 \d+\.\d%", task.fields["figures"])
-    assert "testing" in text.getvalue() and "epoch 1/1: loss" in text.getvalue()
+        bar.testing()
+        assert task.description == "testing"
+    assert "epoch 1/1: loss" in text.getvalue()
 
 
 def test_command_line_over_file_over_preset(tmp_path):

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -68,7 +67,7 @@ def reproduce(
     ] = False,
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", help="Say which runs are to do and how long they take; write nothing."),
+        typer.Option("--dry-run", help="Say which runs are to do and how long they take; run nothing."),
     ] = False,
 ) -> None:
     """Repeat the papers' experiments, with controls, seeds and shifted test images beside each.
@@ -99,15 +98,17 @@ def reproduce(
     check_int("seeds", seeds)
     if jobs is not None:
         check_int("jobs", jobs)
-    given: dict[str, Any] = api.data_settings(data, workers=min(8, cpus() - 1))
-    given |= {} if root is None else {"data.root": str(root.expanduser())}
-    given |= {"data.download": True} if download else {}
+    wanted: dict[str, Any] = {}
     for each in setting or ():
         key, _, text = each.partition("=")
         if "." not in key or not text:
             raise ValueError(f"--set must be SECTION.KEY=VALUE, such as recipe.epochs=50, got {each!r}")
-        given[key] = parse(key, text)
-    grids = [api.Grid.of(api.declared(name, data), data, range(seeds), given) for name in names]
+        value = parse(key, text)
+        wanted[key] = {**wanted.get(key, {}), **value} if isinstance(value, dict) else value
+    given: dict[str, Any] = {} if data == "digits" else {"data.workers": min(8, (cpus() - 1) // _gpus())}
+    given |= {} if root is None else {"data.root": str(root.expanduser())}
+    given |= {"data.download": True} if download else {}
+    grids = [api.Grid.of(api.declared(name, data), range(seeds), {**given, **wanted}) for name in names]
     todo = api.unfinished(grids, out)
     at_once = jobs_for(todo, jobs) if todo else 0
     found = check_data(grids) if todo or dry_run else {}
@@ -115,24 +116,28 @@ def reproduce(
         _print_plan(grids, out, found, at_once)
         return
     start = time.perf_counter()
+    errors, interrupted = [], False
     try:
-        _run(todo, out, jobs, keep_checkpoints, kept=_count(grids) - len(todo))
+        errors = _run(grids, todo, out, jobs, keep_checkpoints)
     except (KeyboardInterrupt, RunInterrupted):
-        say(
-            f"interrupted: finished runs are kept in {out}, those in progress have been saved. To go on: "
-            f"{shlex.join(['convinit', *sys.argv[1:]])}",
-            style="yellow",
-        )
-        raise typer.Exit(130) from None
-    finally:  # also of what there is so far
-        written = _report(grids, out)
+        interrupted = True
+    written = _report(grids, out, wanted, _options(data, seeds, setting or ()))
     if written:
         Console().print(
             "Written: " + ", ".join(map(str, written)), highlight=False, soft_wrap=True, markup=False
         )
+    if interrupted:
+        say(
+            f"interrupted: finished runs are kept in {out}, and what those in progress had saved. To go on: "
+            f"{shlex.join(['convinit', *sys.argv[1:]])}",
+            style="yellow",
+        )
+        raise typer.Exit(130)
     if todo:
         seconds = time.perf_counter() - start
         Console().print(f"{seconds:.0f} s for {len(todo)} runs, {at_once} at once.", highlight=False)
+    if errors:
+        raise RuntimeError(f"{len(errors)} of {len(todo)} runs could not be made: {errors[0]}")
 
 
 def _list_tables() -> None:
@@ -147,16 +152,34 @@ def _list_tables() -> None:
     console.print("\nRun one or several, or all: convinit reproduce TABLE. More: convinit reproduce --help")
 
 
-def _count(grids: Sequence[Any]) -> int:
-    return len({identity for grid in grids for identity in grid.runs()})
+def _gpus() -> int:
+    import torch
+
+    return max(1, torch.cuda.device_count())
 
 
-def _run(todo: Sequence[Any], out: Path, jobs: int | None, keep_checkpoints: bool, kept: int) -> None:
-    """The runs that are missing; a bar where somebody is looking, else a line a run."""
+def _names(grids: Sequence[Any]) -> dict[str, str]:
+    """Identity → "table, row, column, seed" of each run, by the first table that has it."""
+    from convinit.reproduce.cells import identity
+
+    return {
+        identity(config): f"{grid.table.name}, {row}, {column}, seed {config.run.seed}"
+        for grid in reversed(grids)
+        for (row, column), configs in reversed(grid.configs.items())
+        for config in configs
+    }
+
+
+def _run(
+    grids: Sequence[Any], todo: Sequence[Any], out: Path, jobs: int | None, keep_checkpoints: bool
+) -> list[str]:
+    """The runs that are missing; a bar where somebody looks, else a line a run. Returns what failed."""
     from convinit.reproduce import run_all
+    from convinit.reproduce.cells import identity
 
-    if kept:
-        say(f"{kept} of {kept + len(todo)} runs are in {out} already", style="dim")
+    names = _names(grids)
+    if kept := len(names) - len(todo):
+        say(f"{kept} of {len(names)} runs are in {out} already", style="dim")
     console = Console(stderr=True)
     progress = Progress(
         TextColumn("training"),
@@ -172,19 +195,18 @@ def _run(todo: Sequence[Any], out: Path, jobs: int | None, keep_checkpoints: boo
     )
     task = progress.add_task("training", total=len(todo))
     finished = 0
+    errors: list[str] = []
 
     def on_run(config: Any, outcome: Any) -> None:
         nonlocal finished
         finished += 1
-        if console.is_terminal and "failed" not in outcome:
-            return
-        variant = f" {config.model.variant}" if config.model.variant else ""
-        result = f"{outcome['accuracy']:.1%}" if "failed" not in outcome else outcome["failed"]
-        say(
-            f"{finished}/{len(todo)}: {config.model.name}{variant}, {config.init.method}, seed "
-            f"{config.run.seed}: {result}",
-            style="" if "failed" not in outcome else "yellow",
-        )
+        name = names[identity(config)]
+        if "error" in outcome:
+            errors.append(f"{name}: {outcome['error']}")
+        wrong = outcome.get("error") or outcome.get("failed")
+        if wrong or not console.is_terminal:
+            result = wrong or f"{outcome['accuracy']:.1%}"
+            say(f"{finished}/{len(todo)} {name}: {result}", style="yellow" if wrong else "")
 
     with progress:
         run_all(
@@ -195,18 +217,25 @@ def _run(todo: Sequence[Any], out: Path, jobs: int | None, keep_checkpoints: boo
             on_tick=lambda share: progress.advance(task, share),
             on_run=on_run,
         )
+    return errors
 
 
-def _report(grids: Sequence[Any], out: Path) -> list[Path]:
+def _options(data: str, seeds: int, setting: Sequence[str]) -> list[str]:
+    """What the tables depend on, to be said in them; not where things are."""
+    words = [] if data == "digits" else ["--data", data]
+    words += [] if seeds == 3 else ["--seeds", str(seeds)]
+    return words + [word for each in setting for word in ("--set", each)]
+
+
+def _report(grids: Sequence[Any], out: Path, given: Mapping[str, Any], options: Sequence[str]) -> list[Path]:
     """Writes and prints the tables of what there is."""
     from convinit.reproduce import Report, write_report
     from convinit.reproduce.conclusions import conclusions
 
-    command = shlex.join(["convinit", *sys.argv[1:]])
     written: list[Path] = []
     console = Console()
     for grid in grids:
-        report = Report(grid, grid.outcomes(out))
+        report = Report(grid, grid.outcomes(out), given)
         if not report.counts()[0]:
             continue
         console.print(f"[bold]{grid.table.title}[/bold]\n{report.setting()}\n", highlight=False)
@@ -223,6 +252,7 @@ def _report(grids: Sequence[Any], out: Path) -> list[Path]:
         for sentence in conclusions(report):
             console.print(f"• {sentence}", highlight=False, markup=False)
         console.print()
+        command = shlex.join(["convinit", "reproduce", grid.table.name, *options])
         written += write_report(report, out, command)
     return written
 
@@ -262,8 +292,8 @@ def _print_plan(grids: Sequence[Any], out: Path, data: Any, at_once: int) -> Non
         )
     Console().print(sheet, highlight=False)
     Console().print(
-        f"{len(todo)} runs to do, {at_once} at once on {_device()}: about {duration(total)} by the steps as "
-        "measured now, without tests and reading. Runs that tables share stand in the first of them.",
+        f"{len(todo)} runs to do, {at_once} at once on {_device(todo)}: about {duration(total)} by the steps "
+        "as measured now, without tests and reading. Runs that tables share stand in the first of them.",
         highlight=False,
     )
 
@@ -275,7 +305,9 @@ def _range(values: Sequence[float], unit: float, form: str) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-def _device() -> str:
+def _device(configs: Sequence[Any]) -> str:
     import torch
 
-    return torch.cuda.get_device_name(0) if torch.cuda.is_available() else f"{os.cpu_count()} CPUs"
+    if torch.cuda.is_available() and not all(config.run.cpu for config in configs):
+        return torch.cuda.get_device_name(0)
+    return f"{cpus()} CPUs"

@@ -22,7 +22,7 @@ from convinit._processes import in_processes
 from convinit.demo.arms import ARMS, GRID_SIZE, OURS, build_model
 from convinit.models import SimpleViT
 from convinit.nn import ConvInitAttention
-from convinit.offsets import check_int, impulse_targets
+from convinit.offsets import attention_on_targets, check_int
 
 SHIFTS = {"down": (1, 0), "up": (-1, 0), "right": (0, 1), "left": (0, -1)}
 MAP_IMAGES = 64  # test images over which attention maps are averaged
@@ -168,7 +168,10 @@ def _run_one(arm_key: str, seed: int, settings: Settings, out: Path, on_epoch: O
         offsets = torch.stack(
             [layer.offsets for layer in model.modules() if isinstance(layer, ConvInitAttention)]
         )
-        peaks = {"start": _peak(before, offsets), "trained": _peak(after, offsets)}
+        peaks = {
+            name: attention_on_targets(maps.flatten(0, 1), offsets.flatten(0, 1), GRID_SIZE)
+            for name, maps in (("start", before), ("trained", after))
+        }
         if (arm_key, seed) == (OURS, 0):
             _save_maps(out, identity, {"offsets": offsets, "start": before, "trained": after})
     return {
@@ -258,10 +261,3 @@ def _maps(model: nn.Module, images: Tensor) -> Tensor | None:
     if not isinstance(model, SimpleViT):
         return None
     return model.eval().attention_maps(images).mean(dim=1)
-
-
-def _peak(maps: Tensor, offsets: Tensor) -> float:
-    """Mean attention on the target, over the rows that have one."""
-    targets = impulse_targets(offsets.flatten(0, 1), GRID_SIZE)  # [layers · heads, N]
-    picked = maps.flatten(0, 1).gather(2, targets.clamp(min=0).unsqueeze(2)).squeeze(2)
-    return picked[targets >= 0].mean().item()

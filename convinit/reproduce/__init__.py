@@ -7,7 +7,7 @@ runs, and what is written of it; published: what others reported.
 from convinit.reproduce.cells import run_cell
 from convinit.reproduce.grid import Grid, run_all, unfinished
 from convinit.reproduce.report import Report, write_report
-from convinit.reproduce.tables import DATA, TABLES, Choice, Table, data_settings, declared
+from convinit.reproduce.tables import DATA, TABLES, Choice, Table, declared
 
 __all__ = [
     "DATA",
@@ -16,7 +16,6 @@ __all__ = [
     "Grid",
     "Report",
     "Table",
-    "data_settings",
     "declared",
     "run_all",
     "run_cell",

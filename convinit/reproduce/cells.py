@@ -18,7 +18,7 @@ from torch import Tensor
 import convinit
 from convinit.models import SimpleViT
 from convinit.nn import ConvInitAttention
-from convinit.offsets import impulse_targets
+from convinit.offsets import attention_on_targets
 from convinit.train import checkpoint as files
 from convinit.train.config import Config, field_of
 from convinit.train.engine import Engine, make_accelerator
@@ -79,12 +79,23 @@ def run_cell(
     Returns:
         The run's identity, and {"accuracy", "curve" [[epoch, accuracy]], "shifted" {pixels: {direction:
         accuracy}}, "peak" {"start", "trained"}, ...}, accuracies as shares of 1; or {"failed": why} where the
-        loss became NaN.
+        loss became NaN; or {"error": what}, not kept, where the run could not be made.
 
     Raises:
-        RunInterrupted: SIGTERM or SIGINT came. Otherwise as `convinit.train.run_training`.
+        RunInterrupted: SIGTERM or SIGINT came.
     """
     folder = folder_of(config, out)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with files.locked(folder, ".cell-lock"):
+            return identity(config), read_outcome(config, out) or _run(config, folder, keep_checkpoints, tick)
+    except (OSError, RuntimeError, TypeError, ValueError) as error:  # of this run alone: others can go on
+        return identity(config), {"identity": identity(config), "error": f"{type(error).__name__}: {error}"}
+
+
+def _run(
+    config: Config, folder: Path, keep_checkpoints: bool, tick: Callable[[float], None]
+) -> dict[str, Any]:
     outcome: dict[str, Any] = {"identity": identity(config), "config": config.as_dict()}
     try:
         with warnings.catch_warnings():
@@ -99,7 +110,7 @@ def run_cell(
     if not keep_checkpoints:
         for each in files.checkpoints(folder):
             files.discard(each)
-    return outcome["identity"], outcome
+    return outcome
 
 
 def _train_and_measure(config: Config, folder: Path, tick: Callable[[float], None]) -> dict[str, Any]:
@@ -167,16 +178,17 @@ def _peak(engine: Engine) -> float | None:
     )  # [depth, heads, N, N]
     layers = [each for each in model.modules() if isinstance(each, ConvInitAttention)]
     offsets: Tensor = torch.stack([each.offsets for each in layers])  # [depth, heads, 2]
-    targets = impulse_targets(offsets.flatten(0, 1), model.grid_size)  # [depth · heads, N]
-    picked = maps.flatten(0, 1).gather(2, targets.clamp(min=0).unsqueeze(2)).squeeze(2)
-    return picked[targets >= 0].mean().item()
+    return attention_on_targets(maps.flatten(0, 1), offsets.flatten(0, 1), model.grid_size)
 
 
 def _write(path: Path, outcome: dict[str, Any]) -> None:
     """Whole or not at all."""
     part = path.with_suffix(f".{os.getpid()}.part")
     try:
-        part.write_text(json.dumps(outcome, indent=1, ensure_ascii=False), encoding="utf-8")
+        with open(part, "w", encoding="utf-8") as file:
+            json.dump(outcome, file, indent=1, ensure_ascii=False)
+            file.flush()
+            os.fsync(file.fileno())  # the checkpoint goes next
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)

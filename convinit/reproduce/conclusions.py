@@ -1,6 +1,7 @@
 """What a table shows, in sentences made from its figures.
 
-Two means differ "clearly" if they are apart by more than twice the standard error of the difference.
+Two means differ "clearly" if they are apart by more than twice the standard error of the difference. They are
+compared where both have as many runs, two at least.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from convinit._over_seeds import clearly
+from convinit._over_seeds import Figure, clearly
 
 if TYPE_CHECKING:
     from convinit.reproduce.report import Report
@@ -20,57 +21,69 @@ def conclusions(report: Report) -> list[str]:
     if len(report.grid.seeds) == 1:
         return ["With a single seed no difference can be called clear: run more (--seeds)."]
     compared = [each for each in table.readings if "peak" not in each]
-    rivals = [row.label for row in table.rows if row.label != table.ours]
-    found = [_against(report, rival, reading) for reading in compared for rival in rivals]
-    controls = [label for label in rivals if label.startswith("control")]
-    if controls:
-        found += [_against_controls(report, controls, reading) for reading in compared]
-    found.append(
+    pairs = [(row, row.against or table.ours) for row in table.rows if row.label != table.ours]
+    found = [_against(report, ours, rival.label, reading) for reading in compared for rival, ours in pairs]
+    for ours in dict.fromkeys(ours for _, ours in pairs):
+        controls = [row.label for row, against in pairs if row.control and against == ours]
+        if controls:
+            found += [_against_controls(report, ours, controls, reading) for reading in compared]
+    images = "these very images" if report.grid.data == "digits" else "8×8 digits"
+    found += [
         "“Clearly” means more than two standard errors of the difference: a hint rather than a proof at so "
-        "few seeds. Nothing was tuned for any row, and nothing is shown about other data or longer training."
-    )
+        "few seeds.",
+        f"The defaults of impulses (peak, α, window) were chosen on {images}; no row was tuned here. Nothing "
+        "is shown about other data or longer training.",
+    ]
     return [each for each in found if each]
 
 
-def _against(report: Report, rival: str, reading: str) -> str:
+def _against(report: Report, ours: str, rival: str, reading: str) -> str:
     """In which columns our row is above or below another."""
-    table = report.grid.table
-    verdicts: dict[str, list[str]] = {"clearly above": [], "clearly below": [], "not clearly apart": []}
-    for column in table.columns:
-        mine, theirs = (report.figure((row, column.label), reading) for row in (table.ours, rival))
-        if mine is None or theirs is None:
+    columns = report.grid.table.columns
+    names = ("clearly above", "clearly below", "not clearly apart", "not judged, for want of runs,")
+    verdicts: dict[str, list[str]] = {name: [] for name in names}
+    for column in columns:
+        cells = (ours, column.label), (rival, column.label)
+        if any(cell not in report.grid.configs for cell in cells):
+            continue
+        mine, theirs = (report.figure(cell, reading) for cell in cells)
+        name = f"{column.label} " if len(columns) > 1 else ""
+        if mine is None or theirs is None or not _comparable(mine, theirs):
+            verdicts["not judged, for want of runs,"].append(name.rstrip() or "here")
             continue
         verdict = "not clearly apart"
         if clearly(mine, theirs):
             verdict = "clearly above"
         elif clearly(theirs, mine):
             verdict = "clearly below"
-        name = f"{column.label} " if len(table.columns) > 1 else ""
         verdicts[verdict].append(f"{name}({mine.mean - theirs.mean:+.1f})")
-    at = " at " if len(table.columns) > 1 else " "
-    parts = [f"{verdict}{at}{', '.join(where)}" for verdict, where in verdicts.items() if where]
-    return f"{_name(report, reading)}: {table.ours} against {rival}: {'; '.join(parts)}." if parts else ""
+    which = " for " if len(columns) > 1 else " "
+    parts = [f"{verdict}{which}{', '.join(where)}" for verdict, where in verdicts.items() if where]
+    return f"{_name(report, reading)}, {ours} against {rival}: {'; '.join(parts)}." if parts else ""
 
 
-def _against_controls(report: Report, controls: Sequence[str], reading: str) -> str:
+def _against_controls(report: Report, ours: str, controls: Sequence[str], reading: str) -> str:
     """Whether the convolution itself is seen to help: only where our row beats every control."""
-    table, seen, judged = report.grid.table, [], 0
-    for column in table.columns:
-        mine = report.figure((table.ours, column.label), reading)
+    columns, seen, judged = report.grid.table.columns, [], 0
+    for column in columns:
+        mine = report.figure((ours, column.label), reading)
         theirs = [report.figure((row, column.label), reading) for row in controls]
-        if mine is None or None in theirs:
+        known = [each for each in theirs if each is not None]
+        if mine is None or len(known) < len(controls) or not all(_comparable(mine, x) for x in known):
             continue
         judged += 1
-        if all(clearly(mine, each) for each in theirs if each is not None):
+        if all(clearly(mine, each) for each in known):
             seen.append(column.label)
     if not judged:
         return ""
-    name = f"{_name(report, reading)}: {table.ours} is"
+    name = f"{_name(report, reading)}: {ours} is"
     if not seen:
         return f"{name} nowhere clearly above every control: not shown to come from the convolution."
-    return f"{name} clearly above every control" + (
-        f" at {', '.join(seen)}." if len(table.columns) > 1 else "."
-    )
+    return f"{name} clearly above every control" + (f" for {', '.join(seen)}." if len(columns) > 1 else ".")
+
+
+def _comparable(mine: Figure, theirs: Figure) -> bool:
+    return mine.n == theirs.n >= 2
 
 
 def _name(report: Report, reading: str) -> str:

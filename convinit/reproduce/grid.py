@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from convinit._processes import cpus, in_processes
-from convinit.reproduce.cells import OUTCOME, folder_of, identity, read_outcome, run_cell
+from convinit.reproduce.cells import identity, read_outcome, run_cell
 from convinit.reproduce.tables import Choice, Settings, Table
 from convinit.train.config import Config
 from convinit.train.data import ImageData, load_data
@@ -29,23 +29,20 @@ class Grid:
 
     Attributes:
         table: what is varied.
-        data: name of the data set.
         seeds: of the runs.
         configs: (row label, column label) → one config a seed.
     """
 
     table: Table
-    data: str
     seeds: tuple[int, ...]
     configs: Mapping[Cell, tuple[Config, ...]]
 
     @staticmethod
-    def of(table: Table, data: str, seeds: Sequence[int], given: Settings) -> Grid:
+    def of(table: Table, seeds: Sequence[int], given: Settings) -> Grid:
         """A table's grid.
 
         Args:
             table: of `convinit.reproduce.declared`.
-            data: the data set.
             seeds: of the runs.
             given: "section.key" → value for all cells.
 
@@ -57,7 +54,12 @@ class Grid:
             return tuple(table.config(row, column, seed, given) for seed in seeds)
 
         cells = {(row.label, column.label): configs(row, column) for row, column in table.cells()}
-        return Grid(table, data, tuple(seeds), cells)
+        return Grid(table, tuple(seeds), cells)
+
+    @property
+    def data(self) -> str:
+        """Name of the data set."""
+        return next(iter(self.configs.values()))[0].data.name
 
     def runs(self) -> dict[str, Config]:
         """Identity → config of each run; runs that several cells share are there once. Seed by seed."""
@@ -80,11 +82,15 @@ class Grid:
 
 
 def unfinished(grids: Sequence[Grid], out: Path) -> list[Config]:
-    """The runs that are not in `out` yet, each once."""
+    """The runs that are not in `out` yet, each once.
+
+    Raises:
+        ValueError: an outcome is damaged.
+    """
     runs: dict[str, Config] = {}
     for grid in grids:
         runs |= grid.runs()
-    return [config for config in runs.values() if not (folder_of(config, out) / OUTCOME).exists()]
+    return [config for config in runs.values() if read_outcome(config, out) is None]
 
 
 def run_all(
@@ -104,11 +110,11 @@ def run_all(
         jobs: runs at once; None means one a GPU, or, where runs have one thread each, one a CPU.
         keep_checkpoints: keep the last checkpoint of each run.
         on_tick: told the share of a run that has been done.
-        on_run: told each run as it is finished.
+        on_run: told each run as it is finished, or cannot be made: {"error": what}.
 
     Raises:
         KeyboardInterrupt, RunInterrupted: it was asked to stop; the runs in progress have been saved.
-        RuntimeError: a process died. ValueError, OSError: data or folder are not as they must be.
+        RuntimeError: a process died.
     """
     by_identity = {identity(config): config for config in configs}
     in_processes(
@@ -122,7 +128,7 @@ def run_all(
 
 def jobs_for(configs: Sequence[Config], jobs: int | None = None) -> int:
     """How many runs `run_all` does at once."""
-    return len(_workers(configs, jobs))
+    return min(len(configs), len(_workers(configs, jobs)))
 
 
 def _workers(configs: Sequence[Config], jobs: int | None) -> list[dict[str, str]]:
@@ -131,7 +137,8 @@ def _workers(configs: Sequence[Config], jobs: int | None) -> list[dict[str, str]
         single = all(config.run.threads == 1 for config in configs)
         return [{}] * (jobs or (cpus() if single else 1))
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    gpus = named.split(",") if named else [str(i) for i in range(torch.cuda.device_count())]
+    count = torch.cuda.device_count()  # CUDA ignores what stands behind an invalid entry
+    gpus = [each.strip() for each in named.split(",")][:count] if named else [str(i) for i in range(count)]
     return [{"CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)]} for i in range(jobs or len(gpus))]
 
 
@@ -170,7 +177,8 @@ def kind_of_step(config: Config) -> str:
     """Runs of one kind take as long for a step."""
     model = dataclasses.replace(config.model, alpha=None)
     data, recipe = config.data, config.recipe
-    return repr((model, data.name, data.augment, recipe.batch_size, recipe.precision, recipe.compile))
+    loading = (data.name, data.augment, data.image_size, data.workers)
+    return repr((model, loading, recipe.batch_size, recipe.precision, recipe.compile))
 
 
 def measure_steps(

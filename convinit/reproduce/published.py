@@ -1,7 +1,7 @@
 """Figures that others reported, and the cells of ours that they belong beside.
 
-Reported, not measured here. A figure is shown only beside a cell with the same data set, row, column, reading
-and settings; what is known to differ even then is said.
+Reported, not measured here. A figure is shown only beside the very cell that it is declared for, with none of
+its settings changed; what is known to differ even then is said.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from convinit.reproduce.cells import identity
+from convinit.reproduce.tables import declared
 from convinit.train.config import Config
 
 
@@ -21,7 +23,7 @@ class Reported:
         data, table, row, column, reading: where it belongs.
         value: in %.
         source: who reported it.
-        settings: "section.key" → value that the cell must have.
+        settings: "section.key" → value that all cells must be given.
         differs: what is known to differ, or not known.
     """
 
@@ -39,51 +41,47 @@ class Reported:
 _NOTEBOOK = "authors' notebook, repository impulse_init"
 _REVIEWS = "reviews quoting arXiv 2404.01139"
 _COURSE = "independent reproduction with the code of arXiv 2505.19985, a course project"
-_HUNDRED = {
-    "recipe.epochs": 100, "recipe.batch_size": 256, "recipe.lr": 1e-4, "model.alpha": 0.2,
-    "data.augment": "paper", "init.values": "default", "init.kernel_size": 5,
-}  # fmt: skip
-_OWN_FIT = "the papers' own fit; one run; crops at full size"
-_UNKNOWN = "the papers' own fit and recipe, which may differ"
-_THIRTY = {"init.kernel_size": 3}
+_OWN_FIT = "the papers' own fit; fp16; crops at full size; one run"
+_UNKNOWN = "the papers' own fit, P not enlarged, values perhaps not mimetic; recipe and epochs not known"
+_BY_COURSE = "epochs and batch size not known; P enlarged in the forward pass, not in the weights"
+_KERNEL_3 = {"init.kernel_size": 3}
 
 _OURS_3, _OURS_5 = "impulse f = 3, P × 60", "impulse f = 5, P × 60"
 _PAPERS = "impulse f = 3, the papers' fit, P × 18"
-_TWO_HUNDRED = {"recipe.epochs": 200, "recipe.batch_size": 512}
 
 
 def _course(data: str, column: str, default: float, mimetic: float, impulse: float) -> list[Reported]:
     rows = {"default": default, "mimetic": mimetic, _PAPERS: impulse}
     return [
-        Reported(data, "timm", row, column, "accuracy", value, _COURSE, _TWO_HUNDRED)
+        Reported(data, "timm", row, column, "accuracy", value, _COURSE, differs=_BY_COURSE)
         for row, value in rows.items()
     ]
 
 
 REPORTED = [
     Reported(
-        "cifar10", "convergence", "impulse", "Model I", "part-1.0", 86.65, _NOTEBOOK, _HUNDRED, _OWN_FIT
+        "cifar10", "convergence", "impulse", "Model I", "part-1.0", 86.65, _NOTEBOOK, differs=_OWN_FIT
     ),
     Reported(
-        "cifar10", "convergence", "impulse", "Model I", "part-0.7", 85.15, _NOTEBOOK, _HUNDRED, _OWN_FIT
+        "cifar10", "convergence", "impulse", "Model I", "part-0.7", 85.15, _NOTEBOOK, differs=_OWN_FIT
     ),
     Reported(
-        "cifar10", "convergence", "mimetic", "Model I", "part-0.7", 83.50, _NOTEBOOK, _HUNDRED,
-        "one run; crops at full size",
+        "cifar10", "convergence", "mimetic", "Model I", "part-0.7", 83.50, _NOTEBOOK,
+        differs="fp16; crops at full size; one run",
     ),
     Reported(
-        "cifar10", "convmixer", "impulse", "frozen", "accuracy", 92.20, _REVIEWS, _THIRTY,
+        "cifar10", "convmixer", "impulse", "frozen", "accuracy", 92.20, _REVIEWS, _KERNEL_3,
         "“impulse-like” filters; recipe not known",
     ),
     Reported(
-        "cifar10", "convmixer", "random, as learned", "trained", "accuracy", 92.82, _REVIEWS, _THIRTY,
+        "cifar10", "convmixer", "control: random", "trained", "accuracy", 92.82, _REVIEWS, _KERNEL_3,
         "recipe not known",
     ),
     *_course("cifar10", "all images", 89.12, 91.99, 92.47),
     *_course("cifar100", "all images", 67.95, 72.67, 73.40),
     *_course("cifar10", "10 %", 49.24, 55.59, 57.30),
     *(
-        Reported(data, "timm", row, "all images", "accuracy", value, _REVIEWS, _TWO_HUNDRED, _UNKNOWN)
+        Reported(data, "timm", row, "all images", "accuracy", value, _REVIEWS, differs=_UNKNOWN)
         for data, row, value in (
             ("cifar10", _OURS_3, 91.62),
             ("cifar10", "mimetic", 91.16),
@@ -98,11 +96,18 @@ REPORTED = [
 
 
 def reported(data: str, table: str, row: str, column: str, reading: str, config: Config) -> list[Reported]:
-    """The figures that belong beside a reading of a cell."""
-    flat = config.flat()
-    return [
-        each
-        for each in REPORTED
-        if (each.data, each.table, each.row, each.column, each.reading) == (data, table, row, column, reading)
-        and all(flat[key] == value for key, value in each.settings.items())
+    """The figures that belong beside a reading of a cell whose run is `config`."""
+    place = (data, table, row, column, reading)
+    found = [
+        each for each in REPORTED if (each.data, each.table, each.row, each.column, each.reading) == place
     ]
+    return [each for each in found if identity(config) == identity(_declared(each, config.run.seed))]
+
+
+def _declared(figure: Reported, seed: int) -> Config:
+    """The run that a figure belongs beside."""
+    table = declared(figure.table, figure.data)
+    for row, column in table.cells():
+        if (row.label, column.label) == (figure.row, figure.column):
+            return table.config(row, column, seed, figure.settings)
+    raise AssertionError(figure)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import os
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from convinit.reproduce import readings
 from convinit.reproduce.conclusions import conclusions
 from convinit.reproduce.grid import Cell, Grid
 from convinit.reproduce.published import reported
+from convinit.reproduce.tables import USUAL_ROWS, Choice
 from convinit.train.config import Config
 
 if TYPE_CHECKING:
@@ -36,10 +38,12 @@ class Report:
     Attributes:
         grid: what was asked for.
         outcomes: (row, column) → finished runs.
+        given: settings of all runs beside the table's own; they are part of the files' names.
     """
 
     grid: Grid
     outcomes: Mapping[Cell, Sequence[Mapping[str, Any]]]
+    given: Mapping[str, Any] = field(default_factory=dict)
 
     def values(self, cell: Cell, reading: str) -> list[float]:
         """A reading of a cell's runs in %, without those that do not have it."""
@@ -75,8 +79,10 @@ class Report:
         return "\n\n".join(parts) + "\n"
 
     def stem(self) -> str:
-        """Name of the files, without ending."""
-        return f"{self.grid.data}-{self.grid.table.name}"
+        """Name of the files, without ending; other settings, other files."""
+        given = [f"{key.partition('.')[2]}={value}" for key, value in self.given.items()]
+        name = "-".join([self.grid.data, self.grid.table.name, *given])
+        return re.sub(r"[^\w.=-]+", "_", name)
 
     def tables(self) -> list[tuple[str, list[list[str]]]]:
         """(name, lines of cells, the first of them the head): one for each reading, or one for all."""
@@ -137,18 +143,21 @@ class Report:
         if done < total:
             words.append(f"**Unfinished: {done} of {total} runs.**")
         if runs:
-            versions = sorted({each["environment"]["torch"] for each in runs})
+            versions = [
+                f"{name} {', '.join(sorted({each['environment'][name] for each in runs}))}"
+                for name in ("convinit", "torch")
+            ]
             devices = sorted({each["device"] for each in runs})
             days = sorted({each["finished"][:10] for each in runs})
             seconds = sum({each["identity"]: each["seconds"] for each in runs}.values())
             words.append(
-                f"Made with torch {', '.join(versions)} on {', '.join(devices)}, "
+                f"Made with {' and '.join(versions)} on {', '.join(devices)}, "
                 f"{' to '.join(dict.fromkeys((days[0], days[-1])))}, in {seconds:,.0f} s of training in all."
             )
         return " ".join(words)
 
     def _config(self) -> Config:
-        """Of our row: what is common to all cells, it has."""
+        """Of our row, from which the setting is told; what rows and columns change, their labels say."""
         own = [configs for (row, _), configs in self.grid.configs.items() if row == self.grid.table.ours]
         return own[-1][0]
 
@@ -181,8 +190,7 @@ class Report:
         return [(cell, reading) for cell in self.grid.configs for reading in self.grid.table.readings]
 
     def csv(self) -> str:
-        """One line for each cell and reading: table, data, row, column, reading, mean, sd, seeds, values, and
-        what was reported."""
+        """A line for each cell and reading, or one for each figure that was reported for it."""
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(_COLUMNS)
@@ -205,28 +213,30 @@ class Report:
         from convinit.viz import grid_dots, grid_lines, learning_curves
 
         table = self.grid.table
-        if not any(self.outcomes.values()):
+        if all("failed" in each for found in self.outcomes.values() for each in found):
             return None
-        heading = f"{table.title}; {self.grid.data}, {len(self.grid.seeds)} seeds"
+        seeds = len(self.grid.seeds)
+        heading = f"{table.title}; {self.grid.data}, {seeds} seed{'s' * (seeds != 1)}"
+        # Rows that most tables have come first, and so have the same colours everywhere.
+        rows = sorted(table.rows, key=lambda row: table.figure != "dots" and row.label not in USUAL_ROWS)
         if table.figure == "curves":
-            return learning_curves(self._curves(), title=heading)
+            return learning_curves(self._curves(rows), title=heading)
         if table.figure == "shifts":
             column = table.columns[0].label
-            rows = {
+            values = {
                 row.label: torch.stack([self._seeds((row.label, column), x) for x in table.readings])
-                for row in table.rows
+                for row in rows
             }
-            pixels = range(len(table.readings))
             return grid_lines(
-                {self.title("accuracy"): rows},
-                pixels,
+                {self.title("accuracy"): values},
+                range(len(table.readings)),
                 xlabel="shift of the test images, pixels",
                 title=heading,
             )
         panels = {
             self.title(reading): {
                 row.label: torch.stack([self._seeds((row.label, c.label), reading) for c in table.columns])
-                for row in table.rows
+                for row in rows
             }
             for reading in table.readings[:2]
         }
@@ -241,10 +251,10 @@ class Report:
         missing = [float("nan")] * (len(self.grid.seeds) - len(values))
         return torch.tensor([*values, *missing], dtype=torch.float64)
 
-    def _curves(self) -> dict[str, Tensor]:
+    def _curves(self, rows: Sequence[Choice]) -> dict[str, Tensor]:
         column = self.grid.table.columns[0].label
         curves = {}
-        for row in self.grid.table.rows:
+        for row in rows:
             runs = [each for each in self.outcomes[row.label, column] if "failed" not in each]
             if runs:
                 own = [[100 * accuracy for _, accuracy in each["curve"]] for each in runs]

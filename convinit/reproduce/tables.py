@@ -2,14 +2,15 @@
 
 A cell is a row and a column of a table; with a seed it is one training run. Every table of a ViT has two
 controls: "scrambled", whose heads are fitted to random permutations of the tokens, and "norm-matched", whose
-heads are random with the weight norm that the impulse would have had. A ConvMixer's are the permutations and
-the random filters, which have the norm of an impulse.
+heads are random with the weight norm that the impulse would have had. A ConvMixer's are random filters, which
+have the norm of an impulse, and for the impulses in matrix form permutations.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from convinit.train.config import Config
@@ -26,6 +27,8 @@ class Choice:
         label: its name.
         settings: what it sets.
         everywhere: of a row: the columns' settings do not concern it, so all its cells are one.
+        control: of a row: it breaks the structure of the row that it is judged against.
+        against: of a row: label of the row it is judged against, where that is not the table's own.
         times: of a column: its runs take so many times the epochs, for data sets cut to the inverse of it.
         x: of a column: where it stands on the axis of a figure.
     """
@@ -33,6 +36,8 @@ class Choice:
     label: str
     settings: Settings = field(default_factory=dict)
     everywhere: bool = False
+    control: bool = False
+    against: str = ""
     times: float = 1.0
     x: float | None = None
 
@@ -82,41 +87,61 @@ class Table:
         Args:
             row, column: from `cells`.
             seed: of initial weights, image order and augmentation.
-            given: settings of all cells; a row that sets the same, such as the default one its values, does.
+            given: settings of all cells. Tables are added to the table's own; a row that is about its values
+                keeps them.
 
         Raises:
-            ValueError: `given` sets what the table varies, or a value is wrong.
+            ValueError: `given` sets what the table varies or what its labels and readings rest on, or a value
+                is wrong.
         """
-        varied = set.intersection(*(set(each.settings) for each in self.rows)) | {"run.seed"}
-        varied |= {key for each in self.columns for key in each.settings}
-        if taken := varied & set(given):
+        varied = {key for each in (*self.rows, *self.columns) for key in each.settings} - _MAY_BE_SET
+        if taken := (varied | _NOT_TO_SET) & set(given):
             raise ValueError(
-                f"table {self.name!r} varies {', '.join(sorted(taken))} itself; it cannot be set for all"
+                f"table {self.name!r} sets {', '.join(sorted(taken))} itself; it cannot be set for all runs"
             )
-        settings: dict[str, Any] = {"run.tracker": "none", "run.keep": 1, **self.settings, **given}
-        if not row.everywhere:
-            settings |= column.settings
-        settings |= {**row.settings, "run.seed": seed}
-        config = resolve(self.preset, None, settings)
-        if column.times == 1 or row.everywhere:
-            return config
-        epochs = max(1, round(config.recipe.epochs * column.times))
-        longer = {"recipe.epochs": epochs, "run.eval_every": max(1, round(column.times))}
-        return resolve(self.preset, None, settings | longer)
+        settings: dict[str, Any] = {"run.tracker": "none", "run.keep": 1}
+        for layer in (self.settings, given, {} if row.everywhere else column.settings, row.settings):
+            for key, each in layer.items():
+                merged = isinstance(each, dict) and isinstance(settings.get(key), dict)
+                settings[key] = {**settings[key], **each} if merged else each
+        settings["run.seed"] = seed
+        try:
+            config = resolve(self.preset, None, settings)
+            if column.times == 1 or row.everywhere:
+                return config
+            settings["recipe.epochs"] = max(1, round(config.recipe.epochs * column.times))
+            settings["run.eval_every"] = max(1, round(column.times))
+            if column.times > 8:  # loader processes would start anew for each of many short epochs
+                settings["data.workers"] = 0
+            return resolve(self.preset, None, settings)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"table {self.name!r}, row {row.label!r}: {error}") from error
 
+
+_MAY_BE_SET = {"init.values"}  # though rows about them keep theirs
+_NOT_TO_SET = {"data.name", "run.seed", "run.eval_every", "run.keep", "run.tracker"}
 
 _ALL_DEFAULT = Choice("default, values too", {"init.method": "default", "init.values": "default"})
 _RANDOM = Choice("random", {"init.method": "random"})
 _MIMETIC = Choice("mimetic", {"init.method": "mimetic"})
 _IMPULSE = Choice("impulse", {"init.method": "impulse"})
-_SCRAMBLED = Choice("control: scrambled", {"init.method": "scrambled"})
-_NORM_MATCHED = Choice("control: norm-matched", {"init.method": "norm_matched"})
+_SCRAMBLED = Choice("control: scrambled", {"init.method": "scrambled"}, control=True)
+_NORM_MATCHED = Choice("control: norm-matched", {"init.method": "norm_matched"}, control=True)
 _INITS = (_RANDOM, _MIMETIC, _IMPULSE, _SCRAMBLED, _NORM_MATCHED)
+USUAL_ROWS = tuple(row.label for row in _INITS)
 _MODEL_I = Choice("Model I", {"model.variant": "I"})
+
+
+_TRAIN_IMAGES = {"cifar10": 50_000, "cifar100": 50_000, "svhn": 73_257, "tiny-imagenet": 100_000}
 
 
 def _base(small: bool) -> str:
     return "quick" if small else "paper"
+
+
+def _rows(small: bool) -> tuple[Choice, ...]:
+    """The paper's recipe leaves all values as nn.Linear makes them, and "random" is then all default."""
+    return (_ALL_DEFAULT, *_INITS) if small else _INITS
 
 
 def _vit(small: bool) -> Settings:
@@ -124,33 +149,44 @@ def _vit(small: bool) -> Settings:
     return {"model.alpha": 0.2, "init.kernel_size": 3 if small else 5}
 
 
-def _convmixer(small: bool) -> Table:
-    kinds: dict[str, Settings] = {
-        "random, as learned": {"init.method": "random"},
-        "impulse": {"init.method": "impulse"},
-        "box": {"init.method": "box", "init.num_cells": 5},
-        "gaussian": {"init.method": "gaussian"},
-        "softmax of weights": {"init.method": "softmax"},
-        "impulse, as N×N matrix": {"init.method": "impulse", "model.matrix_form": True},
-        "control: random pixels": {"init.method": "permutation", "model.matrix_form": True},
-        "control: permutation": {"init.method": "full_permutation", "model.matrix_form": True},
-    }
+def _convmixer(data: str) -> Table:
+    small = data == "digits"
+    matrix = "impulse, N×N matrices"
+
+    def kind(label: str, init: str, in_matrices: bool = False, num_cells: int | None = None) -> Choice:
+        settings = {"init.method": init, "init.num_cells": num_cells, "model.matrix_form": in_matrices}
+        against = matrix if in_matrices and label != matrix else ""
+        control = label.startswith("control")
+        return Choice(label, settings, control=control, against=against)
+
+    rows = (
+        kind("impulse", "impulse"),
+        kind("box", "box", num_cells=5),
+        kind("gaussian", "gaussian"),
+        kind("softmax of weights", "softmax"),
+        kind("control: random", "random"),
+        kind(matrix, "impulse", in_matrices=True),
+        kind("control: random pixels, N×N matrices", "permutation", in_matrices=True),
+        kind("control: permutations, N×N matrices", "full_permutation", in_matrices=True),
+    )
     return Table(
         "convmixer",
         "ConvMixer: kinds of spatial filters, trained and frozen",
         "How far do random impulse filters get, and must they be learned?",
         _base(small),
-        {"model.name": "convmixer"},
-        tuple(Choice(label, settings) for label, settings in kinds.items()),
+        {"model.name": "convmixer", "init.kernel_size": 3 if small else 5},
+        rows,
         (Choice("trained", {"model.train_mixing": True}), Choice("frozen", {"model.train_mixing": False})),
         "spatial filters",
         "dots",
-        note="Random filters U(±1/f) have the norm of an impulse √(1/3): its norm-matched control; "
-        "the two permutations look at pixels anywhere instead of near by.",
+        note="Random filters, trained, are the ordinary ConvMixer. U(±1/f) has an impulse's norm √(1/3), "
+        "so it is the norm-matched control. The matrices have N² free numbers a channel when trained; their "
+        "controls look at pixels anywhere instead of near by, and are judged against impulses in that form.",
     )
 
 
-def _models(small: bool) -> Table:
+def _models(data: str) -> Table:
+    small = data == "digits"
     names = ("vanilla", "I", "II", "III")
     columns = tuple(Choice(n if n == "vanilla" else f"Model {n}", {"model.variant": n}) for n in names)
     return Table(
@@ -159,16 +195,19 @@ def _models(small: bool) -> Table:
         "Which initial weights of queries and keys does each of the papers' models learn best from?",
         _base(small),
         _vit(small),
-        (_ALL_DEFAULT, *_INITS),
+        _rows(small),
         columns,
         "model",
         "dots",
         without=frozenset({(_ALL_DEFAULT.label, "Model III")}),
-        note="Model III has no linear layers for queries and keys, and so no default of its own.",
+        note="Model III has no linear layers for queries and keys, and so no default of its own."
+        if small
+        else "",
     )
 
 
-def _alpha(small: bool) -> Table:
+def _alpha(data: str) -> Table:
+    small = data == "digits"
     values = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)
     return Table(
         "alpha",
@@ -180,11 +219,13 @@ def _alpha(small: bool) -> Table:
         tuple(Choice(f"α = {x:g}", {"model.alpha": x}, x=x) for x in values),
         "content share α",
         "lines",
-        note="At α = 0 the maps are those of Model II.",
+        note="At α = 0 the maps are those of Model II. Impulses and controls are fitted to (1−α)·P at one "
+        "peak: their weight norm grows with α.",
     )
 
 
-def _kernel_size(small: bool) -> Table:
+def _kernel_size(data: str) -> Table:
+    small = data == "digits"
     rows = (
         Choice("random", _RANDOM.settings, everywhere=True),
         Choice("mimetic", _MIMETIC.settings, everywhere=True),
@@ -205,7 +246,8 @@ def _kernel_size(small: bool) -> Table:
     )
 
 
-def _sigma(small: bool) -> Table:
+def _sigma(data: str) -> Table:
+    small = data == "digits"
     norm = {"init.method": "impulse", "init.weight_norm": 10.4 if small else 8.77}
     rows = (_RANDOM, _MIMETIC, _IMPULSE, Choice("impulse at one norm", norm), _SCRAMBLED, _NORM_MATCHED)
     return Table(
@@ -226,17 +268,23 @@ def _sigma(small: bool) -> Table:
     )
 
 
-def _data(small: bool) -> Table:
+def _data(data: str) -> Table:
+    small = data == "digits"
     if small:
-        steps = {100: 2, 200: 4, 500: 8}  # an epoch, in batches of 64; all of 1,000 images are 16
+        steps = {128: 2, 256: 4, 512: 8}  # an epoch, in batches of 64; all of 1,000 images are 16
         columns = tuple(
             Choice(f"{n} images", {"data.train_count": n}, times=16 / each, x=n) for n, each in steps.items()
         )
         columns += (Choice("1,000 images", x=1000),)
     else:
-        shares = (0.01, 0.05, 0.1, 0.25)
+        images, batch = _TRAIN_IMAGES[data], 512
+
+        def times(share: float) -> float:
+            return math.ceil(images / batch) / math.ceil(round(share * images) / batch)
+
         columns = tuple(
-            Choice(f"{100 * s:g} %", {"data.train_fraction": s}, times=1 / s, x=100 * s) for s in shares
+            Choice(f"{100 * s:g} %", {"data.train_fraction": s}, times=times(s), x=100 * s)
+            for s in (0.01, 0.05, 0.1, 0.25)
         )
         columns += (Choice("100 %", x=100),)
     return Table(
@@ -245,17 +293,18 @@ def _data(small: bool) -> Table:
         "What do initial weights give where data are scarce?",
         _base(small),
         {**_vit(small), **_MODEL_I.settings},
-        (_ALL_DEFAULT, *_INITS),
+        _rows(small),
         columns,
         "training images" if small else "training images, %",
         "lines",
         log_x=True,
         note="Stratified subsets, each within the larger ones; every column has about as many optimiser "
-        "steps, and so more passes over fewer images.",
+        "steps, and so more passes over fewer images. All seeds share a subset: ± does not cover its choice.",
     )
 
 
-def _convergence(small: bool) -> Table:
+def _convergence(data: str) -> Table:
+    small = data == "digits"
     long = {"recipe.epochs": 24} if small else {"recipe.epochs": 100, "recipe.batch_size": 256}
     parts = (0.125, 0.25, 0.5, 1.0) if small else (0.1, 0.2, 0.5, 0.7, 1.0)
     return Table(
@@ -263,8 +312,8 @@ def _convergence(small: bool) -> Table:
         "Model I: learning curves",
         "How fast do networks learn from different initial weights, and do they end at the same place?",
         _base(small),
-        {**{**_vit(small), **_MODEL_I.settings}, **long},
-        (_ALL_DEFAULT, *_INITS),
+        {**_vit(small), **_MODEL_I.settings, **long},
+        _rows(small),
         (_MODEL_I,),
         "accuracy",
         "curves",
@@ -272,9 +321,11 @@ def _convergence(small: bool) -> Table:
     )
 
 
-def _shift(small: bool) -> Table:
+def _shift(data: str) -> Table:
+    small = data == "digits"
     mixer = {
         "model.name": "convmixer", "model.alpha": None, "model.train_mixing": False, "init.method": "impulse",
+        "init.values": "default",
     }  # fmt: skip
     return Table(
         "shift",
@@ -282,16 +333,22 @@ def _shift(small: bool) -> Table:
         "Does a convolutional start leave a network that minds shifts less?",
         _base(small),
         _vit(small),
-        (_ALL_DEFAULT, *_INITS, Choice("ConvMixer, frozen impulses", mixer, everywhere=True)),
+        (*_rows(small), Choice("ConvMixer, frozen impulses", mixer, everywhere=True)),
         (_MODEL_I,),
         "test images",
         "shifts",
         readings=("accuracy", "shifted-1", "shifted-2"),
-        note="No network was trained on shifted images. The ConvMixer is another network: a landmark.",
+        note=(
+            "No network was trained on shifted images. "
+            if small
+            else "The augmentation crops and moves images, too, so shifted ones are not new to any network. "
+        )
+        + "The ConvMixer is another network, with its own learning rate at the papers' size: a landmark.",
     )
 
 
-def _timm(small: bool) -> Table:
+def _timm(data: str) -> Table:
+    small = data == "digits"
     model: dict[str, Any] = {"model.name": "vit_tiny_patch16_224"}
     gain: dict[str, Any] = {"init.pos_embed_gain": 60.0}
     papers = {
@@ -311,11 +368,12 @@ def _timm(small: bool) -> Table:
         Choice("default", {"init.method": "default", "init.values": "default"}),
         Choice("default, P × 60", {"init.method": "default", "init.values": "default", **gain}),
         Choice("mimetic", {"init.method": "mimetic"}),
+        Choice("mimetic, P × 60", {"init.method": "mimetic", **gain}),
         Choice("impulse f = 3, the papers' fit, P × 18", papers),
         Choice("impulse f = 3, P × 60", {"init.method": "impulse", **gain}),
         Choice("impulse f = 5, P × 60", {"init.method": "impulse", "init.kernel_size": 5, **gain}),
-        Choice("control: scrambled, P × 60", {"init.method": "scrambled", **gain}),
-        Choice("control: norm-matched, P × 60", {"init.method": "norm_matched", **gain}),
+        Choice("control: scrambled, P × 60", {"init.method": "scrambled", **gain}, control=True),
+        Choice("control: norm-matched, P × 60", {"init.method": "norm_matched", **gain}, control=True),
     )
     return Table(
         "timm",
@@ -332,7 +390,7 @@ def _timm(small: bool) -> Table:
     )
 
 
-TABLES: dict[str, Callable[[bool], Table]] = {
+TABLES: dict[str, Callable[[str], Table]] = {
     "convmixer": _convmixer,
     "models": _models,
     "alpha": _alpha,
@@ -356,14 +414,8 @@ def declared(name: str, data: str = "digits") -> Table:
         raise ValueError(f"table must be one of {', '.join(TABLES)}, got {name!r}")
     if data not in DATA:
         raise ValueError(f"data must be one of {', '.join(DATA)}, got {data!r}")
-    return TABLES[name](data == "digits")
-
-
-def data_settings(data: str, workers: int) -> dict[str, Any]:
-    """What a data set sets in all cells."""
-    if data == "digits":
-        return {}
-    settings: dict[str, Any] = {"data.name": data, "data.workers": workers}
+    table = TABLES[name](data)
+    own: dict[str, Any] = {} if data == "digits" else {"data.name": data}
     if data == "tiny-imagenet":
-        settings["model.patch_size"] = 4
-    return settings
+        own["model.patch_size"] = 4  # of 64 pixels
+    return replace(table, settings={**table.settings, **own})

@@ -205,15 +205,19 @@ def check_room(out: Path, size: int, keep: int) -> None:
 
 
 @contextlib.contextmanager
-def locked(out: Path) -> Iterator[None]:
+def locked(out: Path, name: str = ".lock") -> Iterator[None]:
     """While inside, no other process may train into the folder; a killed process holds it no longer.
+
+    Args:
+        out: the folder.
+        name: of the file that stands for what is locked.
 
     Raises:
         ValueError: another process is at it.
     """
     import fcntl
 
-    with open(out / ".lock", "w") as file:
+    with open(out / name, "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

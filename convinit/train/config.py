@@ -384,6 +384,8 @@ SECTIONS: dict[str, type[Any]] = {
 def field_of(path: str) -> dataclasses.Field:
     """The field of "section.key"; ValueError with those that there are."""
     section, _, key = path.partition(".")
+    if section not in SECTIONS:
+        raise ValueError(f"a setting is of one of {', '.join(SECTIONS)}, got {path!r}")
     fields = {each.name: each for each in dataclasses.fields(SECTIONS[section])}
     if key not in fields:
         raise ValueError(f"[{section}] has no key {key!r}; it has {', '.join(fields)}")

@@ -125,6 +125,8 @@ def parse(path: str, text: str | Iterable[str]) -> Any:
     text = str(text)
     if optional and text == NONE:
         return None
+    if kind is bool and text in ("true", "false"):
+        return text == "true"
     if kind in (int, float):
         try:
             return kind(text)

@@ -11,6 +11,9 @@ from typing import Any
 class StopRequest:
     """While inside, the first SIGTERM or SIGINT is only noted; a second SIGINT raises KeyboardInterrupt.
 
+    A signal that came too late to change anything inside is handed on to the handler that was there before,
+    if a program had set one: whoever does several things in a row must hear of it.
+
     Attributes:
         signum: the signal, or 0 as long as there was none.
     """
@@ -25,9 +28,12 @@ class StopRequest:
                 self._before[each] = signal.signal(each, self._note)
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, kind: Any, *_: Any) -> None:
         for each, handler in self._before.items():
             signal.signal(each, handler)
+        before = self._before.get(self.signum)
+        if kind is None and callable(before) and before is not signal.default_int_handler:
+            before(self.signum, None)
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         if self.signum and signum == signal.SIGINT:

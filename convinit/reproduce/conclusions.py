@@ -78,7 +78,7 @@ def _against_controls(report: Report, ours: str, controls: Sequence[str], readin
         return ""
     name = f"{_name(report, reading)}: {ours} is"
     if not seen:
-        return f"{name} nowhere clearly above every control: not shown to come from the convolution."
+        return f"{name} nowhere clearly above every control: no gain is shown to come from its structure."
     return f"{name} clearly above every control" + (f" for {', '.join(seen)}." if len(columns) > 1 else ".")
 
 

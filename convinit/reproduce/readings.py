@@ -9,8 +9,8 @@ Outcome = Mapping[str, Any]  # what `convinit.reproduce.cells.run_cell` returns
 
 _TITLES = {
     "accuracy": "test accuracy, %",
-    "shifted-1": "on test images shifted by one pixel, %",
-    "shifted-2": "on test images shifted by two pixels, %",
+    "shifted-1": "shifted by one pixel, %",
+    "shifted-2": "shifted by two pixels, %",
     "start-peak": "attention on the impulse at the start, %",
     "trained-peak": "attention on the impulse after training, %",
 }

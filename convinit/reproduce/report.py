@@ -138,8 +138,8 @@ class Report:
             f"{len(seeds)} seeds, mean ± standard deviation."
             if len(seeds) > 1
             else f"Seed {seeds[0]} alone.",
-            "Shifted: accuracy on test images moved up, down, left and right by so many pixels, the mean colour "
-            "coming in.",
+            "Shifted: accuracy on test images moved up, down, left and right by so many pixels, the mean "
+            "colour coming in.",
         ]
         if done < total:
             words.append(f"**Unfinished: {done} of {total} runs.**")

@@ -21,19 +21,22 @@ struct Kernels {
   void (*backward)(const Problem&, int64_t b, int64_t h, const Operand& dout, const Gradients&);
 };
 
-#define CONVINIT_ATTENTION_KERNELS(set, width, mark)                                                               \
+#define CONVINIT_ATTENTION_KERNELS(set, width, T, mark)                                                            \
   mark void forward_##set(const Problem& p, int64_t b, int64_t h, int64_t first, int64_t last, const Operand& out, \
                           float* lse) {                                                                            \
-    attention::forward<width>(p, b, h, first, last, out, lse);                                                     \
+    attention::forward<width, T>(p, b, h, first, last, out, lse);                                                     \
   }                                                                                                                \
   mark void backward_##set(const Problem& p, int64_t b, int64_t h, const Operand& dout, const Gradients& to) {     \
-    attention::backward<width>(p, b, h, dout, to);                                                                 \
+    attention::backward<width, T>(p, b, h, dout, to);                                                                 \
   }
 
-CONVINIT_ATTENTION_KERNELS(baseline, 4, )
+CONVINIT_ATTENTION_KERNELS(baseline, 4, float, )
 #if defined(__x86_64__)
-CONVINIT_ATTENTION_KERNELS(avx2, 8, __attribute__((target("avx2,fma"))))
-CONVINIT_ATTENTION_KERNELS(avx512, 16, __attribute__((target("avx512f"))))
+CONVINIT_ATTENTION_KERNELS(avx2, 8, float, __attribute__((target("avx2,fma"))))
+CONVINIT_ATTENTION_KERNELS(avx512, 16, float, __attribute__((target("avx512f"))))
+#endif
+#if defined(CONVINIT_BFLOAT16_PAIRS)
+CONVINIT_ATTENTION_KERNELS(avx512_bf16, 16, Pair, __attribute__((target("avx512f,avx512bw,avx512bf16"))))
 #endif
 
 Kernels best_kernels() {
@@ -44,8 +47,14 @@ Kernels best_kernels() {
   return {forward_baseline, backward_baseline};
 }
 
-const Kernels& kernels() {
+// For tensors of this kind. bfloat16 numbers that the CPU can multiply are multiplied as they are.
+Kernels kernels(Element element) {
   static const Kernels best = best_kernels();
+#if defined(CONVINIT_BFLOAT16_PAIRS)
+  static const bool pairs =
+      vector_width() == 16 && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512bf16");
+  if (pairs && element == Element::bfloat16) return {forward_avx512_bf16, backward_avx512_bf16};
+#endif
   return best;
 }
 
@@ -163,11 +172,12 @@ void positional_attention_cpu(const Tensor& q, const Tensor& k, const Tensor& v,
   const int64_t heads = p.batch * p.heads, threads = torch::stable::get_num_threads();
   const int64_t parts = std::clamp<int64_t>(threads / heads, 1, (p.tokens + kRowBlock - 1) / kRowBlock);
   const int64_t part = (p.tokens + parts - 1) / parts;  // rows
+  const Kernels kernel = kernels(p.q.element);
   torch::stable::parallel_for(
       0, heads * parts, grain(4 * part * p.tokens * p.rank), [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
           const int64_t head = i / parts, first = i % parts * part;
-          kernels().forward(p, head / p.heads, head % p.heads, first, std::min(first + part, p.tokens), to, sums);
+          kernel.forward(p, head / p.heads, head % p.heads, first, std::min(first + part, p.tokens), to, sums);
         }
       });
 }
@@ -241,6 +251,7 @@ void positional_attention_backward_cpu(const Tensor& dout_, const Tensor& q, con
   if (p.batch > 0)
     for (const Operand& x : {images.q, images.k, images.v}) expect_writes(x, p);
 
+  const Kernels kernel = kernels(p.q.element);
   torch::stable::parallel_for(
       0, chunks * p.heads, grain(10 * p.tokens * p.tokens * p.rank * chunk), [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
@@ -248,7 +259,7 @@ void positional_attention_backward_cpu(const Tensor& dout_, const Tensor& q, con
           Gradients to = images;
           to.q_pos = q_sum.start(i / p.heads, h);
           to.k_pos = k_sum.start(i / p.heads, h);
-          for (int64_t b = first; b < std::min(first + chunk, p.batch); ++b) kernels().backward(p, b, h, dout, to);
+          for (int64_t b = first; b < std::min(first + chunk, p.batch); ++b) kernel.backward(p, b, h, dout, to);
         }
       });
   q_sum.finish();

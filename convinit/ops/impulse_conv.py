@@ -71,7 +71,7 @@ def impulse_conv(
         if other is not None and other.device != x.device:
             raise ValueError(f"{name} must be on the device of x, {x.device}, got {other.device}")
     device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
         x = x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(device))
     if forward_ad._current_level >= 0:  # the op would drop the tangents, without a word
         return impulse_conv_reference(x, offsets, gain, bias)

@@ -36,7 +36,7 @@ def prefers_native(x: Tensor, dropout_p: float) -> bool:
 
     Next to SDPA they measured as fast or faster in every shape from N = 64 to 2304 and r = 32 and 64, forward
     and backward, with AVX-512 and with AVX2, unless the problem is tiny. Without either they do not compete,
-    nor with AMX, which multiplies 16-bit numbers many times faster than the float32 arithmetic here.
+    nor with AMX, whose tiles multiply 16-bit numbers many times faster than the vectors here.
     What is exported takes PyTorch's ops, which others can read; so do the transforms of torch.func and
     forward-mode AD, which ours do not know.
     """

@@ -38,7 +38,8 @@ def positional_attention(
         alpha: content share α of queries and keys.
         dropout_p: probability that an attention weight is dropped. Pass 0 in evaluation.
         backend: "triton" (the kernels of `convinit.kernels`: CUDA, r up to 128; no second derivatives),
-            "native" (compiled kernels: CPU; float32, bfloat16 and float16, all computed in float32; no
+            "native" (compiled kernels: CPU; float32, and bfloat16 and float16 computed in float32, but that
+            CPUs with AVX512-BF16 multiply bfloat16 as it is, numbers below 1.2e-38 being 0 to them; no
             dropout, no second derivatives), "sdpa" (mixed q and k go to
             :func:`torch.nn.functional.scaled_dot_product_attention`), "eager" (the formula), or "auto", which
             is kernels where measurements say that they are faster, else "sdpa". On a CPU with AVX2 or AVX-512

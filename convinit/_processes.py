@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import queue
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
@@ -35,8 +36,8 @@ def in_processes(
 ) -> None:
     """Calls ``work(*task, tick)`` for every task, as many at once as there are workers.
 
-    Ctrl-C and SIGTERM end the workers by SIGTERM, which `work` may catch to save what it has, and raise
-    KeyboardInterrupt here. If this process is killed, the workers get their SIGTERM all the same.
+    Ctrl-C and SIGTERM raise KeyboardInterrupt here. Then, after any other error and if this process is
+    killed, the workers get a SIGTERM, which `work` may catch to save what it has, and begin nothing else.
 
     Args:
         work: a function of a module; its tasks and results are pickled. ``tick(...)`` may be called in it.
@@ -66,16 +67,17 @@ def _in_processes(
     workers: Sequence[Mapping[str, str]],
 ) -> None:
     context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
-    ticks, environments, ending = context.Queue(), context.Queue(), context.Event()
+    ticks, environments = context.Queue(), context.Queue()
     for each in workers:
         environments.put(dict(each))
-    not_ours = set(multiprocessing.active_children())
+    # Its other end is closed when the work shall end, also by whatever ends this process.
+    alive, keep_alive = context.Pipe(duplex=False)
     threads = max(1, cpus() // len(workers))
     executor = ProcessPoolExecutor(
         len(workers),
         mp_context=context,
         initializer=_start_worker,
-        initargs=(ticks, environments, ending, threads),
+        initargs=(ticks, environments, alive, threads),
     )
     try:
         pending = {executor.submit(_work, work, *task) for task in tasks}
@@ -89,13 +91,12 @@ def _in_processes(
             "a process died, perhaps for want of memory; finished runs are kept. Run the same command again, "
             "with fewer jobs"
         ) from error
-    except BaseException:
-        ending.set()
-        for process in set(multiprocessing.active_children()) - not_ours:
-            process.terminate()
-        raise
     finally:
+        if sys.exc_info()[0] is not None:
+            keep_alive.close()
         executor.shutdown(cancel_futures=True)
+        keep_alive.close()
+        alive.close()
     _drain(ticks, on_tick)
 
 
@@ -128,18 +129,18 @@ def _drain(ticks: Any, on_tick: Tick) -> None:
 # --- in a worker --------------------------------------------------------------------------------------------
 
 _ticks: Any = None
-_ending: Any = None  # an event of all processes
 _busy = threading.Lock()
+_ending = threading.Event()
 
 
-def _start_worker(ticks: Any, environments: Any, ending: Any, threads: int) -> None:
-    global _ticks, _ending
-    _ticks, _ending = ticks, ending
+def _start_worker(ticks: Any, environments: Any, alive: Any, threads: int) -> None:
+    global _ticks
+    _ticks = ticks
     os.environ.update(environments.get())
     # Ctrl-C reaches all processes; the first one ends the others.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(threads)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_end_with, args=(alive,), daemon=True).start()
 
 
 def _work(work: Callable[..., Any], *task: Any) -> Any:
@@ -149,10 +150,8 @@ def _work(work: Callable[..., Any], *task: Any) -> Any:
         return work(*task, _tick)
 
 
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
+def _end_with(alive: Any) -> None:
+    alive.poll(None)  # until the other end is closed
     _ending.set()
     os.kill(os.getpid(), signal.SIGTERM)
     with _busy:  # the work may have caught it to save what it has

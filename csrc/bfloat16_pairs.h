@@ -23,7 +23,8 @@ constexpr int64_t words(int64_t n) {
 
 // The instructions are written by name: their intrinsics can only be inlined into functions that are marked with
 // their instruction set, and what is here becomes part of such a one only when it is inlined itself. Clang holds
-// names to the same rule; what it builds multiplies bfloat16 numbers in single precision.
+// names to the same rule; what it builds multiplies bfloat16 numbers in single precision. The assembler must know
+// them: binutils 2.33 or newer.
 #if defined(__x86_64__) && !defined(__clang__)
 #define CONVINIT_BFLOAT16_PAIRS 1
 

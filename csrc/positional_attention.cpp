@@ -21,13 +21,13 @@ struct Kernels {
   void (*backward)(const Problem&, int64_t b, int64_t h, const Operand& dout, const Gradients&);
 };
 
-#define CONVINIT_ATTENTION_KERNELS(set, width, T, mark)                                                            \
-  mark void forward_##set(const Problem& p, int64_t b, int64_t h, int64_t first, int64_t last, const Operand& out, \
-                          float* lse) {                                                                            \
-    attention::forward<width, T>(p, b, h, first, last, out, lse);                                                     \
-  }                                                                                                                \
-  mark void backward_##set(const Problem& p, int64_t b, int64_t h, const Operand& dout, const Gradients& to) {     \
-    attention::backward<width, T>(p, b, h, dout, to);                                                                 \
+#define CONVINIT_ATTENTION_KERNELS(set, width, T, mark)                                                                \
+  mark void forward_##set(const Problem& p, int64_t b, int64_t h, int64_t first, int64_t last, const Operand& out,     \
+                          float* lse) {                                                                                \
+    attention::forward<width, T>(p, b, h, first, last, out, lse);                                                      \
+  }                                                                                                                    \
+  mark void backward_##set(const Problem& p, int64_t b, int64_t h, const Operand& dout, const Gradients& to) {         \
+    attention::backward<width, T>(p, b, h, dout, to);                                                                  \
   }
 
 CONVINIT_ATTENTION_KERNELS(baseline, 4, float, )
@@ -48,7 +48,7 @@ Kernels best_kernels() {
 }
 
 // For tensors of this kind. bfloat16 numbers that the CPU can multiply are multiplied as they are.
-Kernels kernels(Element element) {
+Kernels kernels([[maybe_unused]] Element element) {
   static const Kernels best = best_kernels();
 #if defined(CONVINIT_BFLOAT16_PAIRS)
   static const bool pairs =

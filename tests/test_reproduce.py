@@ -141,7 +141,7 @@ def test_settings_of_all_cells():
     table = declared("alpha")
     config = Grid.of(table, (3,), {"recipe.epochs": 2}).configs["impulse", "α = 0.3"][0]
     assert (config.recipe.epochs, config.model.alpha, config.run.seed) == (2, 0.3, 3)
-    for key in ("model.alpha", "init.method", "run.seed", "run.eval_every", "data.name"):
+    for key in ("model.alpha", "init.method", "run.seed", "run.eval_every", "data.name", "model.variant"):
         with pytest.raises(ValueError, match=f"sets {key} itself"):
             Grid.of(table, (0,), {key: 0})
     with pytest.raises(
@@ -152,6 +152,10 @@ def test_settings_of_all_cells():
     for key in ("init.kernel_size", "init.pos_embed_gain"):
         with pytest.raises(ValueError, match=f"table 'timm' sets {key} itself"):
             Grid.of(declared("timm"), (0,), {key: 5})
+    with pytest.raises(ValueError, match=r"table 'timm' sets model.options.embed_dim itself"):
+        Grid.of(declared("timm"), (0,), {"model.options": {"embed_dim": 128}})
+    with pytest.raises(ValueError, match="table 'data' sets recipe.batch_size itself"):
+        Grid.of(declared("data"), (0,), {"recipe.batch_size": 128})
     timm = Grid.of(declared("timm"), (0,), {"model.options": {"drop_path_rate": 0.1}})
     options = timm.configs["default", "300 images"][0].model.options
     assert options["drop_path_rate"] == 0.1 and options["embed_dim"] == 64
@@ -339,6 +343,7 @@ def test_killed_in_the_middle_the_same_command_goes_on(tmp_path, signum):
     text, _ = process.communicate(timeout=60)
     assert process.returncode == (-9 if signum == signal.SIGKILL else 130)
     if signum != signal.SIGKILL:
+        text = " ".join(text.split())
         assert "interrupted: finished runs are kept" in text and "Unfinished: " in text
     deadline = time.monotonic() + 30
     while any(Path(f"/proc/{pid}").exists() for pid in workers):  # no worker is left behind
@@ -377,6 +382,30 @@ def test_an_interrupted_worker_begins_nothing_else(tmp_path):
     begun = {path.name for path in tmp_path.glob("begun-*")}
     saved = {path.name.replace("saved", "begun") for path in tmp_path.glob("saved-*")}
     assert 0 < len(begun) <= 2 and saved == begun
+
+
+def test_the_others_save_and_end_when_a_process_dies(tmp_path):
+    from convinit._processes import in_processes
+
+    tasks = [(str(tmp_path), i) for i in range(20)]
+    with pytest.raises(RuntimeError, match="a process died"):
+        in_processes(_save_or_die, tasks, on_tick=_ignore, on_done=_ignore, workers=[{}, {}])
+    begun = {path.name for path in tmp_path.glob("begun-*")}
+    assert begun and begun == {path.name.replace("saved", "begun") for path in tmp_path.glob("saved-*")}
+    assert len(begun) <= 2
+
+
+def _ignore(*what) -> None:
+    pass
+
+
+def _save_or_die(folder: str, number: int, tick) -> None:
+    if number == 0:
+        deadline = time.monotonic() + 30
+        while not list(Path(folder).glob("begun-*")) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGKILL)
+    _save_on_sigterm(folder, number, tick)
 
 
 def _interrupt(*what) -> None:
@@ -546,7 +575,7 @@ def test_the_command_runs_a_table_and_takes_it_from_disk(tmp_path):
     words = ("shift", "--seeds", 1, "--jobs", 1, *SETTINGS, "--out", tmp_path)
     done = invoke(*words)
     assert done.exit_code == 0, done.output
-    name = "digits-shift-epochs=1-train_count=70-dim=32-depth=1-eval_batch_size=800"
+    name = "digits-shift-epochs=1-train_count=70-dim=32-depth=1"
     assert "7/7 shift, ConvMixer, frozen impulses, Model I, seed 0: " in done.output
     assert (tmp_path / f"{name}.png").exists() and (tmp_path / f"{name}.md").exists()
     assert "With a single seed" in done.output

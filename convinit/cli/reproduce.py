@@ -88,6 +88,7 @@ def reproduce(
     """
     from convinit import reproduce as api
     from convinit.reproduce.grid import check_data, jobs_for
+    from convinit.train.config import field_of
     from convinit.train.config_files import parse
     from convinit.train.run import RunInterrupted
 
@@ -116,12 +117,17 @@ def reproduce(
         _print_plan(grids, out, found, at_once)
         return
     start = time.perf_counter()
-    errors, interrupted = [], False
+    errors: list[str] = []
+    interrupted, dead = False, None
     try:
         errors = _run(grids, todo, out, jobs, keep_checkpoints)
     except (KeyboardInterrupt, RunInterrupted):
         interrupted = True
-    written = _report(grids, out, wanted, _options(data, seeds, setting or ()))
+    except RuntimeError as error:
+        dead = error
+    # What surrounds the runs is in no file's name.
+    settled = {key: value for key, value in wanted.items() if field_of(key).metadata["fixed"]}
+    written = _report(grids, out, settled, _options(data, seeds, setting or ()))
     if written:
         Console().print(
             "Written: " + ", ".join(map(str, written)), highlight=False, soft_wrap=True, markup=False
@@ -133,6 +139,8 @@ def reproduce(
             style="yellow",
         )
         raise typer.Exit(130)
+    if dead is not None:
+        raise dead
     if todo:
         seconds = time.perf_counter() - start
         Console().print(f"{seconds:.0f} s for {len(todo)} runs, {at_once} at once.", highlight=False)

@@ -23,7 +23,7 @@ from convinit.train import checkpoint as files
 from convinit.train.config import Config, field_of
 from convinit.train.engine import Engine, make_accelerator
 from convinit.train.records import read_records
-from convinit.train.run import METRICS, Plan, Watcher, run_training
+from convinit.train.run import METRICS, Plan, RunInterrupted, Watcher, run_training
 
 OUTCOME = "cell.json"
 SHIFTS = (1, 2)  # pixels
@@ -89,7 +89,9 @@ def run_cell(
         folder.mkdir(parents=True, exist_ok=True)
         with files.locked(folder, ".cell-lock"):
             return identity(config), read_outcome(config, out) or _run(config, folder, keep_checkpoints, tick)
-    except (OSError, RuntimeError, TypeError, ValueError) as error:  # of this run alone: others can go on
+    except RunInterrupted:
+        raise
+    except Exception as error:  # of this run alone: others can go on
         return identity(config), {"identity": identity(config), "error": f"{type(error).__name__}: {error}"}
 
 

@@ -95,7 +95,14 @@ class Table:
                 is wrong.
         """
         varied = {key for each in (*self.rows, *self.columns) for key in each.settings} - _MAY_BE_SET
-        if taken := (varied | _NOT_TO_SET) & set(given):
+        taken = (varied | _NOT_TO_SET) & set(given)
+        if any(each.times != 1 for each in self.columns):  # their epochs rest on it
+            taken |= {"recipe.batch_size"} & set(given)
+        for key, each in given.items():
+            own = self.settings.get(key)
+            if isinstance(own, dict) and isinstance(each, dict):
+                taken |= {f"{key}.{name}" for name in set(own) & set(each)}
+        if taken:
             raise ValueError(
                 f"table {self.name!r} sets {', '.join(sorted(taken))} itself; it cannot be set for all runs"
             )
@@ -119,7 +126,9 @@ class Table:
 
 
 _MAY_BE_SET = {"init.values"}  # though rows about them keep theirs
-_NOT_TO_SET = {"data.name", "run.seed", "run.eval_every", "run.keep", "run.tracker"}
+_NOT_TO_SET = {
+    "model.name", "model.variant", "data.name", "run.seed", "run.eval_every", "run.keep", "run.tracker",
+}  # fmt: skip
 
 _ALL_DEFAULT = Choice("default, values too", {"init.method": "default", "init.values": "default"})
 _RANDOM = Choice("random", {"init.method": "random"})

@@ -49,19 +49,22 @@ def differentiate(f, inputs, dout, dtype):
     return [out.detach(), *(None if x is None else x.grad for x in inputs)]
 
 
-def assert_as_good_as_eager(ours, eager, exact, factor=2.0):
-    """Errors, in norm, within a small multiple of what the formula itself makes of the dtype."""
+def assert_as_good_as_eager(ours, eager, exact, factor=2.0, more=0.0):
+    """Errors, in norm, within a small multiple of what the formula itself makes of the dtype.
+
+    `more` is a relative error beside it.
+    """
     assert len(ours) == len(eager) == len(exact)
     for name, a, b, c in zip(("out", *NAMES), ours, eager, exact, strict=False):
         assert (a is None) == (c is None), name
         if a is None:
             continue
         assert a.shape == c.shape and a.dtype == b.dtype, name
-        limit = factor * (b.double() - c).norm() + 4 * torch.finfo(a.dtype).eps * c.norm()
+        limit = factor * (b.double() - c).norm() + (4 * torch.finfo(a.dtype).eps + more) * c.norm()
         assert (a.double() - c).norm() <= limit, name
 
 
-def check(inputs, dout, config, *, scale, alpha, factor=2.0):
+def check(inputs, dout, config, *, scale, alpha, factor=2.0, more=0.0):
     needs = [x is not None for x in inputs]
     out, lse = launch.positional_forward(*inputs, None, scale, alpha, 0.0, config)
     arguments = (dout, *inputs, out, lse, None, scale, alpha, 0.0, needs, config)
@@ -77,7 +80,7 @@ def check(inputs, dout, config, *, scale, alpha, factor=2.0):
             assert a is None or name == "v" or a.abs().max() <= 100 * torch.finfo(a.dtype).eps, name
         keep = (0, 3)
         ours, eager, exact = ([results[i] for i in keep] for results in (ours, eager, exact))
-    assert_as_good_as_eager(ours, eager, exact, factor)
+    assert_as_good_as_eager(ours, eager, exact, factor, more)
 
 
 @pytest.mark.parametrize(
@@ -137,10 +140,12 @@ def test_gradient_of_a_packed_product_is_written_in_place(tile_size):
 def test_sharp_logits(dtype, tile_size):
     """Logits up to about 1e4 in size: most rows are one-hot, some are near ties.
 
-    The backward knows P through a log-sum-exp of that size, rounded to float32; eager saves P itself.
+    The backward makes the logits again and knows P through a log-sum-exp of that size, both rounded to
+    float32: where they are an ulp apart, P is off by as much. Eager saves P itself.
     """
     inputs, dout = problem(64, 32, dtype)
-    check(inputs, dout, tile(tile_size), scale=350.0, alpha=1.0, factor=6.0)
+    ulp = torch.finfo(torch.float32).eps * 1e4
+    check(inputs, dout, tile(tile_size), scale=350.0, alpha=1.0, factor=6.0, more=2 * ulp)
 
 
 @pytest.mark.parametrize("tile_size", [32, 64])

@@ -1,5 +1,7 @@
 // Products of bfloat16 numbers as AVX512-BF16 has them: two neighbours along the depth at once, added up in single
-// precision. A word holds such a pair, the first in its lower half; `gemm_tile` is that of simd.h over words.
+// precision. A word holds such a pair, the first in its lower half; `gemm_tile` is that of simd.h over words. Attention
+// forward and backward is 1.3 to 1.5 times as fast with them (two builds in turns, two cores of an EPYC with
+// AVX512-BF16, [32, 8, 256, 64] to [4, 6, 1024, 64]).
 #pragma once
 
 #include <type_traits>

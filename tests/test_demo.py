@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 import torch
@@ -128,7 +129,7 @@ def test_bad_input_is_refused(tmp_path):
 
 def test_results_are_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     demo_runs.save_runs(tmp_path, [{"identity": {"arm": "a"}}])
-    monkeypatch.setattr(demo_runs.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         demo_runs.save_runs(tmp_path, [])
     assert load_runs(tmp_path) == [{"identity": {"arm": "a"}}]

@@ -12,18 +12,11 @@ from typing import Annotated
 import torch
 import typer
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 
 from convinit._processes import cpus
 from convinit.cli.errors import say
+from convinit.cli.progress import runs_progress
 from convinit.demo.arms import ARMS, GRID_SIZE, OURS, QUICK
 from convinit.demo.runs import Run, Settings, load_maps, load_runs, run_demo, save_runs
 from convinit.demo.summary import (
@@ -135,18 +128,7 @@ def _run(
     """All runs, and how many of them were made now; a bar where somebody is looking, else a line a run."""
     console = Console(stderr=True)
     total, fresh = len(arms) * len(seeds), 0
-    progress = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("epochs"),
-        TimeElapsedColumn(),
-        TextColumn("left:"),
-        TimeRemainingColumn(elapsed_when_finished=False),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
+    progress = runs_progress(console, "epochs")
     task = progress.add_task(f"training {total} networks", total=total * settings.epochs)
 
     def on_plan(kept: int) -> None:

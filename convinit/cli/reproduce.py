@@ -11,18 +11,12 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import Progress
 from rich.table import Table as Sheet
 
 from convinit._processes import cpus
 from convinit.cli.errors import say
+from convinit.cli.progress import runs_progress
 from convinit.offsets import check_int
 
 
@@ -189,18 +183,7 @@ def _run(
     if kept := len(names) - len(todo):
         say(f"{kept} of {len(names)} runs are in {out} already", style="dim")
     console = Console(stderr=True)
-    progress = Progress(
-        TextColumn("training"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("runs"),
-        TimeElapsedColumn(),
-        TextColumn("left:"),
-        TimeRemainingColumn(elapsed_when_finished=False),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
+    progress = runs_progress(console, "runs")
     task = progress.add_task("training", total=len(todo))
     finished = 0
     errors: list[str] = []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 import time
 from collections.abc import Callable, Sequence
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import convinit
+from convinit._files import write_whole
 from convinit._processes import in_processes
 from convinit.demo.arms import ARMS, GRID_SIZE, OURS, build_model
 from convinit.models import SimpleViT
@@ -220,13 +220,7 @@ def load_runs(out: Path) -> list[Run]:
 
 def save_runs(out: Path, runs: Sequence[Run], **others: Any) -> None:
     """Writes results.json, whole or not at all."""
-    path = out / "results.json"
-    part = path.with_suffix(f".{os.getpid()}.part")
-    try:
-        part.write_text(json.dumps({**others, "runs": runs}, indent=1, ensure_ascii=False), encoding="utf-8")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    write_whole(out / "results.json", json.dumps({**others, "runs": runs}, indent=1, ensure_ascii=False))
 
 
 def _identity(arm: str, seed: int, settings: Settings) -> dict[str, Any]:

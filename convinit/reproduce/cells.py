@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 import warnings
 from collections.abc import Callable
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 import convinit
+from convinit._files import write_whole
 from convinit.models import SimpleViT
 from convinit.nn import ConvInitAttention
 from convinit.offsets import attention_on_targets
@@ -108,7 +108,8 @@ def _run(
         outcome["failed"] = str(error)
     outcome["finished"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
     outcome["environment"] = {**convinit.build_info(), "machine": platform.machine()}
-    _write(folder / OUTCOME, outcome)
+    text = json.dumps(outcome, indent=1, ensure_ascii=False)
+    write_whole(folder / OUTCOME, text, sync=True)  # the checkpoint goes next
     if not keep_checkpoints:
         for each in files.checkpoints(folder):
             files.discard(each)
@@ -145,18 +146,21 @@ class _Shares(Watcher):
 
 def _measure(config: Config, checkpoint: Path) -> dict[str, Any]:
     """Accuracy on shifted images, and attention on the impulse before and after training."""
-    start, trained = (Engine(config, make_accelerator(config), each) for each in (None, checkpoint))
+    engine = Engine(config, make_accelerator(config))
+    peak = {"start": _peak(engine)}
+    engine.inner.load_state_dict(files.read_tensors(checkpoint, "model"))
+    peak["trained"] = _peak(engine)
     shifted: dict[str, dict[str, float]] = {}
     for pixels in SHIFTS:
         shifted[str(pixels)] = {}
         for name, (dy, dx) in _DIRECTIONS.items():
-            figures = trained.evaluate(shift=(pixels * dy, pixels * dx))
+            figures = engine.evaluate(shift=(pixels * dy, pixels * dx))
             assert figures is not None
             shifted[str(pixels)][name] = figures["top1"]
-    plan = trained.plan()
+    plan = engine.plan()
     return {
         "shifted": shifted,
-        "peak": {"start": _peak(start), "trained": _peak(trained)},
+        "peak": peak,
         "parameters": plan.parameters,
         "trained_parameters": plan.trained,
         "train_images": plan.train_images,
@@ -181,16 +185,3 @@ def _peak(engine: Engine) -> float | None:
     layers = [each for each in model.modules() if isinstance(each, ConvInitAttention)]
     offsets: Tensor = torch.stack([each.offsets for each in layers])  # [depth, heads, 2]
     return attention_on_targets(maps.flatten(0, 1), offsets.flatten(0, 1), model.grid_size)
-
-
-def _write(path: Path, outcome: dict[str, Any]) -> None:
-    """Whole or not at all."""
-    part = path.with_suffix(f".{os.getpid()}.part")
-    try:
-        with open(part, "w", encoding="utf-8") as file:
-            json.dump(outcome, file, indent=1, ensure_ascii=False)
-            file.flush()
-            os.fsync(file.fileno())  # the checkpoint goes next
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from convinit._files import write_whole
 from convinit._over_seeds import Figure, over_seeds
 from convinit.reproduce import readings
 from convinit.reproduce.conclusions import conclusions
@@ -275,9 +275,7 @@ def write_report(report: Report, out: Path, command: str) -> list[Path]:
     paths = []
     for suffix, text in texts.items():
         path = out / f"{report.stem()}{suffix}"
-        part = path.with_name(f"{path.name}.{os.getpid()}.part")
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, path)
+        write_whole(path, text)
         paths.append(path)
     picture = report.picture()
     if picture is not None:

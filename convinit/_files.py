@@ -1,0 +1,26 @@
+"""Files that are there whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def write_whole(path: Path, text: str, *, sync: bool = False) -> None:
+    """Writes a text in UTF-8; who reads or kills meanwhile finds the old file or the new one.
+
+    Args:
+        path: of the file; its folder exists.
+        text: all of it.
+        sync: it must outlast a power cut, because what it replaces is removed next.
+    """
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        with open(part, "w", encoding="utf-8") as file:
+            file.write(text)
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)

@@ -12,6 +12,7 @@ from convinit.fit.api import Method
 from convinit.init import default_
 from convinit.models.pretrained import Pretrained
 from convinit.nn.attention import ConvInitAttention, reset_mixing_
+from convinit.nn.linear import Linear
 from convinit.nn.position import sincos_2d
 from convinit.offsets import check_int
 
@@ -106,7 +107,7 @@ class SimpleViT(Pretrained, nn.Module):
         patch_dim = channels * self.patch_size[0] * self.patch_size[1]
         self.patch_embed = nn.Sequential(
             nn.LayerNorm(patch_dim, **factory) if patch_dim > 1 else nn.Identity(),  # of one number it is 0
-            nn.Linear(patch_dim, dim, **factory),
+            Linear(patch_dim, dim, **factory),
             nn.LayerNorm(dim, **factory),
         )
         self.blocks: list[Block] = nn.ModuleList()  # type: ignore[assignment]
@@ -143,7 +144,7 @@ class SimpleViT(Pretrained, nn.Module):
             )
             self.blocks.append(Block(attn, mlp_dim, proj_drop, **factory))
         self.norm = nn.LayerNorm(dim, **factory)
-        self.head = nn.Linear(dim, num_classes, **factory)
+        self.head = Linear(dim, num_classes, **factory)
         self.register_buffer("pos_embed", sincos_2d(self.grid_size, dim, **factory), persistent=False)
 
         device = torch.get_default_device() if device is None else torch.device(device)
@@ -229,9 +230,9 @@ class Block(nn.Module):
         self.attn = attn
         self.mlp = nn.Sequential(
             nn.LayerNorm(attn.dim, **factory),
-            nn.Linear(attn.dim, mlp_dim, **factory),
+            Linear(attn.dim, mlp_dim, **factory),
             nn.GELU(),
-            nn.Linear(mlp_dim, attn.dim, **factory),
+            Linear(mlp_dim, attn.dim, **factory),
             nn.Dropout(drop),
         )
 

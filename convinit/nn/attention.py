@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from convinit import init as init_
 from convinit.fit import Adam, fit_qk
 from convinit.fit.api import Method
+from convinit.nn.linear import Linear
 from convinit.nn.position import sincos_2d
 from convinit.offsets import check_grid_size, check_int, check_padding_mode, sample_offsets
 from convinit.ops.fused import BACKENDS
@@ -191,13 +192,13 @@ class ConvInitAttention(nn.Module):
         tokens, inner = height * width, num_heads * head_dim
         self.qkv = self.qk = self.v = None
         if variant in ("vanilla", "I") and value and trainable_mixing:
-            self.qkv = nn.utils.skip_init(nn.Linear, dim, 3 * inner, bias=qkv_bias, **factory)
+            self.qkv = nn.utils.skip_init(Linear, dim, 3 * inner, bias=qkv_bias, **factory)
         else:
             if variant != "III":
-                self.qk = nn.utils.skip_init(nn.Linear, dim, 2 * inner, bias=qkv_bias, **factory)
+                self.qk = nn.utils.skip_init(Linear, dim, 2 * inner, bias=qkv_bias, **factory)
                 self.qk.requires_grad_(trainable_mixing)
             if value:
-                self.v = nn.utils.skip_init(nn.Linear, dim, inner, bias=qkv_bias, **factory)
+                self.v = nn.utils.skip_init(Linear, dim, inner, bias=qkv_bias, **factory)
         if variant == "III":
             q_map, k_map = (
                 torch.empty(num_heads, tokens, head_dim, **factory),
@@ -206,7 +207,7 @@ class ConvInitAttention(nn.Module):
             self.q_map = nn.Parameter(q_map, requires_grad=trainable_mixing)
             self.k_map = nn.Parameter(k_map, requires_grad=trainable_mixing)
         self.proj = (
-            nn.utils.skip_init(nn.Linear, inner, dim, bias=proj_bias, **factory) if proj else nn.Identity()
+            nn.utils.skip_init(Linear, inner, dim, bias=proj_bias, **factory) if proj else nn.Identity()
         )
         self.proj_drop = nn.Dropout(proj_drop)
 

@@ -71,11 +71,18 @@ def adam_fit(
     return wq.detach(), wk.detach().mT
 
 
-def simple_vit(model: SimpleViT) -> nn.Module:
-    """A copy of a SimpleViT whose attentions compute as the papers' do, with parameters of their own."""
+def simple_vit(model: SimpleViT, linear: type[nn.Linear] = nn.Linear) -> nn.Module:
+    """A copy of a SimpleViT whose layers compute as the papers' do, with parameters of their own.
+
+    Args:
+        linear: the class of its linear layers.
+    """
     theirs = copy.deepcopy(model)
     for block in theirs.blocks:
         block.attn = Attention(block.attn)  # type: ignore[assignment]
+    for module in theirs.modules():
+        if isinstance(module, nn.Linear):
+            module.__class__ = linear
     return theirs
 
 

@@ -5,6 +5,7 @@
 #include "impulse_matrix.h"
 #include "positional_attention.h"
 #include "qk_solver.h"
+#include "shared_attention.h"
 
 #include <cstring>
 #include <string>
@@ -39,10 +40,12 @@ Tensor build_config() {
 }  // namespace convinit
 
 STABLE_TORCH_LIBRARY(convinit, m) {
+  m.def("apply_map_cpu(Tensor map, Tensor v, Tensor(a!) out) -> ()");
   m.def("build_config() -> Tensor");
   m.def("cuda_config() -> Tensor");  // of the CUDA library, where it is loaded
   m.def("impulse_conv(Tensor x, Tensor offsets, Tensor? gain, Tensor? bias) -> Tensor");
   m.def("impulse_matrix(Tensor offsets, int height, int width, int padding_mode, ScalarType dtype) -> Tensor");
+  m.def("map_gradient_cpu(Tensor dout, Tensor v, Tensor(a!) dmap) -> ()");
   m.def(
       "positional_attention_cpu(Tensor q, Tensor k, Tensor v, Tensor? q_pos, Tensor? k_pos, Tensor(a!) out, "
       "Tensor(b!) lse, float scale, float alpha) -> ()");
@@ -63,8 +66,10 @@ STABLE_TORCH_LIBRARY_IMPL(convinit, CompositeExplicitAutograd, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(convinit, CPU, m) {
+  m.impl("apply_map_cpu", TORCH_BOX(&convinit::apply_map_cpu));
   m.impl("impulse_conv", TORCH_BOX(&convinit::impulse_conv_cpu));
   m.impl("impulse_matrix", TORCH_BOX(&convinit::impulse_matrix_cpu));
+  m.impl("map_gradient_cpu", TORCH_BOX(&convinit::map_gradient_cpu));
   m.impl("positional_attention_cpu", TORCH_BOX(&convinit::positional_attention_cpu));
   m.impl("positional_attention_backward_cpu", TORCH_BOX(&convinit::positional_attention_backward_cpu));
   m.impl("qk_solver", TORCH_BOX(&convinit::qk_solver_cpu));

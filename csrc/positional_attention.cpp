@@ -2,26 +2,23 @@
 
 #include <memory>
 
-#include "cpu.h"
-#include "huge_pages.h"
+#include "attention_tensors.h"
+#include "instruction_sets.h"
 #include "positional_attention_kernel.h"
 
 namespace convinit {
 namespace {
 
-using attention::Gradients;
-using attention::kRowBlock;
-using attention::Operand;
-using attention::Problem;
+using namespace attention;
 
-// --- the kernels, compiled for several instruction sets ---------------------------------------------------------
+// --- the kernels ------------------------------------------------------------------------------------------------
 
 struct Kernels {
   void (*forward)(const Problem&, int64_t b, int64_t h, int64_t first, int64_t last, const Operand& out, float* lse);
   void (*backward)(const Problem&, int64_t b, int64_t h, const Operand& dout, const Gradients&);
 };
 
-#define CONVINIT_ATTENTION_KERNELS(set, width, T, mark)                                                                \
+#define CONVINIT_KERNELS(set, width, T, mark)                                                                          \
   mark void forward_##set(const Problem& p, int64_t b, int64_t h, int64_t first, int64_t last, const Operand& out,     \
                           float* lse) {                                                                                \
     attention::forward<width, T>(p, b, h, first, last, out, lse);                                                      \
@@ -29,72 +26,18 @@ struct Kernels {
   mark void backward_##set(const Problem& p, int64_t b, int64_t h, const Operand& dout, const Gradients& to) {         \
     attention::backward<width, T>(p, b, h, dout, to);                                                                  \
   }
+CONVINIT_EACH_INSTRUCTION_SET(CONVINIT_KERNELS)
 
-CONVINIT_ATTENTION_KERNELS(baseline, 4, float, )
-#if defined(__x86_64__)
-CONVINIT_ATTENTION_KERNELS(avx2, 8, float, __attribute__((target("avx2,fma"))))
-CONVINIT_ATTENTION_KERNELS(avx512, 16, float, __attribute__((target("avx512f"))))
-#endif
-#if defined(CONVINIT_BFLOAT16_PAIRS)
-CONVINIT_ATTENTION_KERNELS(avx512_bf16, 16, Pair, __attribute__((target("avx512f,avx512bw,avx512bf16"))))
-#endif
-
-Kernels best_kernels() {
-#if defined(__x86_64__)
-  if (vector_width() == 16) return {forward_avx512, backward_avx512};
-  if (vector_width() == 8) return {forward_avx2, backward_avx2};
-#endif
-  return {forward_baseline, backward_baseline};
-}
-
-// For tensors of this kind. bfloat16 numbers that the CPU can multiply are multiplied as they are.
-Kernels kernels([[maybe_unused]] Element element) {
-  static const Kernels best = best_kernels();
-#if defined(CONVINIT_BFLOAT16_PAIRS)
-  static const bool pairs =
-      vector_width() == 16 && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512bf16");
-  if (pairs && element == Element::bfloat16) return {forward_avx512_bf16, backward_avx512_bf16};
-#endif
-  return best;
+// For tensors of this kind.
+Kernels kernels(Element element) {
+#define CONVINIT_CHOICE(set, width, T, mark) \
+  case InstructionSet::set: return {forward_##set, backward_##set};
+  switch (best_instruction_set(element == Element::bfloat16)) { CONVINIT_EACH_INSTRUCTION_SET(CONVINIT_CHOICE) }
+#undef CONVINIT_CHOICE
+  return {};
 }
 
 // --- arguments --------------------------------------------------------------------------------------------------
-
-Element element_of(const Tensor& x) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float: return Element::float32;
-    case ScalarType::BFloat16: return Element::bfloat16;
-    case ScalarType::Half: return Element::float16;
-    default: STD_TORCH_CHECK(false, "convinit: attention takes float32, bfloat16 or float16");
-  }
-}
-
-// Whether the elements of a row, the last dimension, are neighbours.
-bool has_dense_rows(const Tensor& x) {
-  return x.numel() == 0 || x.size(x.dim() - 1) == 1 || x.stride(x.dim() - 1) == 1;
-}
-
-// Of a tensor [B, heads, N, r] or [heads, N, r].
-Operand operand(const Tensor& x, bool written) {
-  STD_TORCH_CHECK(has_dense_rows(x), "convinit: gradients must be dense in r");
-  const Element element = element_of(x);
-  const int64_t size = size_of(element), last = x.dim() - 1;
-  void* data = written ? x.mutable_data_ptr() : const_cast<void*>(x.const_data_ptr());
-  return {.data = static_cast<char*>(data),
-          .element = element,
-          .image = last == 3 ? x.stride(0) * size : 0,
-          .head = x.stride(last - 2) * size,
-          .token = x.stride(last - 1) * size};
-}
-
-// An input, copied if it must be.
-struct Input {
-  Tensor dense;
-  Operand operand;
-
-  explicit Input(const Tensor& x)
-      : dense(has_dense_rows(x) ? x : torch::stable::contiguous(x)), operand(convinit::operand(dense, false)) {}
-};
 
 struct Inputs {
   Input q, k, v;
@@ -106,17 +49,14 @@ struct Inputs {
       : q(checked(q_, q_)), k(checked(k_, q_)), v(checked(v_, q_)) {
     if (q_pos_) q_pos.emplace(checked(*q_pos_, q_, 1));
     if (k_pos_) k_pos.emplace(checked(*k_pos_, q_, 1));
-    problem = {.batch = q_.size(0),
-               .heads = q_.size(1),
-               .tokens = q_.size(2),
-               .rank = q_.size(3),
-               .scale = static_cast<float>(scale),
-               .alpha = static_cast<float>(alpha),
-               .q = q.operand,
-               .k = k.operand,
-               .v = v.operand,
-               .q_pos = q_pos ? q_pos->operand : Operand{},
-               .k_pos = k_pos ? k_pos->operand : Operand{}};
+    problem = {{q_.size(0), q_.size(1), q_.size(2), q_.size(3)},
+               static_cast<float>(scale),
+               static_cast<float>(alpha),
+               q.operand,
+               k.operand,
+               v.operand,
+               q_pos ? q_pos->operand : Operand{},
+               k_pos ? k_pos->operand : Operand{}};
   }
 
   // x must have the sizes of q [B, heads, N, r] from dimension `from` on.
@@ -128,31 +68,6 @@ struct Inputs {
     return x;
   }
 };
-
-void check_side_by_side(const Tensor& x, const Problem& p) {
-  STD_TORCH_CHECK(x.dim() == 3 && x.size(0) == p.batch && x.size(1) == p.tokens && x.size(2) == p.heads * p.rank,
-                  "convinit: out and dout must have shape [B, N, heads r]");
-}
-
-// [B, N, heads r] as [B, heads, N, r].
-Operand heads_of(const Operand& x, const Tensor& tensor, int64_t rank) {
-  const int64_t size = size_of(x.element);
-  return {.data = x.data,
-          .element = x.element,
-          .image = tensor.stride(0) * size,
-          .head = rank * size,
-          .token = tensor.stride(1) * size};
-}
-
-// A result is about to be written for the first time, all over its span of memory.
-void expect_writes(const Operand& x, const Problem& p) {
-  if (!x) return;
-  const int64_t span = (p.batch - 1) * x.image + (p.heads - 1) * x.head + (p.tokens - 1) * x.token;
-  prefer_huge_pages(x.data, span + p.rank * size_of(x.element));
-}
-
-// Tasks that are worth a thread of their own, for tasks of so many floating-point operations.
-int64_t grain(int64_t operations) { return 1 + 1'000'000 / (operations + 1); }
 
 }  // namespace
 
@@ -208,7 +123,7 @@ class PositionSum {
 
   void finish() {
     if (!to_) return;
-    const int64_t ld = attention::padded(problem_.rank);
+    const int64_t ld = padded(problem_.rank);
     torch::stable::parallel_for(0, problem_.heads * problem_.tokens, 256, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         float* sum = data_.get() + i * ld;
@@ -220,7 +135,7 @@ class PositionSum {
   }
 
  private:
-  int64_t head_size() const { return problem_.tokens * attention::padded(problem_.rank); }
+  int64_t head_size() const { return problem_.tokens * padded(problem_.rank); }
   int64_t size() const { return problem_.heads * head_size(); }
 
   const Problem& problem_;

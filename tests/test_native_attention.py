@@ -17,7 +17,6 @@ from convinit.ops.positional_attention import (
     positional_attention,
     positional_attention_reference,
 )
-from convinit.ops.shared_attention import shared_attention
 
 OPTIONS = {"scale": 0.3, "alpha": 0.4}
 
@@ -325,8 +324,6 @@ def test_explicit_native_never_falls_back():
         on_cpu(q, q, q, dropout_p=0.5)
     with pytest.raises(ValueError, match="needs tensors on the CPU, got meta"):
         on_cpu(*[q.to("meta")] * 3)
-    with pytest.raises(ValueError, match='"native" is not for maps that all images share'):
-        shared_attention(q[0], q[0], q, backend="native")
 
 
 def test_tangents_are_refused():

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from convinit import init as init_
 from convinit.fit import Adam, fit_qk
 from convinit.fit.api import Method
-from convinit.nn.linear import Linear
+from convinit.nn.linear import Linear, linear
 from convinit.nn.position import sincos_2d
 from convinit.offsets import check_grid_size, check_int, check_padding_mode, sample_offsets
 from convinit.ops.fused import BACKENDS
@@ -379,7 +379,7 @@ class ConvInitAttention(nn.Module):
             return attention.expand(1 if x is None else x.shape[0], -1, -1, -1)
         if x is None:
             raise ValueError(f'x must be given: the maps of variant "{self.variant}" depend on the tokens')
-        q, k = self._split_heads(F.linear(x, self._qk_weight(), self._qk_bias()), 2)
+        q, k = self._split_heads(linear(x, self._qk_weight(), self._qk_bias()), 2)
         alpha, q_pos, k_pos = self._position_term()
         if q_pos is not None and k_pos is not None:
             q, k = alpha * q + q_pos, alpha * k + k_pos
@@ -403,7 +403,7 @@ class ConvInitAttention(nn.Module):
         return q.squeeze(0), k.squeeze(0)
 
     def _project_position(self) -> Tensor:
-        return F.linear(self.pos_embed, self._qk_weight(), self._qk_bias())  # [N, 2·heads·r]
+        return linear(self.pos_embed, self._qk_weight(), self._qk_bias())  # [N, 2·heads·r]
 
     def _values(self, x: Tensor) -> Tensor:
         return self._split_heads(x if self.v is None else self.v(x), 1)[0]

@@ -4,8 +4,8 @@
     convinit::apply_map              map · v for every image                          and its backward
 
 On CUDA they run `convinit.kernels`, which imports Triton, so the import waits for the first call. On a CPU
-positional attention runs the compiled kernels of `convinit.ops.native`; float64, dropout and the shared map
-run plain PyTorch, for tests and tracing.
+they run the compiled kernels of `convinit.ops.native`; float64 and dropout run plain PyTorch, for tests and
+tracing.
 """
 
 from __future__ import annotations
@@ -27,10 +27,8 @@ __all__ = [
     "BACKENDS",
     "apply_map",
     "check_backend",
-    "check_triton",
     "fused_packed_attention",
     "fused_positional_attention",
-    "prefers_triton",
     "takes_kernels",
 ]
 
@@ -45,7 +43,7 @@ def check_backend(backend: str) -> None:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
 
 
-def check_triton(x: Tensor) -> None:
+def _check_triton(x: Tensor) -> None:
     """Raise if backend="triton" cannot serve x [B, heads, N, r]: an explicit request never falls back."""
     if not HAS_TRITON:
         raise RuntimeError('backend="triton" needs Triton, which is not installed; use backend="auto"')
@@ -64,19 +62,24 @@ def check_triton(x: Tensor) -> None:
         )
 
 
-def prefers_triton(op: str, x: Tensor) -> bool:
+def _prefers_triton(op: str, x: Tensor) -> bool:
     """Whether backend="auto" takes the kernels: where committed measurements say that they are faster."""
     return HAS_TRITON and x.is_cuda and x.dtype in _DTYPES and configs.measured_faster(op, x)
 
 
-def takes_kernels(backend: str, q: Tensor, dropout_p: float) -> bool:
-    """Whether positional attention of q [B, heads, N, r] is one of the fused ops; raises if it cannot be."""
+def takes_kernels(op: str, backend: str, x: Tensor, dropout_p: float = 0.0) -> bool:
+    """Whether an attention over x [B, heads, N, r] is one of the fused ops; raises if it cannot be.
+
+    Args:
+        op: "positional_attention" or "shared_attention".
+        dropout_p: inside the op. The shared map is dropped from before it gets there.
+    """
     if backend == "triton":
-        check_triton(q)
+        _check_triton(x)
     elif backend == "native":
-        native.check_native(q, dropout_p)
+        native.check_native(x, dropout_p)
     elif backend == "auto":
-        return prefers_triton("positional_attention", q) or native.prefers_native(q, dropout_p)
+        return _prefers_triton(op, x) or native.prefers_native(op, x, dropout_p)
     return backend in ("triton", "native")
 
 
@@ -388,12 +391,16 @@ _packed.register_autograd(_backward_packed, setup_context=_setup_packed)
 
 @torch.library.custom_op("convinit::apply_map", mutates_args=(), device_types="cpu")
 def _apply_map(attention: Tensor, v: Tensor) -> Tensor:
+    if native.serves(v, None):
+        return native.apply_map(attention, v)
     return (attention @ v).transpose(1, 2).flatten(2).contiguous()
 
 
 @torch.library.custom_op("convinit::map_gradient", mutates_args=(), device_types="cpu")
 def _map_gradient(dout: Tensor, v: Tensor) -> Tensor:
     """Σ over images of dout · vᵀ, [heads, N, N]."""
+    if native.serves(v, None):
+        return native.map_gradient(dout, v)
     return torch.einsum("bnhr,bhmr->hnm", dout.unflatten(-1, (v.shape[1], -1)), v).contiguous()
 
 

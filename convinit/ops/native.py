@@ -1,4 +1,4 @@
-"""The CPU kernels of positional attention: what they serve, where they are faster, how they are called."""
+"""The CPU kernels of both attentions: what they serve, where they are faster, how they are called."""
 
 from __future__ import annotations
 
@@ -10,8 +10,17 @@ from torch.autograd import forward_ad
 
 from convinit import _library  # noqa: F401  registers torch.ops.convinit
 from convinit.kernels.layout import image_gradient
+from convinit.ops.products import HALVED_MKL, full_precision
 
-__all__ = ["backward", "check_native", "forward", "prefers_native", "serves"]
+__all__ = [
+    "apply_map",
+    "backward",
+    "check_native",
+    "forward",
+    "map_gradient",
+    "prefers_native",
+    "serves",
+]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Asked once, for torch.compile does not trace through the questions.
@@ -31,24 +40,33 @@ def check_native(x: Tensor, dropout_p: float) -> None:
         raise ValueError(f'backend="native" has no dropout, got dropout_p = {dropout_p}; use backend="auto"')
 
 
-def prefers_native(x: Tensor, dropout_p: float) -> bool:
-    """Whether backend="auto" takes the kernels for x [B, heads, N, r].
+def prefers_native(op: str, x: Tensor, dropout_p: float) -> bool:
+    """Whether backend="auto" takes the kernels of `op` for x [B, heads, N, r].
 
-    Next to SDPA they measured as fast or faster in every shape from N = 64 to 2304 and r = 32 and 64, forward
-    and backward, with AVX-512 and with AVX2, unless the problem is tiny. Without either they do not compete,
-    nor with AMX, whose tiles multiply 16-bit numbers many times faster than the vectors here.
+    "positional_attention": next to SDPA they measured as fast or faster in every shape from N = 64 to 2304
+    and r = 32 and 64, forward and backward, with AVX-512 and with AVX2, unless the problem is tiny. Without
+    either they do not compete, nor with AMX, whose tiles multiply 16-bit numbers many times faster than the
+    vectors here.
+    "shared_attention": next to one tall product a head 1.4 to 2.4 times as fast in float32 where MKL uses
+    half of the CPU's vectors, 13 times and more in float16, for which PyTorch's product is not made; in
+    bfloat16 0.8 to 1.3 times, so not taken. Where MKL uses all vectors nothing was measured.
     What is exported takes PyTorch's ops, which others can read; so do the transforms of torch.func and
     forward-mode AD, which ours do not know.
     """
     dtype = _dtype(x)
+    if op == "shared_attention":
+        faster = (HALVED_MKL and full_precision()) if dtype == torch.float32 else dtype == torch.float16
+    else:
+        faster = dtype in _DTYPES
     return (
         x.device.type == "cpu"
         and dropout_p == 0
         and _VECTORS
-        and x.shape[2] * x.numel() >= _WORTHWHILE
-        and (dtype == torch.float32 or (dtype in _DTYPES and not _AMX))
+        and faster
+        and (dtype == torch.float32 or not _AMX)
         and not (torch.compiler.is_exporting() or torch.jit.is_tracing())
         and not (torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0)
+        and x.shape[2] * x.numel() >= _WORTHWHILE
     )
 
 
@@ -89,6 +107,22 @@ def backward(
     torch.ops.convinit.positional_attention_backward_cpu(dout, q, k, v, *positions, *results, scale, alpha)
     pairs = zip(results, inputs, strict=True)
     return tuple(None if x is None or of is None else x.to(of.dtype) for x, of in pairs)
+
+
+def apply_map(attention: Tensor, v: Tensor) -> Tensor:
+    """attention [heads, N, N] · v [B, heads, N, r] → [B, N, heads·r]."""
+    batch, heads, tokens, rank = v.shape
+    out = v.new_empty(batch, tokens, heads * rank)
+    torch.ops.convinit.apply_map_cpu(attention, v, out)
+    return out
+
+
+def map_gradient(dout: Tensor, v: Tensor) -> Tensor:
+    """Σ over images of dout · vᵀ, [heads, N, N]."""
+    _, heads, tokens, _ = v.shape
+    dmap = v.new_empty(heads, tokens, tokens)
+    torch.ops.convinit.map_gradient_cpu(dout, v, dmap)
+    return dmap
 
 
 def _dtype(x: Tensor) -> torch.dtype:

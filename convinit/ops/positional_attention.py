@@ -65,7 +65,7 @@ def positional_attention(
         return positional_attention_reference(
             q, k, v, q_pos, k_pos, scale=scale, alpha=alpha, dropout_p=dropout_p
         )
-    if fused.takes_kernels(backend, q, dropout_p):
+    if fused.takes_kernels("positional_attention", backend, q, dropout_p):
         return fused.fused_positional_attention(q, k, v, q_pos, k_pos, scale, alpha, dropout_p)
     q, k = _mix(q, q_pos, alpha), _mix(k, k_pos, alpha)
     out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, scale=scale)
@@ -103,7 +103,7 @@ def packed_attention(
     q, k, v = split_packed(qkv, num_heads)
     _check(q, k, v, q_pos, k_pos, dropout_p)
     fused.check_backend(backend)
-    if fused.takes_kernels(backend, q, dropout_p):
+    if fused.takes_kernels("positional_attention", backend, q, dropout_p):
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         return fused.fused_packed_attention(qkv, num_heads, q_pos, k_pos, scale, alpha, dropout_p)
     return positional_attention(

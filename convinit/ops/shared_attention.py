@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from convinit.ops import fused
+from convinit.ops.positional_attention import positional_attention
 
 __all__ = ["shared_attention", "shared_attention_reference"]
 
@@ -31,21 +32,23 @@ def shared_attention(
         dropout_p: probability that an attention weight is dropped, in all images at once: the mask, like the
             map, is shared. Pass 0 in evaluation.
         backend: how the map meets the values. "triton" (the kernels of `convinit.kernels`: CUDA, r up to 128;
-            no second derivatives); "sdpa" (:func:`torch.nn.functional.scaled_dot_product_attention` with
-            q_map and k_map expanded over the batch: a map, and a dropout mask, an image);
-            "eager" (the formula); or "auto": "triton" where committed measurements say that it is faster,
-            else one tall product a head. No measurement has been committed yet, so "auto" is the product,
-            but "sdpa" for the inference of a single image on a CPU, where there is nothing to share.
-            "native", the CPU kernels of :func:`~convinit.ops.positional_attention.positional_attention`, is
-            refused: on a CPU the product is as fast as matrix products are. An explicit choice never falls
+            no second derivatives); "native" (the CPU kernels of the compiled library: float32, bfloat16 and
+            float16; no second derivatives); "sdpa"
+            (:func:`torch.nn.functional.scaled_dot_product_attention` with q_map and k_map expanded over the
+            batch: a map, and a dropout mask, an image); "eager" (the formula); or "auto": "triton" where
+            committed measurements say that it is faster, of which there is none yet; "native" on a CPU in
+            float16, and in float32 where MKL uses half of the CPU's vectors (Zen 5); else PyTorch's product,
+            one tall one a head. A single image's inference on a CPU, which has nothing to share, is
+            :func:`~convinit.ops.positional_attention.positional_attention`'s. An explicit choice never falls
             back.
 
     Returns:
         [B, N, heads·r], the heads side by side, ready for the output layer.
 
     Raises:
-        ValueError: shapes, dropout_p or backend out of range; "triton" cannot serve device or shape.
-        TypeError: dtypes. RuntimeError: "triton" without Triton.
+        ValueError: shapes, dropout_p or backend out of range; "triton" or "native" cannot serve device or
+            shape. TypeError: dtypes. RuntimeError: "triton" without Triton. NotImplementedError: forward-mode
+            AD with "triton" or "native".
 
     Source: Models II and III of arXiv 2401.12511, which compute the map anew for every image.
     """
@@ -55,19 +58,21 @@ def shared_attention(
     if backend == "eager":
         return shared_attention_reference(q_map, k_map, v, scale=scale, dropout_p=dropout_p)
     if backend == "auto" and v.shape[0] == 1 and v.device.type == "cpu" and not torch.is_grad_enabled():
-        backend = "sdpa"  # up to 2.5 times as fast at large N: no [heads, N, N] map is written
+        q, k = (x.to(v.dtype).unsqueeze(0) for x in (q_map, k_map))
+        if q.shape == v.shape:  # nothing is shared, and no [heads, N, N] map is written
+            return positional_attention(q, k, v, scale=scale, dropout_p=dropout_p)
+        backend = "sdpa"
     if backend == "sdpa":
         q, k = (x.to(v.dtype).expand(v.shape[0], *x.shape) for x in (q_map, k_map))
         out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, scale=scale)
         return out.transpose(1, 2).flatten(2)
-    if backend == "native":
-        raise ValueError('backend="native" is not for maps that all images share; use backend="auto"')
-    if backend == "triton":
-        fused.check_triton(v)
+    takes_kernels = fused.takes_kernels("shared_attention", backend, v)
+    if q_map.dtype == torch.float16 and q_map.device.type == "cpu":
+        q_map, k_map = q_map.float(), k_map.float()  # float16 products are not made for CPUs
     attention = (scale * q_map @ k_map.mT).softmax(dim=-1).to(v.dtype)  # [heads, N, N]
     if dropout_p > 0:
         attention = F.dropout(attention, dropout_p)
-    if backend == "triton" or fused.prefers_triton("shared_attention", v):
+    if takes_kernels:
         return fused.apply_map(attention, v)
     batch, heads, tokens, rank = v.shape
     # The images side by side make one tall product a head, and the gradient of the map sums over the batch

@@ -1,0 +1,41 @@
+"""Which of PyTorch's matrix products are slow on this CPU."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+__all__ = ["HALVED_MKL", "full_precision"]
+
+
+def _has_halved_mkl() -> bool:
+    """Whether this CPU multiplies vectors of 512 bits at once of which MKL uses 256.
+
+    MKL does so on AMD's CPUs. Zen 5, family 26, is their first with such units; Zen 4 has the instructions
+    but executes them in two halves. PyTorch multiplies float32 by MKL, and convolves by oneDNN, which uses
+    all 512.
+    """
+    cpuinfo = Path("/proc/cpuinfo")
+    text = cpuinfo.read_text() if cpuinfo.exists() else ""
+    family = re.search(r"^vendor_id\s*: AuthenticAMD\ncpu family\s*: (\d+)$", text, re.MULTILINE)
+    return (
+        family is not None
+        and int(family[1]) >= 26
+        and torch.backends.cpu.get_cpu_capability() == "AVX512"
+        and torch.backends.mkl.is_available()
+        and torch.backends.mkldnn.is_available()
+    )
+
+
+HALVED_MKL = _has_halved_mkl()  # asked once, for torch.compile does not trace through the questions
+
+
+@torch.compiler.assume_constant_result
+def full_precision() -> bool:
+    """Whether float32 products are to be float32 throughout, and oneDNN may make them."""
+    onednn: Any = torch.backends.mkldnn
+    precisions = (onednn.matmul.fp32_precision, onednn.conv.fp32_precision)
+    return bool(onednn.enabled) and all(precision in ("none", "ieee") for precision in precisions)

@@ -4,14 +4,14 @@
 #include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
-#include <bit>
 #include <cmath>
 #include <type_traits>
 #include <vector>
 
 #include "axis_target.h"
+#include "elements.h"
 #include "huge_pages.h"
-#include "simd.h"
+#include "instruction_sets.h"
 
 namespace convinit {
 namespace {
@@ -50,42 +50,44 @@ T affine(T x, Real<T> gain, Real<T> bias) {
   return static_cast<T>(gain * static_cast<Real<T>>(x) + bias);
 }
 
+template <int W>
+CONVINIT_INLINE void affine_halves(Element element, uint16_t* out, const uint16_t* x, int64_t count, float gain,
+                                   float bias) {
+  const int64_t whole = count / W * W;
+  for (int64_t p = 0; p < whole; p += W)
+    simd::store_elements<W>(element, out + p, gain * simd::load_elements<W>(element, x + p) + bias);
+  uint16_t tail[W] = {};
+  std::copy(x + whole, x + count, tail);
+  simd::store_elements<W>(element, tail, gain * simd::load_elements<W>(element, tail) + bias);
+  std::copy_n(tail, count - whole, out + whole);
+}
+
+#define CONVINIT_AFFINE(set, width, T, mark)                                                                  \
+  mark void affine_##set(Element element, uint16_t* out, const uint16_t* x, int64_t count, float gain,        \
+                         float bias) {                                                                        \
+    element == Element::float16 ? affine_halves<width>(Element::float16, out, x, count, gain, bias)           \
+                                : affine_halves<width>(Element::bfloat16, out, x, count, gain, bias);         \
+  }
+CONVINIT_EACH_INSTRUCTION_SET(CONVINIT_AFFINE)
+
+auto best_affine() {
+#define CONVINIT_CHOICE(set, width, T, mark) \
+  case InstructionSet::set: return affine_##set;
+  switch (best_instruction_set(false)) { CONVINIT_EACH_INSTRUCTION_SET(CONVINIT_CHOICE) }
+#undef CONVINIT_CHOICE
+  return affine_baseline;
+}
+
+// 16-bit numbers are converted in the widest vectors. Others are not: most would lie in two lines of the cache.
 template <class T>
 void affine_run(T* __restrict out, const T* __restrict x, int64_t count, Real<T> gain, Real<T> bias) {
-  for (int64_t p = 0; p < count; ++p) out[p] = affine(x[p], gain, bias);
-}
-
-using torch::headeronly::BFloat16;
-
-// The conversions of bfloat16 on integers, without their branch for NaN, so that the loop is vectorised.
-CONVINIT_INLINE void affine_run_bits(uint16_t* __restrict out, const uint16_t* __restrict x, int64_t count, float gain,
-                                     float bias) {
-  for (int64_t p = 0; p < count; ++p) {
-    const float y = gain * std::bit_cast<float>(static_cast<uint32_t>(x[p]) << 16) + bias;
-    const uint32_t bits = std::bit_cast<uint32_t>(y);
-    const uint32_t nearest = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;  // ties to even
-    out[p] = static_cast<uint16_t>((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : nearest);
+  if constexpr (sizeof(T) == sizeof(uint16_t)) {
+    static const auto run = best_affine();
+    constexpr bool half = std::is_same_v<T, torch::headeronly::Half>;
+    run(half ? Element::float16 : Element::bfloat16, &out->x, &x->x, count, gain, bias);
+  } else {
+    for (int64_t p = 0; p < count; ++p) out[p] = affine(x[p], gain, bias);
   }
-}
-
-void affine_run_baseline(uint16_t* out, const uint16_t* x, int64_t count, float gain, float bias) {
-  affine_run_bits(out, x, count, gain, bias);
-}
-
-#if defined(__x86_64__)
-__attribute__((target("avx2"))) void affine_run_avx2(uint16_t* out, const uint16_t* x, int64_t count, float gain,
-                                                     float bias) {
-  affine_run_bits(out, x, count, gain, bias);
-}
-const auto affine_run_here = __builtin_cpu_supports("avx2") ? affine_run_avx2 : affine_run_baseline;
-#else
-const auto affine_run_here = affine_run_baseline;
-#endif
-
-template <>
-void affine_run(BFloat16* __restrict out, const BFloat16* __restrict x, int64_t count, float gain, float bias) {
-  static_assert(sizeof(BFloat16) == sizeof(uint16_t));
-  affine_run_here(&out->x, &x->x, count, gain, bias);
 }
 
 // One plane [H, W]. The shift moves all of its values by dy W + dx places: one long loop, however short the rows, that
@@ -109,9 +111,9 @@ void shift_plane(T* __restrict out, const T* __restrict x, const Image& image, c
   } else {
     affine_run(out + begin, from, end - begin, gain, bias);
   }
-  if (dx != 0) {
-    for (int64_t row = top + 1; row < bottom; ++row) std::fill_n(out + row * width - right, left + right, outside);
-  }
+  // Column by column: a row has one or two, too few for a loop of their own.
+  for (int64_t column = -right; column < left; ++column)
+    for (int64_t row = top + 1; row < bottom; ++row) out[row * width + column] = outside;
   std::fill(out + end, out + image.pixels(), outside);
 }
 

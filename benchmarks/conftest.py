@@ -17,7 +17,7 @@ import machine
 import pytest
 import results
 import torch
-from timing import Absent, Outcome, measure, try_out, without_gc
+from timing import Absent, Outcome, measure, settle_allocator, try_out, without_gc
 
 FAILURES = pytest.StashKey[list[str]]()
 CEILINGS = pytest.StashKey[dict[str, Any]]()
@@ -34,6 +34,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[CEILINGS] = {}
     if config.getoption("--threads"):
         torch.set_num_threads(config.getoption("--threads"))
+    settle_allocator()
 
 
 def pytest_report_header() -> list[str]:

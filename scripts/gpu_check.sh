@@ -58,9 +58,9 @@ part machine 10 "$out/tests.log" nvidia-smi
 if [ -n "$wheel" ]; then
     part install 30 "$out/tests.log" "$python" -m pip install --no-index --no-deps --target "$scratch/site" "$wheel"
 else
-    part build 90 "$out/tests.log" bash -c build
+    part build 85 "$out/tests.log" bash -c build
 fi
-part build_info 30 "$out/tests.log" "$python" -c '
+part build_info 20 "$out/tests.log" "$python" -c '
 import json, sys, torch, convinit
 print(json.dumps(convinit.build_info(), indent=1))
 assert convinit.build_info()["cuda_ops"], "the CUDA library is not loaded"
@@ -92,7 +92,7 @@ fi
 wait
 
 # The suite stops by itself, with what it has, before the limit.
-part benchmarks 310 "$out/benchmarks.log" "$python" benchmarks/run.py --suite gpu --minutes 4.5 --out "$out/benchmarks"
+part benchmarks 300 "$out/benchmarks.log" "$python" benchmarks/run.py --suite gpu --minutes 4.5 --out "$out/benchmarks"
 
 if [ -e "$scratch/failed" ]; then
     echo "some parts failed, $SECONDS s" | tee -a "$summary"

@@ -31,7 +31,9 @@ def test_gradcheck(dropout_p):
 
     assert torch.autograd.gradcheck(f, packed())
     attention, values = torch.rand(2, 4, 4).double(), torch.randn(3, 2, 4, 3).double()
-    assert torch.autograd.gradcheck(fused.apply_map, (attention.requires_grad_(), values.requires_grad_()))
+    inputs = (attention.requires_grad_(), values.requires_grad_())
+    assert torch.autograd.gradcheck(fused.apply_map, inputs)
+    assert torch.autograd.gradgradcheck(fused.apply_map, inputs)
 
 
 @pytest.mark.parametrize("q_pos", [True, False])
@@ -121,7 +123,7 @@ def test_only_requested_gradients_are_computed(monkeypatch):
     assert asked == [[False, False, False, False, True]]
 
 
-def test_second_derivatives_are_refused():
+def test_second_derivatives_of_positional_attention_are_refused():
     qkv, pos = packed()
     out = fused.fused_positional_attention(*qkv.permute(2, 0, 3, 1, 4), *pos, 1.0, 1.0, 0.0)
     (first,) = torch.autograd.grad(out.square().sum(), qkv, create_graph=True)

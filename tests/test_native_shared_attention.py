@@ -151,6 +151,17 @@ def test_threads_do_not_change_the_bits(batch, heads):
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+def test_second_derivatives():
+    def second(f):
+        attention, v, dout = (x.requires_grad_() for x in make(2, 2, 9, 4))
+        first = torch.autograd.grad(f(attention, v).pow(3).sum(), (attention, v), create_graph=True)
+        loss = sum((x * torch.linspace(-1, 1, x.numel()).view_as(x)).sum() for x in first)
+        return torch.autograd.grad(loss, (attention, v))
+
+    for a, b in zip(second(fused.apply_map), second(product), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_opcheck():
     for dtype in (torch.float32, torch.bfloat16):
         attention, v, dout = make(2, 2, 6, 4, dtype)

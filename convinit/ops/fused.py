@@ -432,7 +432,7 @@ def _(dout, v):
         return launch.map_gradient(dout, v)
 
 
-def _setup_apply_map(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+def _save_inputs(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
@@ -444,4 +444,14 @@ def _backward_apply_map(ctx: Any, dout: Tensor) -> tuple[Tensor | None, Tensor |
     return dmap, dv
 
 
-_apply_map.register_autograd(_backward_apply_map, setup_context=_setup_apply_map)
+def _backward_map_gradient(ctx: Any, ddmap: Tensor) -> tuple[Tensor | None, ...]:
+    dout, v = ctx.saved_tensors
+    need_dout, need_v = ctx.needs_input_grad
+    ddout = _apply_map(ddmap, v) if need_dout else None
+    heads = v.shape[1]
+    dv = split_heads(_apply_map(ddmap.mT, split_heads(dout, heads)), heads) if need_v else None
+    return ddout, dv
+
+
+_apply_map.register_autograd(_backward_apply_map, setup_context=_save_inputs)
+_map_gradient.register_autograd(_backward_map_gradient, setup_context=_save_inputs)

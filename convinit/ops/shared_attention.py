@@ -31,9 +31,8 @@ def shared_attention(
         scale: softmax temperature; None means r'**-0.5.
         dropout_p: probability that an attention weight is dropped, in all images at once: the mask, like the
             map, is shared. Pass 0 in evaluation.
-        backend: how the map meets the values. "triton" (the kernels of `convinit.kernels`: CUDA, r up to 128;
-            no second derivatives); "native" (the CPU kernels of the compiled library: float32, bfloat16 and
-            float16; no second derivatives); "sdpa"
+        backend: how the map meets the values. "triton" (the kernels of `convinit.kernels`: CUDA, r up to
+            128); "native" (the CPU kernels of the compiled library: float32, bfloat16 and float16); "sdpa"
             (:func:`torch.nn.functional.scaled_dot_product_attention` with q_map and k_map expanded over the
             batch: a map, and a dropout mask, an image); "eager" (the formula); or "auto": "triton" where
             committed measurements say that it is faster, of which there is none yet; "native" on a CPU in

@@ -65,6 +65,22 @@ inline void expect_writes(const Operand& x, const Sizes& s) {
   prefer_huge_pages(x.data, span + s.rank * size_of(x.element));
 }
 
+// Rows of a map or of an output, [0, tokens), in parts of `rows` each, the last perhaps shorter and none empty.
+struct Parts {
+  int64_t tokens, rows, count;
+
+  // About `wanted` parts of whole row blocks, none with more than `most` rows, a positive number.
+  Parts(int64_t tokens, int64_t wanted, int64_t most) : tokens(tokens) {
+    const int64_t blocks = (tokens + kRowBlock - 1) / kRowBlock;
+    wanted = std::clamp<int64_t>(wanted, 1, std::max<int64_t>(blocks, 1));
+    rows = std::max<int64_t>(std::min((blocks + wanted - 1) / wanted * kRowBlock, most), 1);
+    count = (tokens + rows - 1) / rows;
+  }
+
+  int64_t first(int64_t i) const { return i * rows; }
+  int64_t last(int64_t i) const { return std::min((i + 1) * rows, tokens); }
+};
+
 // Tasks that are worth a thread of their own, for tasks of so many floating-point operations.
 inline int64_t grain(int64_t operations) { return 1 + 1'000'000 / (operations + 1); }
 

@@ -68,14 +68,16 @@ CONVINIT_INLINE void affine_halves(Element element, uint16_t* out, const uint16_
     element == Element::float16 ? affine_halves<width>(Element::float16, out, x, count, gain, bias)           \
                                 : affine_halves<width>(Element::bfloat16, out, x, count, gain, bias);         \
   }
-CONVINIT_EACH_INSTRUCTION_SET(CONVINIT_AFFINE)
+CONVINIT_EACH_VECTOR_WIDTH(CONVINIT_AFFINE)
 
 auto best_affine() {
 #define CONVINIT_CHOICE(set, width, T, mark) \
   case InstructionSet::set: return affine_##set;
-  switch (best_instruction_set(false)) { CONVINIT_EACH_INSTRUCTION_SET(CONVINIT_CHOICE) }
+  switch (best_instruction_set(false)) {
+    CONVINIT_EACH_VECTOR_WIDTH(CONVINIT_CHOICE)
+    default: return affine_baseline;
+  }
 #undef CONVINIT_CHOICE
-  return affine_baseline;
 }
 
 // 16-bit numbers are converted in the widest vectors. Others are not: most would lie in two lines of the cache.
@@ -111,7 +113,7 @@ void shift_plane(T* __restrict out, const T* __restrict x, const Image& image, c
   } else {
     affine_run(out + begin, from, end - begin, gain, bias);
   }
-  // Column by column: a row has one or two, too few for a loop of their own.
+  // Column by column: of a small shift a row has one or two, too few for a loop of their own.
   for (int64_t column = -right; column < left; ++column)
     for (int64_t row = top + 1; row < bottom; ++row) out[row * width + column] = outside;
   std::fill(out + end, out + image.pixels(), outside);

@@ -4,20 +4,23 @@
 #include "bfloat16_pairs.h"
 #include "cpu.h"
 
-// CONVINIT_EACH_INSTRUCTION_SET(X) is X(name, width of a vector in floats, factor of products, mark of a function).
+// CONVINIT_EACH_INSTRUCTION_SET(X) is X(name, width of a vector in floats, factor of products, mark of a function);
+// CONVINIT_EACH_VECTOR_WIDTH(X) leaves out what differs in products alone.
 #if defined(__x86_64__)
-#define CONVINIT_X86_SETS(X)                               \
+#define CONVINIT_EACH_VECTOR_WIDTH(X)                      \
+  X(baseline, 4, float, )                                  \
   X(avx2, 8, float, __attribute__((target("avx2,fma"))))   \
   X(avx512, 16, float, __attribute__((target("avx512f"))))
 #else
-#define CONVINIT_X86_SETS(X)
+#define CONVINIT_EACH_VECTOR_WIDTH(X) X(baseline, 4, float, )
 #endif
 #if defined(CONVINIT_BFLOAT16_PAIRS)
-#define CONVINIT_PAIR_SETS(X) X(avx512_bf16, 16, Pair, __attribute__((target("avx512f,avx512bw,avx512bf16"))))
+#define CONVINIT_EACH_INSTRUCTION_SET(X) \
+  CONVINIT_EACH_VECTOR_WIDTH(X)          \
+  X(avx512_bf16, 16, Pair, __attribute__((target("avx512f,avx512bw,avx512bf16"))))
 #else
-#define CONVINIT_PAIR_SETS(X)
+#define CONVINIT_EACH_INSTRUCTION_SET(X) CONVINIT_EACH_VECTOR_WIDTH(X)
 #endif
-#define CONVINIT_EACH_INSTRUCTION_SET(X) X(baseline, 4, float, ) CONVINIT_X86_SETS(X) CONVINIT_PAIR_SETS(X)
 
 namespace convinit {
 

@@ -85,14 +85,13 @@ void positional_attention_cpu(const Tensor& q, const Tensor& k, const Tensor& v,
   expect_writes(to, p);
   // Fewer heads than threads share the rows of each; a row is the same whoever makes it.
   const int64_t heads = p.batch * p.heads, threads = torch::stable::get_num_threads();
-  const int64_t parts = std::clamp<int64_t>(threads / heads, 1, (p.tokens + kRowBlock - 1) / kRowBlock);
-  const int64_t part = (p.tokens + parts - 1) / parts;  // rows
+  const Parts parts(p.tokens, threads / heads, p.tokens);
   const Kernels kernel = kernels(p.q.element);
   torch::stable::parallel_for(
-      0, heads * parts, grain(4 * part * p.tokens * p.rank), [&](int64_t begin, int64_t end) {
+      0, heads * parts.count, grain(4 * parts.rows * p.tokens * p.rank), [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
-          const int64_t head = i / parts, first = i % parts * part;
-          kernel.forward(p, head / p.heads, head % p.heads, first, std::min(first + part, p.tokens), to, sums);
+          const int64_t head = i / parts.count, part = i % parts.count;
+          kernel.forward(p, head / p.heads, head % p.heads, parts.first(part), parts.last(part), to, sums);
         }
       });
 }

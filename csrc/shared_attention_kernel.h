@@ -21,6 +21,11 @@ inline int64_t images_together(const Sizes& s) {
   return std::max<int64_t>(1, 65536 / std::max<int64_t>(1, s.tokens * padded(s.rank)));
 }
 
+// Rows of a map's gradient whose sums take about 512 KB: whole row blocks, one at least.
+inline int64_t rows_together(const Sizes& s) {
+  return std::max<int64_t>(1, 131072 / skewed(s.tokens) / kRowBlock) * kRowBlock;
+}
+
 // Rows [first, first + rows) of a map as a left factor. `block` [N + 1, ld] or [rows, ld] and `pairs` [N / 2, ld] have
 // room for either.
 template <int W, class T>

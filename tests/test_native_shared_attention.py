@@ -137,12 +137,12 @@ def test_scratch_of_the_last_call_does_not_leak(shape, dtype):
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
-@pytest.mark.parametrize(("batch", "heads"), [(7, 3), (1, 1), (40, 2)])
-def test_threads_do_not_change_the_bits(batch, heads):
-    inputs, threads = make(batch, heads, 250, 40), torch.get_num_threads()
+@pytest.mark.parametrize(("batch", "heads", "tokens"), [(7, 3, 250), (1, 1, 250), (40, 2, 97), (1, 1, 1201)])
+def test_threads_do_not_change_the_bits(batch, heads, tokens):
+    inputs, threads = make(batch, heads, tokens, 20), torch.get_num_threads()
     results = []
     try:
-        for number in (1, 2, 5):
+        for number in (1, 2, 5, 64):  # with 64 every row block is a task of its own
             torch.set_num_threads(number)
             results.append(run(fused.apply_map, *inputs))
     finally:

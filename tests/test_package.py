@@ -130,3 +130,9 @@ def test_old_torch_explains_itself(monkeypatch):
     monkeypatch.setattr(torch, "__version__", "2.9.1+cpu")
     with pytest.raises(ImportError, match=r"needs torch 2.10 or newer, found 2.9.1\+cpu"):
         _library._load()
+
+
+def test_import_leaves_the_compiler_alone():
+    """torch._dynamo and sympy take a second, which every process and worker would wait."""
+    code = "import sys, convinit; sys.exit('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

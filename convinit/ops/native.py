@@ -47,15 +47,16 @@ def prefers_native(op: str, x: Tensor, dropout_p: float) -> bool:
     and r = 32 and 64, forward and backward, with AVX-512 and with AVX2, unless the problem is tiny. Without
     either they do not compete, nor with AMX, whose tiles multiply 16-bit numbers many times faster than the
     vectors here.
-    "shared_attention": next to one tall product a head 1.4 to 2.4 times as fast in float32 where MKL uses
-    half of the CPU's vectors, 13 times and more in float16, for which PyTorch's product is not made; in
-    bfloat16 0.8 to 1.3 times, so not taken. Where MKL uses all vectors nothing was measured.
+    "shared_attention": next to one tall product a head 1.2 to 2.4 times as fast in float32 where MKL uses
+    half of the CPU's vectors, and 7 times and more in float16, for which PyTorch's product is not made (with
+    AVX-512); in bfloat16 0.8 to 1.3 times, so not taken. Where MKL uses all vectors nothing was measured.
     What is exported takes PyTorch's ops, which others can read; so do the transforms of torch.func and
     forward-mode AD, which ours do not know.
     """
     dtype = _dtype(x)
     if op == "shared_attention":
-        faster = (HALVED_MKL and full_precision()) if dtype == torch.float32 else dtype == torch.float16
+        halved = HALVED_MKL and (torch.compiler.is_compiling() or full_precision())
+        faster = halved if dtype == torch.float32 else dtype == torch.float16
     else:
         faster = dtype in _DTYPES
     return (

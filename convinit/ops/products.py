@@ -14,12 +14,16 @@ __all__ = ["HALVED_MKL", "full_precision"]
 def _has_halved_mkl() -> bool:
     """Whether this CPU multiplies vectors of 512 bits at once of which MKL uses 256.
 
-    MKL does so on AMD's CPUs. Zen 5, family 26, is their first with such units; Zen 4 has the instructions
-    but executes them in two halves. PyTorch multiplies float32 by MKL, and convolves by oneDNN, which uses
-    all 512.
+    MKL does so on AMD's CPUs. Of these Zen 5, family 26, multiplies so, in servers and desktops; older ones
+    and Zen 5 in laptops have the instructions but execute them in two halves. (A laptop is taken for a
+    desktop here; nobody has measured one.) PyTorch multiplies float32 by MKL, and convolves by oneDNN, which
+    uses all 512.
     """
     cpuinfo = Path("/proc/cpuinfo")
-    text = cpuinfo.read_text() if cpuinfo.exists() else ""
+    text = ""
+    if cpuinfo.exists():
+        with cpuinfo.open() as lines:
+            text = lines.read(2048)  # the first CPU of what may be hundreds
     family = re.search(r"^vendor_id\s*: AuthenticAMD\ncpu family\s*: (\d+)$", text, re.MULTILINE)
     return (
         family is not None
@@ -33,7 +37,6 @@ def _has_halved_mkl() -> bool:
 HALVED_MKL = _has_halved_mkl()  # asked once, for torch.compile does not trace through the questions
 
 
-@torch.compiler.assume_constant_result
 def full_precision() -> bool:
     """Whether float32 products are to be float32 throughout, and oneDNN may make them."""
     onednn: Any = torch.backends.mkldnn

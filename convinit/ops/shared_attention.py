@@ -35,9 +35,10 @@ def shared_attention(
             128); "native" (the CPU kernels of the compiled library: float32, bfloat16 and float16); "sdpa"
             (:func:`torch.nn.functional.scaled_dot_product_attention` with q_map and k_map expanded over the
             batch: a map, and a dropout mask, an image); "eager" (the formula); or "auto": "triton" where
-            committed measurements say that it is faster, of which there is none yet; "native" on a CPU in
-            float16, and in float32 where MKL uses half of the CPU's vectors (Zen 5); else PyTorch's product,
-            one tall one a head. A single image's inference on a CPU, which has nothing to share, is
+            committed measurements say that it is faster, of which there is none yet; "native" on a CPU with
+            AVX2 or AVX-512, unless the problem is tiny, in float16 (but with AMX) and in float32 where MKL
+            uses half of the CPU's vectors (Zen 5); else PyTorch's product, one tall one a head. A single
+            image's inference on a CPU, which has nothing to share, is
             :func:`~convinit.ops.positional_attention.positional_attention`'s. An explicit choice never falls
             back.
 
@@ -67,7 +68,10 @@ def shared_attention(
         return out.transpose(1, 2).flatten(2)
     takes_kernels = fused.takes_kernels("shared_attention", backend, v)
     if q_map.dtype == torch.float16 and q_map.device.type == "cpu":
-        q_map, k_map = q_map.float(), k_map.float()  # float16 products are not made for CPUs
+        q_map, k_map = (
+            q_map.float(),
+            k_map.float(),
+        )  # float16 products are slow on CPUs (autocast's still are)
     attention = (scale * q_map @ k_map.mT).softmax(dim=-1).to(v.dtype)  # [heads, N, N]
     if dropout_p > 0:
         attention = F.dropout(attention, dropout_p)

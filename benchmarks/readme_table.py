@@ -49,6 +49,8 @@ LINES: list[Line] = [
          "eager", dtype="bfloat16"),
     Line("impulse convolution [32, 512, 16, 16], both directions", "impulse_conv",
          f"[32, 512, 16, 16], {BOTH}, cpu", "conv2d, channels_last"),
+    Line("linear layer 512 → 512 of 4,096 tokens, both directions", "linear", f"[4096, 512, 512], {BOTH}",
+         "F.linear"),
     Line("Model I, training step of 16 images", "models", "Model I, training, batch 16", "papers' eager"),
     Line("the same", "models", "Model I, training, batch 16", "papers' eager, our Linear"),
     Line("the same under bfloat16 autocast", "models", "Model I, training, batch 16", "papers' eager",

@@ -29,7 +29,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     On a Zen 5 PyTorch's float32 products, by MKL, use half of the CPU's vectors, and its convolutions, by
     oneDNN, all of them: with more than one thread, for with one they are MKL's as well. The same product
-    written as a 1×1 convolution of a channels_last image measured 1.1 to 2.2 times as fast there, forward and
+    written as a 1×1 convolution of a channels_last image measured 1.1 to 2.1 times as fast there, forward and
     backward (`benchmarks/bench_linear.py`), but for small and narrow products. Everything else is
     ``F.linear``: those, other CPUs, devices and dtypes, subclasses of tensors, autocast, exported graphs, the
     transforms of torch.func, and programs that allow PyTorch products of less than float32's precision.

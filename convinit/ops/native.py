@@ -47,9 +47,10 @@ def prefers_native(op: str, x: Tensor, dropout_p: float) -> bool:
     and r = 32 and 64, forward and backward, with AVX-512 and with AVX2, unless the problem is tiny. Without
     either they do not compete, nor with AMX, whose tiles multiply 16-bit numbers many times faster than the
     vectors here.
-    "shared_attention": next to one tall product a head 1.2 to 2.4 times as fast in float32 where MKL uses
-    half of the CPU's vectors, and 7 times and more in float16, for which PyTorch's product is not made (with
-    AVX-512); in bfloat16 0.8 to 1.3 times, so not taken. Where MKL uses all vectors nothing was measured.
+    "shared_attention": next to one tall product a head 1.1 to 1.9 times as fast in float32 where MKL uses
+    half of the CPU's vectors (committed rows), and 7 times and more in float16, for which PyTorch's product
+    is not made (tried with AVX-512); in bfloat16 about even, so not taken. Where MKL uses all vectors nothing
+    was measured.
     What is exported takes PyTorch's ops, which others can read; so do the transforms of torch.func and
     forward-mode AD, which ours do not know.
     """

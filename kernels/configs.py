@@ -1,9 +1,10 @@
 """Launch configurations: tile sizes, warps and pipeline depth by GPU generation, dtype, r and N.
 
-Chosen by cross-compilation alone: each entry compiles without register spills and within the generation's
-shared memory, with every option on (`python -m convinit.kernels.report` shows the figures). None has been
-timed; benchmarks/tune_attention.py times alternatives on the GPU at hand and writes a file of faster entries,
-which the environment variable CONVINIT_KERNEL_CONFIGS puts to use.
+Chosen by cross-compilation alone: with Triton 3.8 and 3.9 each entry compiles without register spills and
+within the generation's shared memory, with every option on (`python -m convinit.kernels.report` shows the
+figures; with Triton 3.7 twelve of 248 spill some bytes). None has been timed; benchmarks/tune_attention.py
+times alternatives on the GPU at hand and writes a file of faster entries, which the environment variable
+CONVINIT_KERNEL_CONFIGS puts to use.
 """
 
 from __future__ import annotations
@@ -119,6 +120,7 @@ OVERRIDES = {
     (80, Key("forward", 4, 32, None)): Config(64, 64, 8, 1),
     (120, Key("forward", 4, 32, None)): Config(64, 64, 8, 1),
     (120, Key("forward", 4, 64, None)): Config(32, 32, 4, 1),
+    (100, Key("forward_dropout", 4, 32, None)): Config(32, 32, 8, 1),
     (80, Key("backward", 2, 32, 64)): Config(32, 64, 4, 1),
     (120, Key("backward", 2, 32, 64)): Config(32, 64, 4, 1),
     (80, Key("backward", 2, 32, 128)): Config(32, 128, 8, 1),
@@ -132,19 +134,26 @@ OVERRIDES = {
     (120, Key("backward", 2, 64, 128)): Config(16, 128, 8, 1),
     (80, Key("backward", 2, 64, None)): Config(32, 64, 8, 1),
     (120, Key("backward", 2, 64, None)): Config(32, 64, 8, 1),
-    (90, Key("backward", 2, 128, 64)): Config(32, 64, 8, 1),
+    (90, Key("backward", 2, 128, 64)): Config(32, 32, 8, 1),
     (100, Key("backward", 2, 128, 64)): Config(64, 64, 8, 1),
-    (90, Key("backward", 2, 128, None)): Config(32, 64, 8, 1),
-    (100, Key("backward", 2, 128, None)): Config(64, 64, 8, 1),
-    (80, Key("backward", 4, 64, None)): Config(32, 32, 8, 1),
-    (120, Key("backward", 4, 64, None)): Config(16, 16, 4, 1),
+    (90, Key("backward", 2, 128, None)): Config(32, 32, 8, 1),
+    (100, Key("backward", 2, 128, None)): Config(32, 64, 8, 1),
+    (120, Key("backward", 4, 32, None)): Config(16, 64, 8, 1),
+    (80, Key("backward", 4, 64, None)): Config(32, 32, 4, 1),
+    (100, Key("backward", 4, 64, None)): Config(16, 64, 8, 1),
+    (120, Key("backward", 4, 64, None)): Config(16, 64, 8, 1),
     (90, Key("backward", 4, 128, None)): Config(16, 16, 8, 1),
     (80, Key("backward_dropout", 2, 32, None)): Config(32, 64, 8, 1),
     (120, Key("backward_dropout", 2, 32, None)): Config(32, 32, 4, 1),
     (80, Key("backward_dropout", 2, 64, None)): Config(32, 64, 8, 1),
+    (90, Key("backward_dropout", 2, 64, None)): Config(32, 32, 8, 1),
+    (100, Key("backward_dropout", 2, 64, None)): Config(64, 32, 8, 1),
     (120, Key("backward_dropout", 2, 64, None)): Config(32, 64, 8, 1),
-    (80, Key("backward_dropout", 2, 128, None)): Config(32, 64, 8, 1),
-    (100, Key("backward_dropout", 2, 128, None)): Config(32, 64, 8, 1),
+    (80, Key("backward_dropout", 2, 128, None)): Config(32, 32, 8, 1),
+    (90, Key("backward_dropout", 2, 128, None)): Config(16, 32, 8, 1),
+    (90, Key("backward_dropout", 4, 32, None)): Config(16, 64, 8, 1),
+    (100, Key("backward_dropout", 4, 32, None)): Config(16, 16, 8, 1),
+    (120, Key("backward_dropout", 4, 32, None)): Config(16, 16, 4, 1),
     (80, Key("backward_dropout", 4, 64, None)): Config(16, 16, 8, 1),
     (120, Key("backward_dropout", 4, 64, None)): Config(16, 32, 8, 1),
     (100, Key("apply", 2, 64, 64)): Config(64, 64, 4, 1),

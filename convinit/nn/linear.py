@@ -67,8 +67,9 @@ def _prefers_convolution(x: Tensor, weight: Tensor) -> bool:
         and not torch._C._are_functorch_transforms_active()
         # Not asked in exports, whose batch may be any.
         and _worthwhile(x.numel() // max(x.shape[-1], 1), *weight.shape)
-        # torch.compile cannot trace these questions.
-        and (torch.compiler.is_compiling() or (torch.get_num_threads() > 1 and full_precision()))
+        and full_precision()
+        # torch.compile cannot trace the last question.
+        and (torch.compiler.is_compiling() or torch.get_num_threads() > 1)
     )
 
 

@@ -56,8 +56,7 @@ def prefers_native(op: str, x: Tensor, dropout_p: float) -> bool:
     """
     dtype = _dtype(x)
     if op == "shared_attention":
-        halved = HALVED_MKL and (torch.compiler.is_compiling() or full_precision())
-        faster = halved if dtype == torch.float32 else dtype == torch.float16
+        faster = (HALVED_MKL and full_precision()) if dtype == torch.float32 else dtype == torch.float16
     else:
         faster = dtype in _DTYPES
     return (

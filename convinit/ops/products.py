@@ -38,7 +38,12 @@ HALVED_MKL = _has_halved_mkl()  # asked once, for torch.compile does not trace t
 
 
 def full_precision() -> bool:
-    """Whether float32 products are to be float32 throughout, and oneDNN may make them."""
+    """Whether float32 products are to be float32 throughout, and oneDNN may make them.
+
+    torch.compile cannot trace the questions; its graphs take the answer to be yes.
+    """
+    if torch.compiler.is_compiling():
+        return True
     onednn: Any = torch.backends.mkldnn
     precisions = (onednn.matmul.fp32_precision, onednn.conv.fp32_precision)
     return bool(onednn.enabled) and all(precision in ("none", "ieee") for precision in precisions)

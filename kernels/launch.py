@@ -5,19 +5,32 @@ Every tensor reaches a kernel as a [B, heads, N, r] view with its four strides; 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
 from convinit.kernels import configs
+from convinit.kernels.configs import Config
 from convinit.kernels.layout import image_gradient, split_heads
-from convinit.kernels.positional_attention import backward_kernel, forward_kernel
+from convinit.kernels.positional_attention import (
+    backward_kernel,
+    backward_keys_kernel,
+    backward_queries_kernel,
+    forward_kernel,
+    sum_images_kernel,
+)
 from convinit.kernels.shared_attention import apply_kernel, map_gradient_kernel
 
 Strides = tuple[int, ...]
+Chosen = Mapping[str, Config]  # {kernel: configuration}, in place of the table's
 NO_STRIDES: Strides = (0, 0, 0, 0)
+SMALL_ALPHA = 2**-6  # below it α dQ is not kept in 16 bits in place of dQ
+IMAGES, ELEMENTS = 32, 256  # tile of the sum over images
+WAVES = 3  # at most, of programs that keep something on chip from image to image
 
 
 def positional_forward(
@@ -26,25 +39,26 @@ def positional_forward(
     v: Tensor,
     q_pos: Tensor | None,
     k_pos: Tensor | None,
-    seed: Tensor | None,
     scale: float,
     alpha: float,
-    dropout_p: float,
-    config: configs.Config | None = None,
+    chosen: Chosen | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Output [B, N, heads·r] and base-2 log-sum-exp [B, heads, N]. seed: int64 scalar below 2³¹, or None."""
+    """Output [B, N, heads·r] and base-2 log-sum-exp [B, heads, N]."""
     batch, heads, tokens, rank = q.shape
     out = q.new_empty(batch, tokens, heads * rank)
     lse = q.new_empty(batch, heads, tokens, dtype=torch.float32)
     if lse.numel() == 0 or rank == 0:
         return out, lse
-    config = config or configs.choose("forward" if seed is None else "forward_dropout", q)
-    blocks = triton.cdiv(tokens, config.BM)
-    # Where images and heads alone do not fill the device, a head's queries go to several programs.
-    programs = min(blocks, triton.cdiv(programs_at_once(q, config), batch * heads))
-    if config.BN < tokens:
-        programs = blocks
-    forward_kernel[(batch * heads, programs)](
+    config = configs.choose("forward", q, chosen)
+    scale = folded_scale(scale, alpha, q_pos, k_pos)
+    if scale < 0:  # the kernel takes a row's maximum before it multiplies by the scale
+        q, q_pos, scale = -q, None if q_pos is None else -q_pos, -scale
+    all_keys = config.BN >= tokens
+    programs = triton.cdiv(tokens, config.BM)
+    if all_keys:  # one program a head, unless images and heads alone leave multiprocessors idle
+        programs = max(1, min(programs, multiprocessors(q) * config.programs // (batch * heads)))
+    q, k, v, q_pos, k_pos = (reachable(x) for x in (q, k, v, q_pos, k_pos))
+    forward_kernel[(batch * heads * programs,)](
         q,
         k,
         v,
@@ -52,7 +66,6 @@ def positional_forward(
         k_pos,
         out,
         lse,
-        seed,
         q.stride(),
         k.stride(),
         v.stride(),
@@ -60,18 +73,12 @@ def positional_forward(
         position_strides(k_pos),
         split_heads(out, heads).stride(),
         heads,
+        programs,
         tokens,
-        folded_scale(scale, alpha, q_pos, k_pos),
+        scale,
         float(alpha),
-        float(dropout_p),
-        R=rank,
-        BM=config.BM,
-        BN=config.BN,
-        BR=padded(rank),
-        ALL_KEYS=config.BN >= tokens,
-        PRECISION=precision(q),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        ALL_KEYS=all_keys,
+        **tiles(config, q),
     )
     return out, lse
 
@@ -85,13 +92,11 @@ def positional_backward(
     k_pos: Tensor | None,
     out: Tensor,
     lse: Tensor,
-    seed: Tensor | None,
     scale: float,
     alpha: float,
-    dropout_p: float,
     needs: Sequence[bool],
-    config: configs.Config | None = None,
     image_gradients: tuple[Tensor, Tensor, Tensor] | None = None,
+    chosen: Chosen | None = None,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of q, k, v, q_pos, k_pos; None where needs says False.
 
@@ -99,73 +104,78 @@ def positional_backward(
     """
     batch, heads, tokens, rank = q.shape
     need_q, need_k, need_v, need_q_pos, need_k_pos = needs
-    dq, dk, dv = image_gradients or (image_gradient(q) if need else None for need in needs[:3])
     if lse.numel() == 0 or rank == 0 or not any(needs):
+        dq, dk, dv = image_gradients or (image_gradient(q) if need else None for need in needs[:3])
         positions = ((q_pos, need_q_pos), (k_pos, need_k_pos))
         return dq, dk, dv, *(torch.zeros_like(x) if need and x is not None else None for x, need in positions)
+    # The position terms' gradients are sums of dq and dk, so these are written for them, too.
+    written = (need_q or need_q_pos, need_k or need_k_pos, need_v)
+    dq, dk, dv = image_gradients or (image_gradient(q) if need else None for need in written)
 
-    config = config or configs.choose("backward" if seed is None else "backward_dropout", q)
-    all_keys = config.BN >= tokens
-    splits = min(batch, triton.cdiv(programs_at_once(q, config), heads))
-    needs_part = (need_q or need_q_pos) and not all_keys
-    dq_part, dq_pos, dk_pos = (
-        q.new_empty(splits, heads, tokens, rank, dtype=torch.float32) if need else None
-        for need in (needs_part, need_q_pos, need_k_pos)
+    folded = folded_scale(scale, alpha, q_pos, k_pos)
+    factor = float(alpha) if abs(alpha) >= SMALL_ALPHA else 1.0  # a sum of α dQ with α = 0 says nothing of dQ
+    dq_scale = folded * (factor if q_pos is not None else 1.0)
+    dk_scale = folded * (factor if k_pos is not None else 1.0)
+    q, k, v, q_pos_, k_pos_ = (reachable(x) for x in (q, k, v, q_pos, k_pos))
+    dout_heads = split_heads(dout, heads)
+    sources = (q, k, v, q_pos_, k_pos_)
+    source_strides = (q.stride(), k.stride(), v.stride(), position_strides(q_pos_), position_strides(k_pos_))
+    out_strides = split_heads(out, heads).stride()
+    common = (heads, tokens, folded, float(alpha))
+    at_once = configs.find("backward", q, chosen)
+    if at_once is not None:
+        backward_kernel[(batch * heads,)](
+            *sources, out, dout, lse, dq, dk, dv,
+            *source_strides, out_strides, dout_heads.stride(), strides(dq), strides(dk), strides(dv),
+            *common, dq_scale, dk_scale, **tiles(at_once, q),
+        )  # fmt: skip
+    else:
+        delta = torch.empty_like(lse)
+        if dq is not None or dk is not None:
+            config = configs.choose("backward_queries", q, chosen)
+            backward_queries_kernel[(batch * heads * triton.cdiv(tokens, config.BM),)](
+                *sources, out, dout, lse, delta, dq,
+                *source_strides, out_strides, dout_heads.stride(), strides(dq),
+                *common, dq_scale, **tiles(config, q),
+            )  # fmt: skip
+        if dk is not None or dv is not None:
+            config = configs.choose("backward_keys", q, chosen)
+            backward_keys_kernel[(batch * heads * triton.cdiv(tokens, config.BN),)](
+                *sources, dout, lse, delta, dk, dv,
+                *source_strides, dout_heads.stride(), strides(dk), strides(dv),
+                *common, dk_scale, **tiles(config, q),
+            )  # fmt: skip
+
+    dq_pos, dk_pos = (
+        torch.empty_like(x, memory_format=torch.contiguous_format) if need and x is not None else None
+        for x, need in ((q_pos, need_q_pos), (k_pos, need_k_pos))
     )
-    backward_kernel[(heads * splits,)](
-        q,
-        k,
-        v,
-        q_pos,
-        k_pos,
-        out,
-        dout,
-        lse,
-        seed,
-        dq,
-        dk,
-        dv,
-        dq_part,
-        dq_pos,
-        dk_pos,
-        q.stride(),
-        k.stride(),
-        v.stride(),
-        position_strides(q_pos),
-        position_strides(k_pos),
-        split_heads(out, heads).stride(),
-        split_heads(dout, heads).stride(),
-        strides(dq),
-        strides(dk),
-        strides(dv),
-        (heads * tokens * rank, tokens * rank, rank, 1),
-        batch,
-        heads,
-        tokens,
-        folded_scale(scale, alpha, q_pos, k_pos),
-        float(alpha),
-        float(dropout_p),
-        R=rank,
-        BM=config.BM,
-        BN=config.BN,
-        BR=padded(rank),
-        ALL_KEYS=all_keys,
-        PRECISION=precision(q),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )
-    return dq, dk, dv, sum_of_splits(dq_pos, q_pos), sum_of_splits(dk_pos, k_pos)
+    if dq_pos is not None or dk_pos is not None:
+        sum_images_kernel[(triton.cdiv(heads * tokens * rank, ELEMENTS), 2)](
+            dq, dk, dq_pos, dk_pos, strides(dq), strides(dk), batch, heads, tokens, 1 / factor, 1 / factor,
+            R=rank, BB=IMAGES, BE=ELEMENTS, num_warps=4,
+        )  # fmt: skip
+    if factor != alpha:
+        for gradient, position in ((dq, q_pos), (dk, k_pos)):
+            if gradient is not None and position is not None:
+                gradient.mul_(alpha)
+    return dq if need_q else None, dk if need_k else None, dv, dq_pos, dk_pos
 
 
-def apply_map(attention: Tensor, v: Tensor, config: configs.Config | None = None) -> Tensor:
+def apply_map(attention: Tensor, v: Tensor, chosen: Chosen | None = None) -> Tensor:
     """attention [heads, N, N] · v [B, heads, N, r] → [B, N, heads·r]. One dtype; any strides."""
     batch, heads, tokens, rank = v.shape
     out = v.new_empty(batch, tokens, heads * rank)
     if out.numel() == 0:
         return out
-    config = config or configs.choose("apply", v)
+    config = configs.find("apply", v, chosen)
+    if config is None:  # a map that is too large to stay on chip: cuBLAS, head by head, without copies
+        for h, result in enumerate(split_heads(out, heads).unbind(1)):
+            torch.bmm(attention[h].expand(batch, -1, -1), v[:, h], out=result)
+        return out
     blocks = triton.cdiv(tokens, config.BM)
-    splits = min(batch, triton.cdiv(programs_at_once(v, config), heads * blocks))
+    splits = shares(batch, heads * blocks, config, v)
+    v, attention = reachable(v), reachable(attention)
     apply_kernel[(heads * splits, blocks)](
         attention,
         v,
@@ -176,27 +186,21 @@ def apply_map(attention: Tensor, v: Tensor, config: configs.Config | None = None
         batch,
         heads,
         tokens,
-        R=rank,
-        BM=config.BM,
-        BN=config.BN,
-        BR=padded(rank),
-        WHOLE_ROWS=config.BN >= tokens,
-        PRECISION=precision(v),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        **tiles(config, v),
     )
     return out
 
 
-def map_gradient(dout: Tensor, v: Tensor, config: configs.Config | None = None) -> Tensor:
+def map_gradient(dout: Tensor, v: Tensor, chosen: Chosen | None = None) -> Tensor:
     """Σ over images of dout · vᵀ: dout [B, N, heads·r], v [B, heads, N, r] → [heads, N, N], in v's dtype."""
     batch, heads, tokens, rank = v.shape
     if v.numel() == 0:
         return v.new_zeros(heads, tokens, tokens)
-    config = config or configs.choose("map_gradient", v)
+    config = configs.choose("map_gradient", v, chosen)
     rows, columns = triton.cdiv(tokens, config.BM), triton.cdiv(tokens, config.BN)
-    splits = min(batch, triton.cdiv(programs_at_once(v, config), heads * rows * columns))
+    splits = shares(batch, heads * rows * columns, config, v)
     parts = v.new_empty(splits, heads, tokens, tokens, dtype=torch.float32)
+    v = reachable(v)
     map_gradient_kernel[(heads * splits, rows, columns)](
         dout,
         v,
@@ -207,15 +211,24 @@ def map_gradient(dout: Tensor, v: Tensor, config: configs.Config | None = None) 
         batch,
         heads,
         tokens,
-        R=rank,
-        BM=config.BM,
-        BN=config.BN,
-        BR=padded(rank),
-        PRECISION=precision(v),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        **tiles(config, v),
     )
     return parts.sum(0).to(v.dtype)
+
+
+def tiles(config: Config, x: Tensor) -> dict[str, Any]:
+    """The constants of a launch over x [B, heads, N, r]."""
+    tokens, rank = x.shape[2:]
+    return {
+        "R": rank,
+        "BM": config.BM,
+        "BN": config.BN,
+        "BR": padded(rank),
+        "WHOLE": tokens % config.BM == 0 and tokens % config.BN == 0 and rank == padded(rank),
+        "PRECISION": precision(x),
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+    }
 
 
 def padded(rank: int) -> int:
@@ -226,7 +239,7 @@ def precision(x: Tensor) -> str:
     """How float32 products are made; without meaning for 16-bit inputs."""
     if x.dtype != torch.float32:
         return "ieee"
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
 
 
 def folded_scale(scale: float, alpha: float, q_pos: Tensor | None, k_pos: Tensor | None) -> float:
@@ -234,15 +247,39 @@ def folded_scale(scale: float, alpha: float, q_pos: Tensor | None, k_pos: Tensor
     return scale * alpha ** ((q_pos is None) + (k_pos is None))
 
 
-def programs_at_once(x: Tensor, config: configs.Config) -> int:
-    """Programs that the device runs at a time, if 8 warps use up the registers of a multiprocessor.
+def shares(batch: int, programs: int, config: Config, x: Tensor) -> int:
+    """Into how many shares the images go, each with `programs` programs.
 
     The sums over images have as many parts, so on one device the order of addition never changes.
     """
+    return fewest_images(batch, programs, multiprocessors(x) * config.programs)
+
+
+@functools.cache
+def fewest_images(batch: int, programs: int, places: int) -> int:
+    """The number of shares with which a place has the fewest images to do, waves times the longest share.
+
+    One program more than there are places runs alone for as long as all others together, so that a few waves
+    of short shares can be faster than one of long shares.
+    """
+
+    def images(count: int) -> int:
+        return -(-count * programs // places) * -(-batch // count)
+
+    return min(range(1, min(batch, 1 + WAVES * places // programs) + 1), key=images)
+
+
+def multiprocessors(x: Tensor) -> int:
     if x.device.type != "cuda":
         return 4  # Triton's interpreter
-    processors = torch.cuda.get_device_properties(x.device).multi_processor_count
-    return processors * max(1, 8 // config.num_warps)
+    return torch.cuda.get_device_properties(x.device).multi_processor_count
+
+
+def reachable(x: Tensor | None) -> Tensor | None:
+    """x; a copy of a view whose heads are spread over 2³¹ elements, for the kernels reach no further."""
+    if x is None or sum((n - 1) * s for n, s in zip(x.shape[-2:], x.stride()[-2:], strict=True)) < 2**31:
+        return x
+    return x.contiguous()
 
 
 def strides(x: Tensor | None) -> Strides:
@@ -251,7 +288,3 @@ def strides(x: Tensor | None) -> Strides:
 
 def position_strides(position: Tensor | None) -> Strides:
     return NO_STRIDES if position is None else position.unsqueeze(0).stride()
-
-
-def sum_of_splits(parts: Tensor | None, like: Tensor | None) -> Tensor | None:
-    return None if parts is None or like is None else parts.sum(0).to(like.dtype)

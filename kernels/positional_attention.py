@@ -1,4 +1,4 @@
-"""Positional attention, one kernel a direction.
+"""Positional attention: one kernel forward, and for each of two lengths a way back.
 
     Q = α q + q_pos            [N, R]     (one head of one image; q itself without q_pos, K likewise)
     K = α k + k_pos            [N, R]
@@ -10,9 +10,8 @@
     dS = P ∘ (dP − delta)                 dQ = scale · dS K               dK = scale · dSᵀ Q
     dq = α dQ                             dq_pos = Σ_images dQ            (k likewise)
 
-With dropout D ∘ P stands for P in O and dV, and D ∘ dP for dP, where D is 0 or 1/(1−p). delta stays as it is.
-
 S never leaves the chip. Logits are in base 2: log₂e is part of the scale, and 2^x is one instruction.
+The position terms' gradients are sums of the finished dq and dk over the images, in a kernel of their own.
 """
 
 from __future__ import annotations
@@ -20,12 +19,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from convinit.kernels.tiles import dropout_factor, head, load_mixed, load_tile, store_tile
+from convinit.kernels.tiles import head, load_mixed, load_row, load_tile, store_row, store_tile
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads", "programs"])
 def forward_kernel(
     p_q,
     p_k,
@@ -34,7 +33,6 @@ def forward_kernel(
     p_k_pos,
     p_out,
     p_lse,  # [B, heads, N]
-    p_seed,  # None: no dropout
     stride_q,
     stride_k,
     stride_v,
@@ -42,69 +40,79 @@ def forward_kernel(
     stride_k_pos,
     stride_out,
     heads,
+    programs,
     N,
-    scale,
+    scale,  # not negative
     alpha,
-    dropout_p,
     R: tl.constexpr,
     BM: tl.constexpr,  # queries a step
     BN: tl.constexpr,  # keys a step
     BR: tl.constexpr,  # R rounded up to a power of two
     ALL_KEYS: tl.constexpr,  # BN >= N
+    WHOLE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Grid (B · heads, programs a head). Heads run fastest: they are neighbours in a packed product.
+    """Grid (B · heads · programs,): neighbours share a head, then an image, and with them the L2 cache.
 
     Where all keys fit, K and V are read and mixed once and stay while the queries pass by, and a row's
-    maximum is final once it is seen. Otherwise keys come tile by tile, and what a row has is rescaled
-    when its maximum grows.
+    maximum is final once it is seen. Otherwise a program has one tile of queries, keys come tile by tile, and
+    what a row has is rescaled when its maximum grows.
     """
-    i_bh = tl.program_id(0)
+    i_bh = tl.program_id(0) // programs
     i_b = i_bh // heads
     i_h = i_bh % heads
+    i_first = (tl.program_id(0) % programs) * BM
     o_r = tl.arange(0, BR)
+    p_out = head(p_out, stride_out, i_b, i_h)
+    p_v = head(p_v, stride_v, i_b, i_h)
+    p_lse += i_bh.to(tl.int64) * N
+    c = scale * LOG2E
     if ALL_KEYS:
         o_n = tl.arange(0, BN)
-        b_k = load_mixed(p_k, stride_k, p_k_pos, stride_k_pos, i_b, i_h, o_n, o_r, alpha, N, R)  # [BN, BR]
-        b_v = load_tile(head(p_v, stride_v, i_b, i_h), stride_v, o_n, o_r, N, R)  # [BN, BR]
-
-    for i_m in range(tl.program_id(1), tl.cdiv(N, BM), tl.num_programs(1)):
-        o_m = i_m * BM + tl.arange(0, BM)
-        b_q = load_mixed(p_q, stride_q, p_q_pos, stride_q_pos, i_b, i_h, o_m, o_r, alpha, N, R)  # [BM, BR]
-        if ALL_KEYS:
-            b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * (scale * LOG2E)  # [BM, BN]
-            b_s = tl.where((o_n < N)[None, :], b_s, float("-inf"))
-            b_max = tl.max(b_s, 1)  # [BM]
-            b_p = tl.exp2(b_s - b_max[:, None])  # [BM, BN]
-            b_sum = tl.sum(b_p, 1)  # [BM]
-            if p_seed is not None:
-                b_p *= dropout_factor(p_seed, i_bh, o_m[:, None], o_n[None, :], N, dropout_p)
-            b_out = tl.dot(b_p.to(b_v.dtype), b_v, input_precision=PRECISION)  # [BM, BR]
-        else:
-            b_max = tl.full([BM], float("-inf"), tl.float32)
-            b_sum = tl.zeros([BM], tl.float32)
-            b_out = tl.zeros([BM, BR], tl.float32)
-            for i_n in range(0, N, BN):
-                o_n = i_n + tl.arange(0, BN)
-                b_k = load_mixed(p_k, stride_k, p_k_pos, stride_k_pos, i_b, i_h, o_n, o_r, alpha, N, R)
-                b_v = load_tile(head(p_v, stride_v, i_b, i_h), stride_v, o_n, o_r, N, R)
-                b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * (scale * LOG2E)  # [BM, BN]
+        b_k = load_mixed(
+            p_k, stride_k, p_k_pos, stride_k_pos, i_b, i_h, o_n, o_r, alpha, N, R, WHOLE
+        )  # [BN, BR]
+        b_v = load_tile(p_v, stride_v, o_n, o_r, N, R, WHOLE)  # [BN, BR]
+        for i_m in range(i_first, N, BM * programs):
+            o_m = i_m + tl.arange(0, BM)
+            b_q = load_mixed(p_q, stride_q, p_q_pos, stride_q_pos, i_b, i_h, o_m, o_r, alpha, N, R, WHOLE)
+            b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [BM, BN]
+            if not WHOLE:
                 b_s = tl.where((o_n < N)[None, :], b_s, float("-inf"))
-                b_new = tl.maximum(b_max, tl.max(b_s, 1))  # [BM]
-                b_p = tl.exp2(b_s - b_new[:, None])  # [BM, BN]
-                b_rescale = tl.exp2(b_max - b_new)  # [BM]; 0 at the first tile
-                b_sum = b_sum * b_rescale + tl.sum(b_p, 1)
-                if p_seed is not None:
-                    b_p *= dropout_factor(p_seed, i_bh, o_m[:, None], o_n[None, :], N, dropout_p)
-                b_out *= b_rescale[:, None]
-                b_out = tl.dot(b_p.to(b_v.dtype), b_v, acc=b_out, input_precision=PRECISION)
-                b_max = b_new
-        b_out /= b_sum[:, None]
-        store_tile(head(p_out, stride_out, i_b, i_h), stride_out, o_m, o_r, b_out, N, R)
-        tl.store(p_lse + i_bh.to(tl.int64) * N + o_m, b_max + tl.log2(b_sum), mask=o_m < N)
+            b_max = tl.max(b_s, 1) * c  # [BM]
+            b_p = tl.exp2(b_s * c - b_max[:, None])  # [BM, BN]; one FFMA and one EX2 each
+            b_sum = tl.sum(b_p, 1)  # [BM]
+            b_out = (
+                tl.dot(b_p.to(b_v.dtype), b_v, input_precision=PRECISION) * (1 / b_sum)[:, None]
+            )  # [BM, BR]
+            store_tile(p_out, stride_out, o_m, o_r, b_out, N, R, WHOLE)
+            store_row(p_lse, o_m, b_max + tl.log2(b_sum), N, WHOLE)
+    else:
+        o_m = i_first + tl.arange(0, BM)
+        b_q = load_mixed(
+            p_q, stride_q, p_q_pos, stride_q_pos, i_b, i_h, o_m, o_r, alpha, N, R, WHOLE
+        )  # [BM, BR]
+        b_max = tl.full([BM], float("-inf"), tl.float32)
+        b_sum = tl.zeros([BM], tl.float32)
+        b_out = tl.zeros([BM, BR], tl.float32)
+        for i_n in range(0, N, BN):
+            o_n = i_n + tl.arange(0, BN)
+            b_k = load_mixed(p_k, stride_k, p_k_pos, stride_k_pos, i_b, i_h, o_n, o_r, alpha, N, R, WHOLE)
+            b_v = load_tile(p_v, stride_v, o_n, o_r, N, R, WHOLE)
+            b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [BM, BN]
+            if not WHOLE:
+                b_s = tl.where((o_n < N)[None, :], b_s, float("-inf"))
+            b_new = tl.maximum(b_max, tl.max(b_s, 1) * c)  # [BM]
+            b_p = tl.exp2(b_s * c - b_new[:, None])  # [BM, BN]
+            b_rescale = tl.exp2(b_max - b_new)  # [BM]; 0 at the first tile
+            b_sum = b_sum * b_rescale + tl.sum(b_p, 1)
+            b_out = tl.dot(b_p.to(b_v.dtype), b_v, acc=b_out * b_rescale[:, None], input_precision=PRECISION)
+            b_max = b_new
+        store_tile(p_out, stride_out, o_m, o_r, b_out * (1 / b_sum)[:, None], N, R, WHOLE)
+        store_row(p_lse, o_m, b_max + tl.log2(b_sum), N, WHOLE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads"])
 def backward_kernel(
     p_q,
     p_k,
@@ -114,13 +122,9 @@ def backward_kernel(
     p_out,
     p_dout,
     p_lse,
-    p_seed,
     p_dq,  # None: nobody asked for this gradient
     p_dk,
     p_dv,
-    p_dq_part,  # [splits, heads, N, R] float32: dQ of the image at hand, over the keys seen so far
-    p_dq_pos,  # [splits, heads, N, R] float32: dQ, summed over the images of a split
-    p_dk_pos,
     stride_q,
     stride_k,
     stride_v,
@@ -131,102 +135,246 @@ def backward_kernel(
     stride_dq,
     stride_dk,
     stride_dv,
-    stride_split,  # of the three buffers above
-    B,
     heads,
     N,
     scale,
     alpha,
-    dropout_p,
+    dq_scale,  # dq = dq_scale · dS K
+    dk_scale,
     R: tl.constexpr,
     BM: tl.constexpr,  # queries a step
-    BN: tl.constexpr,  # keys a step
+    BN: tl.constexpr,  # >= N
     BR: tl.constexpr,
-    ALL_KEYS: tl.constexpr,  # BN >= N
+    WHOLE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Grid (heads · splits,). A program takes every splits-th image of one head, one after the other.
+    """All keys at once: grid (B · heads,).
 
-    A tile of keys stays while the queries pass by, so dK and dV are complete when the last query has passed.
-    dQ is complete at once where all keys fit. Where not, its parts are added up in a buffer that the program
-    owns. So are dq_pos and dk_pos: the registers are taken by dK and dV. The buffers of all programs together
-    are a few megabytes and stay in the L2 cache; nothing is atomic, and there is one order of addition.
-
-    Everything [N, N] is held transposed, keys down: P and dS enter the products of dV and dK as they are.
+    K and V stay on chip and dK and dV in registers while the queries pass by, so everything is read once and
+    dQ is complete at once. [N, N] is held transposed, keys down: P and dS enter the products of dV and dK as
+    they are, and dQᵀ = Kᵀ dS, whose R rows are enough for Hopper's wgmma where the BM rows of dQ are not.
     """
-    NEED_Q: tl.constexpr = p_dq is not None or p_dq_pos is not None
-    NEED_K: tl.constexpr = p_dk is not None or p_dk_pos is not None
-    NEED_V: tl.constexpr = p_dv is not None
-    i_h = tl.program_id(0) % heads
-    i_split = tl.program_id(0) // heads
-    splits = tl.num_programs(0) // heads
+    i_bh = tl.program_id(0)
+    i_b = i_bh // heads
+    i_h = i_bh % heads
     o_r = tl.arange(0, BR)
+    o_n = tl.arange(0, BN)
+    p_lse += i_bh.to(tl.int64) * N
+    b_k = load_mixed(p_k, stride_k, p_k_pos, stride_k_pos, i_b, i_h, o_n, o_r, alpha, N, R, WHOLE)  # [BN, BR]
+    b_v = load_tile(head(p_v, stride_v, i_b, i_h), stride_v, o_n, o_r, N, R, WHOLE)  # [BN, BR]
+    b_dk = tl.zeros([BN, BR], tl.float32)
+    b_dv = tl.zeros([BN, BR], tl.float32)
+    for i_m in range(0, N, BM):
+        o_m = i_m + tl.arange(0, BM)
+        b_q = load_mixed(
+            p_q, stride_q, p_q_pos, stride_q_pos, i_b, i_h, o_m, o_r, alpha, N, R, WHOLE
+        )  # [BM, BR]
+        b_do = load_tile(head(p_dout, stride_dout, i_b, i_h), stride_dout, o_m, o_r, N, R, WHOLE)  # [BM, BR]
+        b_out = load_tile(head(p_out, stride_out, i_b, i_h), stride_out, o_m, o_r, N, R, WHOLE)  # [BM, BR]
+        b_lse = load_row(p_lse, o_m, N, float("inf"), WHOLE)  # [BM]
+        b_delta = tl.sum(b_do.to(tl.float32) * b_out.to(tl.float32), 1)  # [BM]
+        b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)  # [BN, BM]
+        b_p = tl.exp2(b_s * (scale * LOG2E) - b_lse[None, :])  # [BN, BM]
+        if not WHOLE:
+            b_p = tl.where((o_n < N)[:, None], b_p, 0.0)  # 2^(0 − lse) may overflow there
+        if p_dv is not None:
+            b_dv = tl.dot(b_p.to(b_do.dtype), b_do, acc=b_dv, input_precision=PRECISION)
+        if p_dq is not None or p_dk is not None:
+            b_dp = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)  # [BN, BM]
+            b_ds = (b_p * (b_dp - b_delta[None, :])).to(b_q.dtype)  # [BN, BM]
+            if p_dk is not None:
+                b_dk = tl.dot(b_ds, b_q, acc=b_dk, input_precision=PRECISION)
+            if p_dq is not None:
+                b_dq = tl.trans(tl.dot(tl.trans(b_k), b_ds, input_precision=PRECISION) * dq_scale)  # [BM, BR]
+                store_tile(head(p_dq, stride_dq, i_b, i_h), stride_dq, o_m, o_r, b_dq, N, R, WHOLE)
+    if p_dv is not None:
+        store_tile(head(p_dv, stride_dv, i_b, i_h), stride_dv, o_n, o_r, b_dv, N, R, WHOLE)
+    if p_dk is not None:
+        store_tile(head(p_dk, stride_dk, i_b, i_h), stride_dk, o_n, o_r, b_dk * dk_scale, N, R, WHOLE)
 
-    for i_b in range(i_split, B, splits):
-        i_bh = i_b * heads + i_h
-        first_image = i_b == i_split
+
+@triton.jit(do_not_specialize=["heads"])
+def backward_queries_kernel(
+    p_q,
+    p_k,
+    p_v,
+    p_q_pos,
+    p_k_pos,
+    p_out,
+    p_dout,
+    p_lse,
+    p_delta,  # [B, heads, N] float32, written: the kernel below reads it
+    p_dq,  # None: delta alone
+    stride_q,
+    stride_k,
+    stride_v,
+    stride_q_pos,
+    stride_k_pos,
+    stride_out,
+    stride_dout,
+    stride_dq,
+    heads,
+    N,
+    scale,
+    alpha,
+    dq_scale,
+    R: tl.constexpr,
+    BM: tl.constexpr,  # queries of a program
+    BN: tl.constexpr,  # keys a step
+    BR: tl.constexpr,
+    WHOLE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """For more keys than fit: dQ and delta of one tile of queries, while the keys pass by.
+
+    Grid (B · heads · tiles of queries,). The map is made twice, here and for dK and dV: seven products in
+    place of five, but nothing is added up in memory and no program waits for another.
+    """
+    tiles = tl.cdiv(N, BM)
+    i_bh = tl.program_id(0) // tiles
+    i_b = i_bh // heads
+    i_h = i_bh % heads
+    o_r = tl.arange(0, BR)
+    o_m = (tl.program_id(0) % tiles) * BM + tl.arange(0, BM)
+    i_rows = i_bh.to(tl.int64) * N
+    b_do = load_tile(head(p_dout, stride_dout, i_b, i_h), stride_dout, o_m, o_r, N, R, WHOLE)  # [BM, BR]
+    b_out = load_tile(head(p_out, stride_out, i_b, i_h), stride_out, o_m, o_r, N, R, WHOLE)  # [BM, BR]
+    b_delta = tl.sum(b_do.to(tl.float32) * b_out.to(tl.float32), 1)  # [BM]
+    store_row(p_delta + i_rows, o_m, b_delta, N, WHOLE)
+    if p_dq is not None:
+        b_q = load_mixed(
+            p_q, stride_q, p_q_pos, stride_q_pos, i_b, i_h, o_m, o_r, alpha, N, R, WHOLE
+        )  # [BM, BR]
+        b_lse = load_row(p_lse + i_rows, o_m, N, float("inf"), WHOLE)  # [BM]
+        b_dq = tl.zeros([BM, BR], tl.float32)
         for i_n in range(0, N, BN):
             o_n = i_n + tl.arange(0, BN)
-            b_k = load_mixed(p_k, stride_k, p_k_pos, stride_k_pos, i_b, i_h, o_n, o_r, alpha, N, R)
-            b_v = load_tile(head(p_v, stride_v, i_b, i_h), stride_v, o_n, o_r, N, R)  # [BN, BR]
-            b_dk = tl.zeros([BN, BR], tl.float32)
-            b_dv = tl.zeros([BN, BR], tl.float32)
+            b_k = load_mixed(p_k, stride_k, p_k_pos, stride_k_pos, i_b, i_h, o_n, o_r, alpha, N, R, WHOLE)
+            b_v = load_tile(head(p_v, stride_v, i_b, i_h), stride_v, o_n, o_r, N, R, WHOLE)  # [BN, BR]
+            b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [BM, BN]
+            b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)  # [BM, BN]
+            b_p = tl.exp2(b_s * (scale * LOG2E) - b_lse[:, None])  # [BM, BN]
+            if not WHOLE:
+                b_p = tl.where((o_n < N)[None, :], b_p, 0.0)
+            b_ds = (b_p * (b_dp - b_delta[:, None])).to(b_q.dtype)  # [BM, BN]
+            b_dq = tl.dot(b_ds, b_k, acc=b_dq, input_precision=PRECISION)
+        store_tile(head(p_dq, stride_dq, i_b, i_h), stride_dq, o_m, o_r, b_dq * dq_scale, N, R, WHOLE)
 
-            for i_m in range(0, N, BM):
-                o_m = i_m + tl.arange(0, BM)
-                b_q = load_mixed(p_q, stride_q, p_q_pos, stride_q_pos, i_b, i_h, o_m, o_r, alpha, N, R)
-                b_do = load_tile(head(p_dout, stride_dout, i_b, i_h), stride_dout, o_m, o_r, N, R)  # [BM, BR]
-                b_lse = tl.load(p_lse + i_bh.to(tl.int64) * N + o_m, mask=o_m < N, other=float("inf"))  # [BM]
-                b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION) * (scale * LOG2E)  # [BN, BM]
-                # Keys of padding are masked: 2^(0 - lse) may overflow there.
-                b_p = tl.where((o_n < N)[:, None], tl.exp2(b_s - b_lse[None, :]), 0.0)  # [BN, BM]
-                if p_seed is not None:
-                    b_drop = dropout_factor(p_seed, i_bh, o_m[None, :], o_n[:, None], N, dropout_p)
-                if NEED_V:
-                    b_pd = b_p * b_drop if p_seed is not None else b_p
-                    b_dv = tl.dot(b_pd.to(b_do.dtype), b_do, acc=b_dv, input_precision=PRECISION)
-                if NEED_Q or NEED_K:
-                    b_out = load_tile(head(p_out, stride_out, i_b, i_h), stride_out, o_m, o_r, N, R)
-                    b_delta = tl.sum(b_do.to(tl.float32) * b_out.to(tl.float32), 1)  # [BM]
-                    b_dp = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)  # [BN, BM]
-                    if p_seed is not None:
-                        b_dp *= b_drop
-                    b_ds = (b_p * (b_dp - b_delta[None, :])).to(b_q.dtype)  # [BN, BM]
-                    if NEED_K:
-                        b_dk = tl.dot(b_ds, b_q, acc=b_dk, input_precision=PRECISION)
-                    if NEED_Q:
-                        b_dq = tl.dot(tl.trans(b_ds), b_k, input_precision=PRECISION) * scale  # [BM, BR]
-                        if not ALL_KEYS:
-                            first_keys = i_n == 0
-                            b_dq = add_to(
-                                p_dq_part, stride_split, i_split, i_h, o_m, o_r, b_dq, first_keys, N, R
-                            )
-                        complete = tl.where(i_n + BN >= N, N, 0)  # rows of dQ to store: all, at the last keys
-                        if p_dq is not None:
-                            b_x = b_dq * alpha if p_q_pos is not None else b_dq
-                            store_tile(head(p_dq, stride_dq, i_b, i_h), stride_dq, o_m, o_r, b_x, complete, R)
-                        if p_dq_pos is not None:
-                            add_to(
-                                p_dq_pos, stride_split, i_split, i_h, o_m, o_r, b_dq, first_image, complete, R
-                            )
 
-            if NEED_V:
-                store_tile(head(p_dv, stride_dv, i_b, i_h), stride_dv, o_n, o_r, b_dv, N, R)
-            if NEED_K:
-                b_dk *= scale
-                if p_dk is not None:
-                    b_x = b_dk * alpha if p_k_pos is not None else b_dk
-                    store_tile(head(p_dk, stride_dk, i_b, i_h), stride_dk, o_n, o_r, b_x, N, R)
-                if p_dk_pos is not None:
-                    add_to(p_dk_pos, stride_split, i_split, i_h, o_n, o_r, b_dk, first_image, N, R)
-            if p_dq_part is not None or p_dq_pos is not None or p_dk_pos is not None:
-                tl.debug_barrier()  # the next step's threads may read what other threads added here
+@triton.jit(do_not_specialize=["heads"])
+def backward_keys_kernel(
+    p_q,
+    p_k,
+    p_v,
+    p_q_pos,
+    p_k_pos,
+    p_dout,
+    p_lse,
+    p_delta,
+    p_dk,
+    p_dv,
+    stride_q,
+    stride_k,
+    stride_v,
+    stride_q_pos,
+    stride_k_pos,
+    stride_dout,
+    stride_dk,
+    stride_dv,
+    heads,
+    N,
+    scale,
+    alpha,
+    dk_scale,
+    R: tl.constexpr,
+    BM: tl.constexpr,  # queries a step
+    BN: tl.constexpr,  # keys of a program
+    BR: tl.constexpr,
+    WHOLE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """For more keys than fit: dK and dV of one tile of keys, while the queries pass by.
+
+    Grid (B · heads · tiles of keys,). [N, N] is held transposed, keys down, as above. What a padded key gets
+    is never stored, and a padded query has P = 0 by its lse of infinity: nothing needs a mask.
+    """
+    tiles = tl.cdiv(N, BN)
+    i_bh = tl.program_id(0) // tiles
+    i_b = i_bh // heads
+    i_h = i_bh % heads
+    o_r = tl.arange(0, BR)
+    o_n = (tl.program_id(0) % tiles) * BN + tl.arange(0, BN)
+    i_rows = i_bh.to(tl.int64) * N
+    b_k = load_mixed(p_k, stride_k, p_k_pos, stride_k_pos, i_b, i_h, o_n, o_r, alpha, N, R, WHOLE)  # [BN, BR]
+    b_v = load_tile(head(p_v, stride_v, i_b, i_h), stride_v, o_n, o_r, N, R, WHOLE)  # [BN, BR]
+    b_dk = tl.zeros([BN, BR], tl.float32)
+    b_dv = tl.zeros([BN, BR], tl.float32)
+    for i_m in range(0, N, BM):
+        o_m = i_m + tl.arange(0, BM)
+        b_q = load_mixed(
+            p_q, stride_q, p_q_pos, stride_q_pos, i_b, i_h, o_m, o_r, alpha, N, R, WHOLE
+        )  # [BM, BR]
+        b_do = load_tile(head(p_dout, stride_dout, i_b, i_h), stride_dout, o_m, o_r, N, R, WHOLE)  # [BM, BR]
+        b_lse = load_row(p_lse + i_rows, o_m, N, float("inf"), WHOLE)  # [BM]
+        b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)  # [BN, BM]
+        b_p = tl.exp2(b_s * (scale * LOG2E) - b_lse[None, :])  # [BN, BM]
+        if p_dv is not None:
+            b_dv = tl.dot(b_p.to(b_do.dtype), b_do, acc=b_dv, input_precision=PRECISION)
+        if p_dk is not None:
+            b_delta = load_row(p_delta + i_rows, o_m, N, 0.0, WHOLE)  # [BM]
+            b_dp = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)  # [BN, BM]
+            b_ds = (b_p * (b_dp - b_delta[None, :])).to(b_q.dtype)  # [BN, BM]
+            b_dk = tl.dot(b_ds, b_q, acc=b_dk, input_precision=PRECISION)
+    if p_dv is not None:
+        store_tile(head(p_dv, stride_dv, i_b, i_h), stride_dv, o_n, o_r, b_dv, N, R, WHOLE)
+    if p_dk is not None:
+        store_tile(head(p_dk, stride_dk, i_b, i_h), stride_dk, o_n, o_r, b_dk * dk_scale, N, R, WHOLE)
+
+
+@triton.jit(do_not_specialize=["B", "heads"])
+def sum_images_kernel(
+    p_dq,  # [B, heads, N, R]
+    p_dk,
+    p_dq_pos,  # [heads, N, R]
+    p_dk_pos,
+    stride_dq,
+    stride_dk,
+    B,
+    heads,
+    N,
+    dq_pos_scale,
+    dk_pos_scale,
+    R: tl.constexpr,
+    BB: tl.constexpr,  # images a step
+    BE: tl.constexpr,  # elements of a program
+):
+    """dq_pos = dq_pos_scale · Σ_images dq, and the same of k: grid (heads · N · R / BE, 2).
+
+    Elements are counted as they lie in memory, (token, head, channel), so that neighbours read neighbours.
+    """
+    o_e = tl.program_id(0) * BE + tl.arange(0, BE)
+    if tl.program_id(1) == 0:
+        if p_dq_pos is not None:
+            sum_images(p_dq, p_dq_pos, stride_dq, B, heads, N, dq_pos_scale, R, o_e, BB, BE)
+    else:
+        if p_dk_pos is not None:
+            sum_images(p_dk, p_dk_pos, stride_dk, B, heads, N, dk_pos_scale, R, o_e, BB, BE)
 
 
 @triton.jit
-def add_to(p_sum, stride, i_split, i_h, o_row, o_r, b_x, first, rows, R):
-    """Add b_x to this program's part of a sum, which is 0 at first, and return the new part."""
-    p_sum = head(p_sum, stride, i_split, i_h)
-    b_x += load_tile(p_sum, stride, o_row, o_r, tl.where(first, 0, rows), R)
-    store_tile(p_sum, stride, o_row, o_r, b_x, rows, R)
-    return b_x
+def sum_images(
+    p_x, p_sum, stride, B, heads, N, scale, R: tl.constexpr, o_e, BB: tl.constexpr, BE: tl.constexpr
+):
+    o_r = o_e % R
+    o_h = o_e // R % heads
+    o_n = o_e // (R * heads)
+    m_e = o_n < N
+    p_x += o_h.to(tl.int64) * stride[1] + o_n.to(tl.int64) * stride[2] + o_r * stride[3]  # [BE]
+    b_sum = tl.zeros([BB, BE], tl.float32)
+    for i_b in range(0, B, BB):
+        o_b = i_b + tl.arange(0, BB)
+        p_tile = p_x[None, :] + o_b.to(tl.int64)[:, None] * stride[0]
+        b_sum += tl.load(p_tile, mask=(o_b < B)[:, None] & m_e[None, :], other=0.0).to(tl.float32)
+    b_total = tl.sum(b_sum, 0) * scale
+    p_out = p_sum + (o_h * N + o_n) * R + o_r
+    tl.store(p_out, b_total.to(p_sum.dtype.element_ty), mask=m_e)

@@ -1,10 +1,10 @@
-"""Registers, spills and shared memory of every kernel at its committed configurations, without a GPU.
+"""What the machine code of every kernel is like at its committed configurations, without a GPU.
 
     python -m convinit.kernels.report                  # all generations
     python -m convinit.kernels.report --generation 90
 
-Each kernel is compiled as the widest launch would: both position terms, all gradients, and the largest r of
-its entry.
+Each kernel is compiled as the launch of a full problem compiles it: both position terms, all gradients, and
+the largest r and N of its entry.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,19 +27,26 @@ from convinit.kernels import configs, positional_attention, shared_attention
 
 SOURCES = {
     "forward": positional_attention.forward_kernel,
-    "forward_dropout": positional_attention.forward_kernel,
     "backward": positional_attention.backward_kernel,
-    "backward_dropout": positional_attention.backward_kernel,
+    "backward_queries": positional_attention.backward_queries_kernel,
+    "backward_keys": positional_attention.backward_keys_kernel,
     "apply": shared_attention.apply_kernel,
     "map_gradient": shared_attention.map_gradient_kernel,
 }
-FLOAT32_POINTERS = ("p_lse", "p_dq_part", "p_dq_pos", "p_dk_pos", "p_dmap")
+FLOAT32_POINTERS = ("p_lse", "p_delta", "p_dmap")
+TENSOR_CORES = ("HMMA", "HGMMA", "UTCHMMA")  # of generations 80 and 120, 90, 100
 
 
 class Usage(NamedTuple):
     registers: int  # a thread
     stack: int  # bytes a thread: spilled registers, or arrays that could not be kept in registers
     shared: int  # bytes a program
+    tensor_memory: int  # columns of generation 100's 512
+    loop: Mapping[str, int]  # {opcode: how often} in the innermost loop that has the most products
+
+    def per_element(self, config: configs.Config) -> float:
+        """Instructions of a thread for each element of the loop's [BM, BN] tile."""
+        return sum(self.loop.values()) * 32 * config.num_warps / (config.BM * config.BN)
 
 
 def entries() -> Iterator[tuple[int, configs.Key, configs.Config, str]]:
@@ -46,27 +54,29 @@ def entries() -> Iterator[tuple[int, configs.Key, configs.Config, str]]:
     for generation in configs.GENERATIONS:
         for key, common in configs.TABLE.items():
             config = configs.OVERRIDES.get((generation, key), common)
-            for precision in ("ieee", "tf32") if key.itemsize == 4 else ("ieee",):
-                yield generation, key, config, precision
+            if config is not None:
+                for precision in ("tf32x3", "tf32") if key.itemsize == 4 else ("ieee",):
+                    yield generation, key, config, precision
 
 
-def usage(generation: int, key: configs.Key, config: configs.Config, precision: str = "ieee") -> Usage:
-    """Compile one kernel for a generation of GPUs and read what the machine code uses."""
+def usage(
+    generation: int, key: configs.Key, config: configs.Config, precision: str = "ieee", **constants: object
+) -> Usage:
+    """Compile one kernel for a generation of GPUs and read what its machine code uses.
+
+    constants: other values of the kernel's arguments, such as p_q_pos=None or WHOLE=False.
+    """
     fn = SOURCES[key.kernel]
-    whole = key.tokens is not None and config.BN >= key.tokens
-    constants: dict[str, object] = {
+    all_keys = key.tokens is not None and config.BN >= key.tokens
+    constants = {
         "R": key.rank,
         "BM": config.BM,
         "BN": config.BN,
         "BR": key.rank,
-        "ALL_KEYS": whole,
-        "WHOLE_ROWS": whole,
+        "ALL_KEYS": all_keys,
+        "WHOLE": True,
         "PRECISION": precision,
-    }
-    if not key.kernel.endswith("dropout"):
-        constants["p_seed"] = None
-    if whole:
-        constants["p_dq_part"] = None
+    } | constants
     signature: dict[str, object] = {}
     constexprs: dict[tuple[int, ...], object] = {}
     attrs: dict[tuple[int, ...], list[list[object]]] = {}
@@ -75,8 +85,6 @@ def usage(generation: int, key: configs.Key, config: configs.Config, precision: 
         if name in constants:
             signature[name] = "constexpr"
             constexprs[(i,)] = constants[name]
-        elif name == "p_seed":
-            signature[name] = "*i64"
         elif name.startswith("p_"):
             signature[name] = "*fp32" if name in FLOAT32_POINTERS or key.itemsize == 4 else "*bf16"
             attrs[(i,)] = aligned
@@ -85,41 +93,69 @@ def usage(generation: int, key: configs.Key, config: configs.Config, precision: 
             constexprs[(i, 3)] = 1
             attrs |= {(i, axis): aligned for axis in range(3)}
         else:
-            signature[name] = "fp32" if name in ("scale", "alpha", "dropout_p") else "i32"
+            signature[name] = "fp32" if name == "alpha" or name.endswith("scale") else "i32"
+            if name == "N":
+                attrs[(i,)] = aligned
     compiled = triton.compile(
         ASTSource(fn, signature, constexprs=constexprs, attrs=attrs),
         target=GPUTarget("cuda", generation, 32),
         options={"num_warps": config.num_warps, "num_stages": config.num_stages},
     )
-    registers, stack = read_machine_code(compiled.asm["cubin"])
-    return Usage(registers, stack, compiled.metadata.shared)
+    resources, code = disassemble(compiled.asm["cubin"])
+    found = re.search(r"REG:(\d+) STACK:(\d+)", resources)
+    if found is None:
+        raise RuntimeError(f"cuobjdump shows no resource usage: {resources[:200]!r}")
+    tensor_memory = getattr(compiled.metadata, "tmem_size", None) or 0
+    return Usage(int(found[1]), int(found[2]), compiled.metadata.shared, tensor_memory, hot_loop(code))
 
 
-def read_machine_code(cubin: bytes) -> tuple[int, int]:
-    """Registers and bytes of stack a thread, by the cuobjdump in Triton's own package."""
+def disassemble(cubin: bytes) -> tuple[str, str]:
+    """Resource usage and machine code, by the cuobjdump in Triton's own package."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
-        command = [os.fspath(tool), "--dump-resource-usage", os.fspath(path)]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
-    if found is None:
-        raise RuntimeError(f"cuobjdump shows no resource usage: {text[:200]!r}")
-    return int(found[1]), int(found[2])
+        resources, code = (
+            subprocess.run(
+                [os.fspath(tool), what, os.fspath(path)], capture_output=True, text=True, check=True
+            )
+            for what in ("--dump-resource-usage", "--dump-sass")
+        )
+    return resources.stdout, code.stdout
+
+
+def hot_loop(code: str) -> Counter[str]:
+    """Opcodes of the innermost loop with the most matrix products; of all the code, if there is no loop."""
+    lines = re.findall(r"/\*([0-9a-f]{4,5})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);", code)
+    rows = [(int(address, 16), opcode.split(".")[0], rest) for address, opcode, rest in lines]
+    loops = []
+    for address, opcode, rest in rows:
+        target = re.search(r"0x([0-9a-f]+)", rest)
+        if opcode == "BRA" and target and int(target[1], 16) < address:
+            loops.append((int(target[1], 16), address))
+    innermost = [a for a in loops if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
+    bodies = [Counter(op for at, op, _ in rows if start <= at <= end) for start, end in innermost]
+    whole = Counter(op for _, op, _ in rows)
+    return max(bodies, key=lambda body: sum(body[op] for op in TENSOR_CORES), default=whole)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Resources of every kernel at its committed configurations.")
+    parser = argparse.ArgumentParser(
+        description="Machine code of every kernel at its committed configurations."
+    )
     parser.add_argument("--generation", type=int, choices=configs.GENERATIONS, help="this one alone")
     chosen = parser.parse_args().generation
-    columns = "{:>10} {:<16} {:>8} {:>4} {:>5} {:>4} {:>4} {:>5} {:>6} {:>9} {:>5} {:>8}"
-    print(columns.format(*"generation kernel dtype r≤ N≤ BM BN warps stages registers stack shared".split()))
+    columns = "{:>3} {:<16} {:>6} {:>4} {:>4} {:>4} {:>4} {:>5} {:>6} {:>9} {:>5} {:>7} {:>12} {:>8}"
+    head = "sm kernel dtype r≤ N≤ BM BN warps stages registers stack shared instructions products"
+    print(columns.format(*head.split()))
     for generation, key, config, precision in entries():
         if chosen in (None, generation):
             dtype = precision if key.itemsize == 4 else "16-bit"
-            row = (generation, key.kernel, dtype, key.rank, key.tokens or "any", *config)
-            print(columns.format(*row, *usage(generation, key, config, precision)), flush=True)
+            used = usage(generation, key, config, precision)
+            products = sum(used.loop[op] for op in TENSOR_CORES)
+            row = (generation, key.kernel, dtype, key.rank, key.tokens or "any", *config[:4])
+            figures = (*used[:3], f"{used.per_element(config):.1f}", products)
+            print(columns.format(*row, *figures), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""What all kernels share: tiles of one head's [N, R] matrix, and the dropout mask.
+"""What all kernels share: tiles of one head's [N, R] matrix.
 
 Names: ``p_`` pointer, ``i_`` index, ``o_`` offsets along one axis, ``m_`` mask, ``b_`` block on chip.
 Strides come as tuples (batch, head, token, channel), as ``Tensor.stride()`` gives them for [B, heads, N, R].
+WHOLE says that no tile reaches over its matrix, so that nothing is masked.
 """
 
 from __future__ import annotations
@@ -18,39 +19,53 @@ def head(p_x, stride, i_b, i_h):
 
 @triton.jit
 def tile_pointers(p_x, stride, o_row, o_col):
-    return p_x + o_row.to(tl.int64)[:, None] * stride[2] + o_col.to(tl.int64)[None, :] * stride[3]
+    """Within a head 32 bits will do, at half the instructions; launch.py copies what reaches further."""
+    return p_x + (o_row[:, None] * stride[2] + o_col[None, :] * stride[3])
 
 
 @triton.jit
-def load_tile(p_x, stride, o_row, o_col, rows, cols):
+def load_tile(p_x, stride, o_row, o_col, rows, cols, WHOLE: tl.constexpr):
     """Elements o_row × o_col of a [rows, cols] matrix; zeros outside of it."""
-    m_x = (o_row < rows)[:, None] & (o_col < cols)[None, :]
-    return tl.load(tile_pointers(p_x, stride, o_row, o_col), mask=m_x, other=0.0)
+    p_tile = tile_pointers(p_x, stride, o_row, o_col)
+    if WHOLE:
+        return tl.load(p_tile)
+    return tl.load(p_tile, mask=(o_row < rows)[:, None] & (o_col < cols)[None, :], other=0.0)
 
 
 @triton.jit
-def store_tile(p_x, stride, o_row, o_col, b_x, rows, cols):
+def store_tile(p_x, stride, o_row, o_col, b_x, rows, cols, WHOLE: tl.constexpr):
     """Write the part of a block that lies inside a [rows, cols] matrix, in the matrix's dtype."""
-    m_x = (o_row < rows)[:, None] & (o_col < cols)[None, :]
-    tl.store(tile_pointers(p_x, stride, o_row, o_col), b_x.to(p_x.dtype.element_ty), mask=m_x)
+    p_tile = tile_pointers(p_x, stride, o_row, o_col)
+    if WHOLE:
+        tl.store(p_tile, b_x.to(p_x.dtype.element_ty))
+    else:
+        m_x = (o_row < rows)[:, None] & (o_col < cols)[None, :]
+        tl.store(p_tile, b_x.to(p_x.dtype.element_ty), mask=m_x)
 
 
 @triton.jit
-def load_mixed(p_x, stride, p_pos, stride_pos, i_b, i_h, o_n, o_r, alpha, N, R: tl.constexpr):
+def load_row(p_x, o_row, rows, padding, WHOLE: tl.constexpr):
+    """Elements o_row of a vector of `rows` float32 numbers; `padding` outside of it."""
+    if WHOLE:
+        return tl.load(p_x + o_row)
+    return tl.load(p_x + o_row, mask=o_row < rows, other=padding)
+
+
+@triton.jit
+def store_row(p_x, o_row, b_x, rows, WHOLE: tl.constexpr):
+    if WHOLE:
+        tl.store(p_x + o_row, b_x)
+    else:
+        tl.store(p_x + o_row, b_x, mask=o_row < rows)
+
+
+@triton.jit
+def load_mixed(
+    p_x, stride, p_pos, stride_pos, i_b, i_h, o_n, o_r, alpha, N, R: tl.constexpr, WHOLE: tl.constexpr
+):
     """Queries or keys as the logits see them: α x + pos, rounded once; x itself where there is no pos."""
-    b_x = load_tile(head(p_x, stride, i_b, i_h), stride, o_n, o_r, N, R)
+    b_x = load_tile(head(p_x, stride, i_b, i_h), stride, o_n, o_r, N, R, WHOLE)
     if p_pos is not None:
-        b_pos = load_tile(head(p_pos, stride_pos, 0, i_h), stride_pos, o_n, o_r, N, R)
+        b_pos = load_tile(head(p_pos, stride_pos, 0, i_h), stride_pos, o_n, o_r, N, R, WHOLE)
         b_x = (alpha * b_x.to(tl.float32) + b_pos.to(tl.float32)).to(b_x.dtype)
     return b_x
-
-
-@triton.jit
-def dropout_factor(p_seed, i_bh, o_query, o_key, N, dropout_p):
-    """1/(1−p) where an attention weight stays and 0 where it is dropped.
-
-    The random bits are a function of (seed, image, head, query, key) alone, so that the backward kernels draw
-    the forward's mask again whatever the shape and orientation of their tiles.
-    """
-    key = (i_bh.to(tl.int64) << 32) | tl.load(p_seed)  # Philox's 64-bit key: one stream a head of an image
-    return tl.where(tl.rand(key, o_query * N + o_key) >= dropout_p, 1 / (1 - dropout_p), 0.0)

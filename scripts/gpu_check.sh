@@ -5,9 +5,10 @@
 #     bash scripts/gpu_check.sh OUT WHEEL     # takes a wheel that was built elsewhere
 #
 # Needs python3 with torch (CUDA), numpy, pytest, pytest-benchmark and hypothesis; with pandas and matplotlib the
-# benchmarks get a report, with pytest-xdist the Triton tests take a tenth of the time. Each part has its own time
-# limit, and its log is in OUT as soon as it ends: a part that hangs costs the others nothing. OUT gets summary.txt,
-# tests.log, benchmarks.log and benchmarks/ with results and their report.
+# benchmarks get a report, with pytest-xdist the Triton tests take a tenth of the time. The attention kernels against
+# PyTorch's come first, then tests and sanitizers, then all other benchmarks. Each part has its own time limit, and its
+# log is in OUT as soon as it ends: a part that hangs costs the others nothing. OUT gets summary.txt, tests.log,
+# benchmarks.log, and results.tar.gz with result files and reports.
 set -uo pipefail
 if [ $# -lt 1 ] || [ $# -gt 2 ]; then
     echo "usage: bash scripts/gpu_check.sh OUT [WHEEL]" >&2
@@ -67,23 +68,27 @@ assert convinit.build_info()["cuda_ops"], "the CUDA library is not loaded"
 if convinit.build_info()["gpu_problem"]: sys.exit(convinit.build_info()["gpu_problem"])
 print(torch.cuda.get_device_name(), torch.__version__)'
 
-# Checks of correctness run side by side, the benchmarks after them alone. compute-sanitizer sees a small selection of
-# tests, on memory straight from the driver: torch's pool would hide what is out of bounds. It looks at our kernels alone,
-# but for initcheck, which has to see who else has written what they read.
+bench() { "$python" benchmarks/run.py --suite gpu "$@"; }
+export -f bench
+part attention 75 "$out/benchmarks.log" bash -c "bench --only attention --minutes 1 --out '$scratch/results/attention'"
+
+# Checks of correctness run side by side, benchmarks alone. compute-sanitizer sees a small selection of tests, on memory
+# straight from the driver: torch's pool would hide what is out of bounds. racecheck looks at our CUDA kernels alone;
+# memcheck at Triton's, too; initcheck has to see who else has written what they read.
 pytest=("$python" -m pytest -q -p no:cacheprovider)
 workers=()
 "$python" -c 'import xdist' 2> /dev/null && workers=(-n "$(($(nproc) < 12 ? $(nproc) : 12))")
-small='test_equals_reference or test_offsets_may_be_strided or (test_cuda_matches_float64_and_itself and shape0)'
-small+=' or test_strided_inputs or test_sharp_logits'
+small='test_equals_reference or test_offsets_may_be_strided or test_strided_inputs or test_sharp_logits'
+small+=' or test_memory_of_committed_configurations'
+cuda_tests=(tests/test_{impulse_conv,impulse_matrix,qk_solver}.py)
 sanitizer() {
-    part "$1" 170 "$out/tests.log" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
-        compute-sanitizer --tool "$1" "${@:2}" --error-exitcode 66 "${pytest[@]}" -m gpu -k "$small" \
-        tests/test_impulse_conv.py tests/test_impulse_matrix.py tests/test_qk_adam.py tests/test_qk_solver.py
+    part "$1" 170 "$out/tests.log" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$1" \
+        --error-exitcode 66 "${@:2}" "${pytest[@]}" -m gpu -k "$small" "${cuda_tests[@]}" tests/test_kernels_gpu.py
 }
-part tests 170 "$out/tests.log" "${pytest[@]}" -m gpu tests --ignore tests/test_kernels_gpu.py &
-part triton_tests 180 "$out/tests.log" "${pytest[@]}" "${workers[@]}" -m gpu tests/test_kernels_gpu.py &
+part tests 170 "$out/tests.log" "${pytest[@]}" -m gpu "${cuda_tests[@]}" tests/test_{fit,offsets,transformers_attention}.py &
+part triton_tests 170 "$out/tests.log" "${pytest[@]}" "${workers[@]}" -m gpu tests/test_kernels_gpu.py &
 if command -v compute-sanitizer > /dev/null; then
-    sanitizer memcheck --kernel-name kns=convinit &
+    sanitizer memcheck &
     sanitizer racecheck --kernel-name kns=convinit &
     sanitizer initcheck &
 else
@@ -92,7 +97,8 @@ fi
 wait
 
 # The suite stops by itself, with what it has, before the limit.
-part benchmarks 300 "$out/benchmarks.log" "$python" benchmarks/run.py --suite gpu --minutes 4.5 --out "$out/benchmarks"
+part benchmarks 200 "$out/benchmarks.log" bash -c "bench --minutes 3 --out '$scratch/results/all'"
+tar -czf "$out/results.tar.gz" -C "$scratch" results
 
 if [ -e "$scratch/failed" ]; then
     echo "some parts failed, $SECONDS s" | tee -a "$summary"

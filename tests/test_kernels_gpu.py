@@ -58,6 +58,25 @@ def test_value_and_gradients(pair, dtype, rank, tokens):
         assert a.dtype == dtype and (a.double() - c).norm() <= limit
 
 
+@pytest.mark.parametrize("pair", PAIRS, ids=["positional", "shared"])
+@pytest.mark.parametrize(
+    ("tokens", "rank"),
+    [(64, 32), (128, 32), (256, 32), (64, 64), (128, 64), (256, 64), (320, 64), (128, 128), (320, 128)],
+)
+def test_memory_of_committed_configurations(pair, tokens, rank):
+    """More programs than a GPU takes at once: for compute-sanitizer, which sees what goes out of bounds.
+
+    Triton 3.6 wrote beyond a program's shared memory for one pipeline depth; some launches only were killed.
+    """
+    fused, reference = pair
+    qkv, pos, dout = problem(100, 8, tokens, rank)
+    ours = differentiate(fused, qkv, pos, dout, torch.bfloat16)
+    eager = differentiate(reference, qkv, pos, dout, torch.bfloat16)
+    exact = differentiate(reference, qkv, pos, dout, torch.float32)
+    for a, b, c in zip(ours, eager, exact, strict=True):
+        assert (a.float() - c).norm() <= 2 * (b.float() - c).norm() + 4 * torch.finfo(torch.bfloat16).eps
+
+
 def test_float32_follows_torchs_own_switch():
     qkv, pos, dout = problem(4, 2, 256, 64, torch.float32)
     exact = positional(positional_attention_reference)(qkv.double(), pos.double())
@@ -90,12 +109,10 @@ def test_deterministic(pair, tokens):
 def test_compiles_into_one_graph(pair):
     qkv, pos, dout = problem(4, 2, 64, 32)
     compiled = torch.compile(pair[0], fullgraph=True)
-    for a, b in zip(
-        differentiate(compiled, qkv, pos, dout, torch.bfloat16),
-        differentiate(pair[0], qkv, pos, dout, torch.bfloat16),
-        strict=True,
-    ):
-        torch.testing.assert_close(a, b)
+    exact = differentiate(pair[1], qkv, pos, dout, torch.float64)
+    eager, found = (differentiate(f, qkv, pos, dout, torch.bfloat16) for f in (pair[1], compiled))
+    for a, b, c in zip(found, eager, exact, strict=True):  # the map is made by other kernels than uncompiled
+        assert (a.double() - c).norm() <= 2 * (b.double() - c).norm()
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids=["positional", "shared"])
@@ -120,18 +137,6 @@ def test_autocast():
             assert out.dtype == torch.bfloat16
             out.sum().backward()
     assert qkv.grad.dtype == pos.grad.dtype == torch.float32
-
-
-@pytest.mark.parametrize("tokens", [64, 257])
-def test_dropout_keeps_the_mean_and_its_gradient_is_that_of_its_mask(tokens):
-    torch.manual_seed(0)
-    q, k = torch.randn(2, 8, 2, tokens, 64, device="cuda")
-    v = torch.ones(8, 2, tokens, 64, device="cuda", requires_grad=True)
-    out = positional_attention(q, k, v, dropout_p=0.5, backend="triton")
-    assert out.std() > 0.05 and abs(out.mean() - 1) < 0.02
-    (dv,) = torch.autograd.grad(out.sum(), v)
-    # The output is linear in v, so with v = 1 the sum of the output is that of v · dv.
-    torch.testing.assert_close(dv.sum(), out.sum(), rtol=1e-4, atol=0)
 
 
 def test_more_than_two_to_the_31_elements():

@@ -193,7 +193,7 @@ def test_cuda_matches_the_cpu_and_itself(goal, count):
     if goal == "weight_norm":
         assert errors.max() < 0.02
     else:  # where the norm moves too, some problems end in another minimum
-        assert errors.median() < 0.05 and errors.max() < 0.2
+        assert errors.max() < 0.2 and (count == 1 or errors.median() < 0.05)
     assert (diagnostics[:, 1] - expected[:, 1]).abs().max() < 0.01
     for result in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], result, strict=True))

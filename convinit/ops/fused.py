@@ -245,7 +245,7 @@ def _(q, k, v, q_pos, k_pos, seed, scale, alpha, dropout_p):
     from convinit.kernels import launch
 
     with torch.cuda.device(q.device):
-        return launch.positional_forward(q, k, v, q_pos, k_pos, seed, scale, alpha, dropout_p)
+        return launch.positional_forward(q, k, v, q_pos, k_pos, scale, alpha)
 
 
 @_positional_backward.register_kernel("cuda")
@@ -253,9 +253,7 @@ def _(dout, q, k, v, q_pos, k_pos, out, lse, seed, scale, alpha, dropout_p, need
     from convinit.kernels import launch
 
     with torch.cuda.device(q.device):
-        gradients = launch.positional_backward(
-            dout, q, k, v, q_pos, k_pos, out, lse, seed, scale, alpha, dropout_p, needs
-        )
+        gradients = launch.positional_backward(dout, q, k, v, q_pos, k_pos, out, lse, scale, alpha, needs)
     return _filled(q, gradients)
 
 
@@ -352,7 +350,7 @@ def _(dout, qkv, heads, q_pos, k_pos, out, lse, seed, scale, alpha, dropout_p, n
     needs = (True, True, True, need_q_pos, need_k_pos)
     with torch.cuda.device(qkv.device):
         *_, dq_pos, dk_pos = launch.positional_backward(
-            dout, *split_packed(qkv, heads), q_pos, k_pos, out, lse, seed, scale, alpha, dropout_p, needs,
+            dout, *split_packed(qkv, heads), q_pos, k_pos, out, lse, scale, alpha, needs,
             image_gradients=split_packed(dqkv, heads),
         )  # fmt: skip
     return dqkv, *(qkv.new_empty(0) if x is None else x for x in (dq_pos, dk_pos))

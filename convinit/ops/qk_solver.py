@@ -78,7 +78,7 @@ def qk_solver_reference(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`qk_solver` at a given weight norm in plain PyTorch: autograd and torch.optim.LBFGS; one start."""
     mask = (targets >= 0)[:, :, None]
-    target_map = torch.zeros(*targets.shape, targets.shape[1], dtype=xq.dtype)
+    target_map = xq.new_zeros(*targets.shape, targets.shape[1])
     target_map.scatter_(2, targets.clamp(min=0)[:, :, None], mask.to(xq.dtype))
     solutions = []
     for b in range(targets.shape[0]):

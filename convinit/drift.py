@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from convinit._checks import check_int
 from convinit.adapters import InitReport, Linear, Slot
 from convinit.adapters.report import measured, no_figures
-from convinit.offsets import check_int
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter

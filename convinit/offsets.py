@@ -2,68 +2,20 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-PADDING_MODES = ("zeros", "replicate", "circular", "reflect")  # the order of PaddingMode in csrc
-
-_OFFSET_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32)
-
-
-def check_int(name: str, value: object, *, minimum: int = 1) -> int:
-    """`value` as an int; TypeError or ValueError that names the argument otherwise."""
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"{name} must be an int, got {value!r} of type {type(value).__name__}")
-    number = operator.index(value)  # NumPy's integers too
-    if number < minimum:
-        raise ValueError(f"{name} must be at least {minimum}, got {number}")
-    return number
-
-
-def check_grid_size(grid_size: Sequence[int]) -> tuple[int, int]:
-    """`grid_size` as a pair (H, W) of positive ints; TypeError or ValueError otherwise."""
-    if not isinstance(grid_size, Sequence) or isinstance(grid_size, str):
-        raise TypeError(f"grid_size must be a pair (H, W) of ints, got {grid_size!r}")
-    if len(grid_size) != 2:
-        raise ValueError(f"grid_size must be a pair (H, W), got {len(grid_size)} numbers: {grid_size!r}")
-    height, width = check_int("grid_size[0]", grid_size[0]), check_int("grid_size[1]", grid_size[1])
-    if height * width >= 2**31:
-        raise ValueError(f"grid_size must have fewer than 2**31 tokens, got {height} x {width}")
-    return height, width
-
-
-def check_offsets(offsets: Tensor) -> Tensor:
-    """`offsets` [B, 2] as int64; TypeError or ValueError otherwise."""
-    if not isinstance(offsets, Tensor):
-        raise TypeError(f"offsets must be a tensor of shape [B, 2], got {type(offsets).__name__}")
-    if offsets.dtype not in _OFFSET_DTYPES:
-        raise TypeError(f"offsets must have an integer dtype that fits in int64, got {offsets.dtype}")
-    if offsets.dim() != 2 or offsets.shape[1] != 2:
-        raise ValueError(f"offsets must have shape [B, 2], one (dy, dx) per head, got {list(offsets.shape)}")
-    return offsets if offsets.dtype == torch.int64 else offsets.to(torch.int64)
-
-
-def check_padding_mode(padding_mode: str) -> int:
-    """The index of `padding_mode` in PADDING_MODES; ValueError otherwise."""
-    if padding_mode not in PADDING_MODES:
-        raise ValueError(f"padding_mode must be one of {', '.join(PADDING_MODES)}, got {padding_mode!r}")
-    return PADDING_MODES.index(padding_mode)
-
-
-def check_generator(generator: torch.Generator | None) -> None:
-    """Refuses generators of other devices: one seed must give the same draw wherever the result goes."""
-    if generator is None:
-        return
-    if not isinstance(generator, torch.Generator):
-        raise TypeError(f"generator must be a torch.Generator or None, got {type(generator).__name__}")
-    if generator.device.type != "cpu":
-        raise ValueError(
-            f"generator must be a CPU generator (draws are made on the CPU, then moved), "
-            f"got one on {generator.device}; make it with torch.Generator()"
-        )
+from convinit._checks import (
+    check_flag,
+    check_generator,
+    check_grid_size,
+    check_int,
+    check_kernel_size,
+    check_offsets,
+    check_padding_mode,
+)
 
 
 def sample_offsets(
@@ -90,10 +42,9 @@ def sample_offsets(
     Source: arXiv 2401.12511: each head is given a random impulse filter of an f x f kernel.
     Stratified draws are ours.
     """
-    check_int("num_heads", num_heads)
-    check_int("kernel_size", kernel_size)
-    if kernel_size % 2 == 0:
-        raise ValueError(f"kernel_size must be odd, so that the window has a centre, got {kernel_size}")
+    num_heads = check_int("num_heads", num_heads, maximum=2**31 - 1)
+    kernel_size = check_kernel_size(kernel_size)
+    check_flag("stratified", stratified)
     check_generator(generator)
     reach = kernel_size // 2
     if stratified:

@@ -11,7 +11,7 @@
 namespace convinit {
 
 // Where a row points whose target leaves the grid; the meanings are those of torch.nn.functional.pad.
-// The order is that of PADDING_MODES in convinit/offsets.py.
+// The order is that of PADDING_MODES in convinit/_checks.py.
 enum class PaddingMode : int64_t { zeros, replicate, circular, reflect };
 
 constexpr int kOutside = -1;

@@ -58,7 +58,8 @@ STABLE_TORCH_LIBRARY(convinit, m) {
       "float scale, int heads, float lr, int first_step, int steps) -> Tensor");
   m.def(
       "qk_solver(Tensor xq, Tensor xk, Tensor targets, Tensor wq_starts, Tensor wk_starts, float scale, "
-      "Tensor? weight_norm, float peak, int max_iterations, float tolerance) -> (Tensor, Tensor, Tensor)");
+      "Tensor? weight_norm, float peak, int max_iterations, float tolerance, Tensor(a!)? monitor=None) -> "
+      "(Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(convinit, CompositeExplicitAutograd, m) {

@@ -74,6 +74,7 @@ CONVINIT_INLINE Sums evaluate(const QKBasis& b, const int64_t* target, QKObjecti
 
   Sums sums;
   for (int64_t i0 = 0; i0 < b.n; i0 += kRowBlock) {
+    b.monitor.stop_if_told();
     const int64_t rows = i0 + kRowBlock <= b.n ? kRowBlock : b.n - i0;
     const float* q = ws.q.data() + i0 * b.ld_rank;
     float* map = ws.map.data();
@@ -130,9 +131,9 @@ void copy_dense(const std::vector<float>& from, int64_t ld, double factor, int64
 }  // namespace
 
 QKBasis::QKBasis(const double* xq_, int64_t dq_, const double* xk_, int64_t dk_, int64_t n_, int64_t rank_,
-                 double scale_)
+                 double scale_, QKMonitor monitor_)
     : n(n_), dq(dq_), dk(dk_), rank(rank_), ld_n(padded(n)), ld_dq(padded(dq)), ld_dk(padded(dk)),
-      ld_rank(padded(rank)), scale(static_cast<float>(scale_)), xq(n * ld_dq), xk(n * ld_dk), xk_t(dk * ld_n) {
+      ld_rank(padded(rank)), scale(static_cast<float>(scale_)), monitor(monitor_), xq(n * ld_dq), xk(n * ld_dk), xk_t(dk * ld_n) {
   copy_padded(xq_, n, dq, xq, ld_dq);
   copy_padded(xk_, n, dk, xk, ld_dk);
   for (int64_t i = 0; i < n; ++i)
@@ -159,6 +160,7 @@ QKMetrics QKObjective::operator()(const double* wq, const double* wk_t, double* 
   copy_padded(wq, b.dq, b.rank, ws_.wq, b.ld_rank);
   copy_padded(wk_t, b.rank, b.dk, ws_.wk_t, b.ld_dk);
   const Sums sums = evaluate_here(b, target_, ws_, grad_wq != nullptr);
+  b.monitor.count_evaluation();
   const double per_entry = 1.0 / (static_cast<double>(b.n) * static_cast<double>(b.n));
   if (grad_wq != nullptr) {
     const double factor = 2.0 * per_entry * b.scale;

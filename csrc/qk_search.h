@@ -40,6 +40,8 @@ namespace detail {
 
 constexpr double kFirstPeak = 0.5;       // a higher wanted peak is approached from here
 constexpr double kLargestNorm = 3000.0;  // in natural norms; sharp maps were seen at 20 to 100
+constexpr double kNormStep = 1.4;
+constexpr int kNormSteps = 24;           // 1.4^23 is the last power below kLargestNorm
 
 CONVINIT_HD inline double logit(double p) {
   p = clamp(p, 1e-9, 1.0 - 1e-9);
@@ -50,7 +52,8 @@ CONVINIT_HD inline double logit(double p) {
 template <class Space>
 CONVINIT_HD double norm_for_peak(Space& space, double peak, double natural) {
   double best_norm = natural, best_peak = 0;
-  for (double norm = natural; norm <= kLargestNorm * natural && best_peak < peak; norm *= 1.4) {
+  double norm = natural;
+  for (int step = 0; step < kNormSteps && best_peak < peak; ++step, norm *= kNormStep) {
     space.weight_norm = norm;
     space.value();
     if (space.metrics.peak > best_peak) {

@@ -17,8 +17,13 @@ void check_targets(const int64_t* targets, int64_t count, int64_t tokens) {
 std::tuple<Tensor, Tensor, Tensor> qk_solver_cpu(const Tensor& xq_, const Tensor& xk_, const Tensor& targets_,
                                                  const Tensor& wq_starts_, const Tensor& wk_starts_, double scale,
                                                  const std::optional<Tensor>& weight_norm_, double peak,
-                                                 int64_t max_iterations, double tolerance) {
-  check_qk_solver(xq_, xk_, targets_, wq_starts_, wk_starts_, weight_norm_, peak);
+                                                 int64_t max_iterations, double tolerance,
+                                                 const std::optional<Tensor>& monitor_) {
+  check_qk_solver(xq_, xk_, targets_, wq_starts_, wk_starts_, weight_norm_, peak, max_iterations);
+  if (monitor_) {
+    CONVINIT_CHECK_DTYPE(*monitor_, Long);
+    STD_TORCH_CHECK(monitor_->is_contiguous() && monitor_->numel() == 3, "convinit: monitor must have three entries");
+  }
   const int64_t tokens = xq_.size(0), dq = xq_.size(1), dk = xk_.size(1);
   const int64_t num_starts = wq_starts_.size(0), problems = wq_starts_.size(1), rank = wq_starts_.size(3);
 
@@ -34,7 +39,8 @@ std::tuple<Tensor, Tensor, Tensor> qk_solver_cpu(const Tensor& xq_, const Tensor
   Tensor diagnostics = torch::stable::new_empty(xq, {problems, kDiagnostics});
   if (problems == 0) return {wq, wk, diagnostics};
 
-  const QKBasis basis(xq.const_data_ptr<double>(), dq, xk.const_data_ptr<double>(), dk, tokens, rank, scale);
+  const QKBasis basis(xq.const_data_ptr<double>(), dq, xk.const_data_ptr<double>(), dk, tokens, rank, scale,
+                      QKMonitor(monitor_ ? monitor_->mutable_data_ptr<int64_t>() : nullptr));
   const int64_t* target = targets.const_data_ptr<int64_t>();
   const double* start_q = wq_starts.const_data_ptr<double>();
   const double* start_k = wk_starts.const_data_ptr<double>();
@@ -43,7 +49,7 @@ std::tuple<Tensor, Tensor, Tensor> qk_solver_cpu(const Tensor& xq_, const Tensor
   double* out_k = wk.mutable_data_ptr<double>();
   double* out_diagnostics = diagnostics.mutable_data_ptr<double>();
 
-  torch::stable::parallel_for(0, problems, 1, [&](int64_t begin, int64_t end) {
+  const auto solve = [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
       std::vector<QKStart> starts;
       for (int64_t s = 0; s < num_starts; ++s) {
@@ -63,6 +69,13 @@ std::tuple<Tensor, Tensor, Tensor> qk_solver_cpu(const Tensor& xq_, const Tensor
                                            solution.metrics.hit_rate, solution.weight_norm,
                                            double(solution.iterations), double(solution.evaluations)};
       std::copy(values, values + kDiagnostics, out_diagnostics + b * kDiagnostics);
+      basis.monitor.count_problem();
+    }
+  };
+  torch::stable::parallel_for(0, problems, 1, [&](int64_t begin, int64_t end) {
+    try {
+      solve(begin, end);
+    } catch (const QKMonitor::Stopped&) {  // whoever told so knows
     }
   });
   return {wq, wk, diagnostics};

@@ -25,8 +25,9 @@ void check_devices(const Tensor& xq, const Tensor& xk, const Tensor& targets, co
 std::tuple<Tensor, Tensor, Tensor> qk_solver_cuda(const Tensor& xq_, const Tensor& xk_, const Tensor& targets_,
                                                   const Tensor& wq_starts_, const Tensor& wk_starts_, double scale,
                                                   const std::optional<Tensor>& weight_norm_, double peak,
-                                                  int64_t max_iterations, double tolerance) {
-  check_qk_solver(xq_, xk_, targets_, wq_starts_, wk_starts_, weight_norm_, peak);
+                                                  int64_t max_iterations, double tolerance,
+                                                  const std::optional<Tensor>& /* monitor: of the CPU's alone */) {
+  check_qk_solver(xq_, xk_, targets_, wq_starts_, wk_starts_, weight_norm_, peak, max_iterations);
   check_devices(xq_, xk_, targets_, wq_starts_, wk_starts_, weight_norm_);
   const torch::stable::accelerator::DeviceGuard guard(xq_.get_device_index());
 

@@ -10,13 +10,16 @@ namespace convinit {
 
 // The best attention maps for B problems that share one basis; convinit/ops/qk_solver.py describes arguments and results.
 // Problems are solved in parallel, each by one thread, so that the result does not depend on the number of threads.
+// What is not solved yet when `monitor` says stop (see qk_objective.h) is left unwritten.
 std::tuple<Tensor, Tensor, Tensor> qk_solver_cpu(const Tensor& xq, const Tensor& xk, const Tensor& targets,
                                                  const Tensor& wq_starts, const Tensor& wk_starts, double scale,
                                                  const std::optional<Tensor>& weight_norm, double peak,
-                                                 int64_t max_iterations, double tolerance);
+                                                 int64_t max_iterations, double tolerance,
+                                                 const std::optional<Tensor>& monitor);
 
 inline void check_qk_solver(const Tensor& xq, const Tensor& xk, const Tensor& targets, const Tensor& wq_starts,
-                            const Tensor& wk_starts, const std::optional<Tensor>& weight_norm, double peak) {
+                            const Tensor& wk_starts, const std::optional<Tensor>& weight_norm, double peak,
+                            int64_t max_iterations) {
   CONVINIT_CHECK_DTYPE(xq, Double);
   CONVINIT_CHECK_DTYPE(xk, Double);
   CONVINIT_CHECK_DTYPE(wq_starts, Double);
@@ -32,6 +35,7 @@ inline void check_qk_solver(const Tensor& xq, const Tensor& xk, const Tensor& ta
                       dk > 0 && rank > 0,
                   "convinit: shapes of xq, xk, targets, wq_starts and wk_starts do not fit");
   STD_TORCH_CHECK(weight_norm.has_value() != (peak > 0), "convinit: give weight_norm or a positive peak");
+  STD_TORCH_CHECK(max_iterations >= 0 && max_iterations <= INT32_MAX, "convinit: max_iterations must lie in [0, 2^31)");
   if (!weight_norm) return;
   CONVINIT_CHECK_DTYPE(*weight_norm, Double);
   STD_TORCH_CHECK(weight_norm->numel() == problems, "convinit: weight_norm must have one entry per problem");

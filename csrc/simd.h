@@ -58,7 +58,7 @@ CONVINIT_INLINE float max_element(F<W> v) {
 // exp(x) within 2 units in the last place for -87 <= x <= 0; a NaN stays one. What is lower must be masked.
 template <int W>
 CONVINIT_INLINE F<W> exp_unmasked(F<W> x) {
-  using Int = typename Vec<W>::I;
+  using Unsigned = typename Vec<W>::U;  // what is lower than -87, NaN too, may leave the range of int
   // x = n ln2 + r with n an integer: adding 1.5 * 2^23 rounds to the nearest integer in the low mantissa bits.
   const float magic = 12582912.0f;
   const F<W> shifted = x * 1.44269504f + magic;
@@ -71,7 +71,7 @@ CONVINIT_INLINE F<W> exp_unmasked(F<W> x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.0f;
-  const Int exponent = ((Int)shifted - 0x4B400000 + 127) << 23;
+  const Unsigned exponent = ((Unsigned)shifted - 0x4B400000u + 127u) << 23;
   return p * (F<W>)exponent;
 }
 

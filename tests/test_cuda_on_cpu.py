@@ -20,7 +20,7 @@ from test_qk_adam import problem as qk_adam_problem
 from test_qk_solver import metrics_in_float64, norms, problem
 from torch import Tensor
 
-from convinit.offsets import PADDING_MODES
+from convinit._checks import PADDING_MODES
 from convinit.ops.impulse_conv import impulse_conv_reference
 from convinit.ops.impulse_matrix import impulse_matrix_reference
 from convinit.ops.qk_adam import qk_adam_reference

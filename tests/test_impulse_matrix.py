@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import convinit
-from convinit.offsets import PADDING_MODES
+from convinit._checks import PADDING_MODES
 from convinit.ops.impulse_matrix import impulse_matrix, impulse_matrix_reference
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.bool]

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from convinit import impulse_targets, sample_offsets
-from convinit.offsets import PADDING_MODES
+from convinit._checks import PADDING_MODES
 
 SIZES = st.integers(1, 6)
 INT64 = st.integers(-(2**63), 2**63 - 1)

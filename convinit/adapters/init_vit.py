@@ -9,13 +9,14 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from convinit._checks import check_grid_size, check_int, check_offsets
 from convinit.adapters.find import find_layouts, unwrapped
 from convinit.adapters.layout import Layout, is_sharded
 from convinit.adapters.measure import measure_on_images_
 from convinit.adapters.report import InitReport, LayerRecord
 from convinit.adapters.request import Request
 from convinit.fit.api import Method
-from convinit.offsets import check_grid_size, check_int, check_offsets, sample_offsets
+from convinit.offsets import sample_offsets
 
 # The head order of the code of arXiv 2505.19985, as (dy, dx): centre, up, right, left, down, then corners.
 FIXED_ORDER = ((0, 0), (-1, 0), (0, 1), (0, -1), (1, 0), (-1, -1), (-1, 1), (1, -1), (1, 1))

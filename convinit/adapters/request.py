@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
+from convinit._checks import check_generator, check_padding_mode
 from convinit.fit import Adam, Newton
 from convinit.fit.api import DEFAULT_PEAK, METHODS, Method
-from convinit.offsets import check_generator, check_padding_mode
 
 UNFITTED = ("mimetic", "norm_matched", "scrambled", "keep")
 VALUES = ("mimetic", "keep")

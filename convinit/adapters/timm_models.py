@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from convinit._checks import check_grid_size
 from convinit.adapters import timm_registry
 from convinit.nn import ConvInitAttention
-from convinit.offsets import check_grid_size
 
 _logger = logging.getLogger(__name__)
 

@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from convinit._checks import check_int
 from convinit._processes import cpus
 from convinit.cli.errors import say
 from convinit.cli.progress import runs_progress
@@ -30,7 +31,6 @@ from convinit.demo.summary import (
     setting,
     summarize,
 )
-from convinit.offsets import check_int
 
 _FULL, _QUICK = (3, 8), (1, 5)  # seeds, epochs
 

@@ -17,12 +17,12 @@ from rich.table import Table
 from torch import Tensor
 
 import convinit
+from convinit._checks import check_int
 from convinit.cli.tensors import load_tensor
 from convinit.fit import SVD, Adam, Newton, QKFit
 from convinit.fit.api import DEFAULT_PEAK
 from convinit.fit.api import Method as FitMethod
 from convinit.nn.position import sincos_2d
-from convinit.offsets import check_int
 
 
 class Method(str, Enum):

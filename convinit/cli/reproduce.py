@@ -14,10 +14,10 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table as Sheet
 
+from convinit._checks import check_int
 from convinit._processes import cpus
 from convinit.cli.errors import say
 from convinit.cli.progress import runs_progress
-from convinit.offsets import check_int
 
 
 def reproduce(

@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import convinit
+from convinit._checks import check_int
 from convinit._files import write_whole
 from convinit._processes import in_processes
 from convinit.demo.arms import ARMS, GRID_SIZE, OURS, build_model
 from convinit.models import SimpleViT
 from convinit.nn import ConvInitAttention
-from convinit.offsets import attention_on_targets, check_int
+from convinit.offsets import attention_on_targets
 
 SHIFTS = {"down": (1, 0), "up": (-1, 0), "right": (0, 1), "left": (0, -1)}
 MAP_IMAGES = 64  # test images over which attention maps are averaged

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import numbers
 import time
 from collections.abc import Sequence
 
@@ -11,9 +10,20 @@ import torch
 from torch import Tensor
 
 from convinit import _library
+from convinit._checks import (
+    came,
+    check_choice,
+    check_finite,
+    check_generator,
+    check_grid_size,
+    check_int,
+    check_number,
+    check_offsets,
+    check_tensor,
+)
 from convinit.fit import newton, papers
-from convinit.fit.result import QKFit, attention_maps, map_metrics
-from convinit.offsets import check_generator, check_grid_size, check_int, check_offsets, impulse_targets
+from convinit.fit.result import QKFit, attention_maps, map_metrics, warn_if_missed
+from convinit.offsets import impulse_targets
 
 Method = newton.Newton | papers.Adam | papers.SVD
 
@@ -60,10 +70,11 @@ def fit_qk(
 
     Returns:
         QKFit with wq, wk [B, D, r] on the device and in the dtype of `pos_embed`, and mse, peak, hit_rate,
-        weight_norm [B].
+        weight_norm [B] of these weights, as rounded to that dtype.
 
     Raises:
-        TypeError, ValueError: an argument has the wrong type, shape or value.
+        TypeError, ValueError: an argument has the wrong type, shape or value, or the dtype of `pos_embed`
+            does not hold the fitted weights: whatever is returned is finite.
 
     Warns:
         UserWarning: the wanted peak is out of reach; the best map is returned.
@@ -110,11 +121,8 @@ def fit_targets(
     """
     _check_pos_embed(pos_embed)
     n = pos_embed.shape[0]
-    if not isinstance(targets, Tensor) or targets.dtype != torch.int64:
-        raise TypeError(
-            f"targets must be an int64 tensor [B, {n}], got {getattr(targets, 'dtype', type(targets))}"
-        )
-    if targets.dim() != 2 or targets.shape[1] != n:
+    check_tensor("targets", targets, f"[B, {n}]", dims=2, dtypes=(torch.int64,), values=True)
+    if targets.shape[1] != n:
         raise ValueError(
             f"targets must have shape [B, {n}], one token per row of pos_embed, got {list(targets.shape)}"
         )
@@ -134,7 +142,7 @@ def impulses(
 ) -> tuple[Tensor, Tensor]:
     """`offsets` [B, 2] as int64 and their targets [B, N]; refuses what leaves no target on the grid."""
     height, width = grid_size
-    offsets = check_offsets(offsets)
+    offsets = check_offsets(offsets, values=True)
     reach = torch.tensor([height, width], device=offsets.device)
     outside = ((offsets < -reach) | (offsets > reach)).any(dim=1)
     if outside.any():
@@ -163,7 +171,8 @@ def _fit(pos_embed, targets, rank, scale, method, weight_norm, peak, generator, 
     start = time.perf_counter()
     method = _check_method(method)
     check_generator(generator)
-    if check_int("rank", rank) > pos_embed.shape[1]:
+    rank = check_int("rank", rank)
+    if rank > pos_embed.shape[1]:
         raise ValueError(f"rank must be at most D = {pos_embed.shape[1]}, got {rank}")
     scale = check_number("scale", scale)
     # Bases, starts and draws are made on the CPU, the same for every device, and also where the user has set
@@ -173,30 +182,81 @@ def _fit(pos_embed, targets, rank, scale, method, weight_norm, peak, generator, 
         P, targets = pos_embed.detach().cpu().clone(), targets.cpu().clone()
         if isinstance(method, newton.Newton):
             weight_norm, peak = check_goal(weight_norm, peak, len(targets))
-            symmetries = torch.arange(len(P))[None] if grid_size is None else grid_symmetries(*grid_size)
-            wq, wk, metrics = newton.fit(
-                P, targets, rank, scale=scale, method=method, weight_norm=weight_norm, peak=peak,
-                symmetries=symmetries, generator=generator, device=device,
-            )  # fmt: skip
+        elif weight_norm is not None or peak is not None:
+            raise ValueError(
+                f"weight_norm and peak belong to method 'newton', got method={method}; "
+                "the papers' methods are steered by their own options"
+            )
+        if isinstance(method, papers.Adam):
+            wq, wk = papers.fit_adam(
+                P, targets, rank, scale=scale, method=method, generator=generator, device=device
+            )
         else:
-            if weight_norm is not None or peak is not None:
-                raise ValueError(
-                    f"weight_norm and peak belong to method 'newton', got method={method}; "
-                    "the papers' methods are steered by their own options"
-                )
-            if isinstance(method, papers.Adam):
-                wq, wk = papers.fit_adam(
-                    P, targets, rank, scale=scale, method=method, generator=generator, device=device
-                )
+            unit_P, unit_scale, exponent = _in_units(P, scale)
+            if isinstance(method, newton.Newton):
+                symmetries = torch.arange(len(P))[None] if grid_size is None else grid_symmetries(*grid_size)
+                wq, wk = newton.fit(
+                    unit_P, targets, rank, scale=unit_scale, method=method, peak=peak, symmetries=symmetries,
+                    weight_norm=None if weight_norm is None else _times_two_to(exponent, weight_norm),
+                    generator=generator, device=device,
+                )  # fmt: skip
+                wq, wk = (_times_two_to(-exponent, w) for w in (wq, wk))
             else:
-                wq, wk = papers.fit_svd(P, targets, rank, method=method, generator=generator)
-            metrics = _measure(wq, wk, P, targets, scale)
+                wq, wk = papers.fit_svd(unit_P, targets, rank, method=method, generator=generator)
+        wq, wk, metrics = _rounded(wq, wk, P, targets, scale, method)
+        if peak is not None:
+            remedy = f"Rank {rank} or this position embedding allows no sharper map; ask for less."
+            warn_if_missed(peak, metrics["peak"], remedy, stacklevel=4)  # fit_qk's caller, past its decorator
     device = pos_embed.device
     return QKFit(
-        wq=wq.to(pos_embed), wk=wk.to(pos_embed), **metrics, targets=targets.to(device),
+        wq=wq.to(device), wk=wk.to(device), **metrics, targets=targets.to(device),
         offsets=None if offsets is None else offsets.to(device), pos_embed=P.to(device), scale=scale,
         method=method, seconds=time.perf_counter() - start,
     )  # fmt: skip
+
+
+def _in_units(P: Tensor, scale: float) -> tuple[Tensor, float, int]:
+    """P / 2^e in float64 with a largest entry in [½, 1), scale / 4^k in [½, 2), and e + k.
+
+    scale · (P W_q)(P W_k)ᵀ stays as it is if W is 2^(e + k) times as large. Powers of two change no digit,
+    but products of small or large numbers stay within the range of the dtype.
+    """
+    exponent = math.frexp(P.double().abs().max().item())[1]
+    k = math.frexp(scale)[1] // 2
+    return _times_two_to(-exponent, P.double()), math.ldexp(scale, -2 * k), exponent + k
+
+
+def _times_two_to(exponent: int, x: Tensor) -> Tensor:
+    half = exponent // 2  # 2^exponent itself may be beyond a float
+    return x * 2.0**half * 2.0 ** (exponent - half)
+
+
+def _rounded(
+    wq: Tensor, wk: Tensor, P: Tensor, targets: Tensor, scale: float, method: Method
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """The weights in the dtype of P, and their figures; ValueError if that dtype does not hold them."""
+    rounded = [w.to(P.dtype) for w in (wq, wk)]
+    if not (wq.isfinite().all() and wk.isfinite().all()):
+        raise ValueError(
+            f"the fit left the range of numbers, with scale = {scale:.3g} and method = {method}: give a "
+            "scale, a weight_norm, a learning rate or a pos_embed closer to 1"
+        )
+    for before, after in zip((wq, wk), rounded, strict=True):
+        norms, kept = _norms(before), _norms(after)
+        if not ((kept - norms).abs() <= 0.01 * norms).all():
+            raise ValueError(
+                f"pos_embed has the dtype {P.dtype}, which does not hold the fitted weights, of norms "
+                f"{norms.min():.3g} to {norms.max():.3g}: pass pos_embed in a wider dtype, or ask for "
+                "another scale or weight_norm"
+            )
+    wq, wk = rounded
+    metrics = _measure(wq, wk, P, targets, scale)
+    if not all(figures.isfinite().all() for figures in metrics.values()):
+        raise ValueError(
+            f"scale = {scale:.3g} and weight_norm up to {metrics['weight_norm'].max():.3g} make logits "
+            "beyond the range of numbers: give smaller ones"
+        )
+    return wq, wk, metrics
 
 
 def _measure(wq: Tensor, wk: Tensor, P: Tensor, targets: Tensor, scale: float) -> dict[str, Tensor]:
@@ -211,23 +271,21 @@ def _measure(wq: Tensor, wk: Tensor, P: Tensor, targets: Tensor, scale: float) -
     mse, peak, hit_rate = (
         torch.cat([torch.stack(row) for row in rows], dim=1) if rows else torch.empty(3, 0).double()
     )
-    weight_norm = (wq.double().norm(dim=(1, 2)) * wk.double().norm(dim=(1, 2))).sqrt()
+    weight_norm = _norms(wq).sqrt() * _norms(wk).sqrt()
     return {"mse": mse, "peak": peak, "hit_rate": hit_rate, "weight_norm": weight_norm}
 
 
+def _norms(w: Tensor) -> Tensor:
+    """Frobenius norms [B] in float64 of w [B, D, r], whose squares may be beyond float64."""
+    top = w.double().abs().amax(dim=(1, 2), keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
+    return top[:, 0, 0] * (w / top).norm(dim=(1, 2))
+
+
 def _check_pos_embed(pos_embed: Tensor) -> None:
-    if not isinstance(pos_embed, Tensor) or not pos_embed.is_floating_point():
-        found = getattr(pos_embed, "dtype", type(pos_embed).__name__)
-        raise TypeError(f"pos_embed must be a floating-point tensor [N, D], got {found}")
-    if pos_embed.dim() != 2 or 0 in pos_embed.shape:
-        raise ValueError(
-            f"pos_embed must have shape [N, D] (no batch dimension), got {list(pos_embed.shape)}"
-        )
-    if not pos_embed.isfinite().all():
-        count = int((~pos_embed.isfinite()).sum())
-        raise ValueError(
-            f"pos_embed must be finite, got {count} NaN or infinite entries of {pos_embed.numel()}"
-        )
+    check_tensor("pos_embed", pos_embed, "[N, D] (no batch dimension)", dims=2, values=True)
+    if 0 in pos_embed.shape:
+        raise ValueError(f"pos_embed must have shape [N, D], neither of them 0, got {list(pos_embed.shape)}")
+    check_finite("pos_embed", pos_embed)
     if (pos_embed == pos_embed[:1]).all():
         raise ValueError(
             "pos_embed must differ between tokens, got the same row everywhere: no map can be told from it"
@@ -235,21 +293,14 @@ def _check_pos_embed(pos_embed: Tensor) -> None:
 
 
 def _check_method(method: str | Method) -> Method:
-    if isinstance(method, str) and method in METHODS:
-        return METHODS[method]
     if isinstance(method, Method):
         return method
-    raise ValueError(
-        f"method must be one of {', '.join(METHODS)} or a convinit.fit.Newton, Adam or SVD, got {method!r}"
-    )
-
-
-def check_number(name: str, value: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
-    if not (value > 0 and math.isfinite(value)):
-        raise ValueError(f"{name} must be positive and finite, got {value}")
-    return float(value)
+    if not isinstance(method, str):
+        raise TypeError(
+            f"method must be one of {', '.join(METHODS)} or a convinit.fit.Newton, Adam or SVD, "
+            f"got {came(method)}"
+        )
+    return METHODS[check_choice("method", method, tuple(METHODS))]
 
 
 def check_goal(
@@ -258,7 +309,8 @@ def check_goal(
     """weight_norm as [heads] float64, or else peak as a float."""
     if weight_norm is not None and peak is not None:
         raise ValueError(
-            f"give weight_norm or peak, not both: one follows from the other; got {weight_norm} and {peak}"
+            "give weight_norm or peak, not both: one follows from the other; "
+            f"got {came(weight_norm)} and {peak}"
         )
     if weight_norm is None:
         peak = check_number("peak", DEFAULT_PEAK if peak is None else peak)
@@ -268,6 +320,7 @@ def check_goal(
     if not isinstance(weight_norm, Tensor):
         weight_norm = check_number("weight_norm", weight_norm)
         return torch.full((heads,), weight_norm, dtype=torch.float64, device="cpu"), None
+    check_tensor("weight_norm", weight_norm, f"[{heads}]", values=True)
     if weight_norm.shape not in ((), (heads,)):
         raise ValueError(
             f"weight_norm must be a number or a tensor [{heads}], one per head, got {list(weight_norm.shape)}"

@@ -14,17 +14,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from convinit._progress import progress
-from convinit.fit.result import warn_if_missed
-from convinit.offsets import check_int
+from convinit._checks import check_int, check_real
+from convinit._progress import interruptible
 from convinit.ops.qk_solver import DIAGNOSTICS, qk_solver
 
 # Directions this much weaker than the strongest cannot carry a map at any sensible norm.
@@ -49,8 +48,8 @@ class Newton:
     tolerance: float = 1e-2
 
     def __post_init__(self) -> None:
-        check_int("max_iterations", self.max_iterations, minimum=0)
-        if not (self.tolerance >= 0 and math.isfinite(self.tolerance)):
+        check_int("max_iterations", self.max_iterations, minimum=0, maximum=2**31 - 1)
+        if check_real("tolerance", self.tolerance) < 0:
             raise ValueError(f"tolerance must be finite and at least 0, got {self.tolerance}")
 
 
@@ -66,8 +65,8 @@ def fit(
     symmetries: Tensor,
     generator: torch.Generator | None,
     device: torch.device,
-) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """W_q, W_k [B, D, r] and metrics [B]; arguments as checked by `convinit.fit.api`, all on the CPU.
+) -> tuple[Tensor, Tensor]:
+    """W_q, W_k [B, D, r] float64; arguments as checked by `convinit.fit.api`, all on the CPU.
 
     device: where the solver runs; all else is small.
     symmetries [G, N]: permutations of the tokens that may leave P's Gram matrix as it is; the identity first.
@@ -82,24 +81,14 @@ def fit(
             targets, weight_norm, symmetries
         )
         starts = ridge_starts(Xq, Xk, problems, min(rank, Xq.shape[1], Xk.shape[1]))
-    wq, wk, diagnostics = _solve(Xq, Xk, problems, *starts, scale, norms, peak, method, device)
-    if peak is not None:
-        warn_if_missed(
-            peak,
-            diagnostics[problem_of_head, DIAGNOSTICS.index("peak")],
-            f"Rank {rank} or this position embedding allows no sharper map; ask for less or raise the rank.",
-            stacklevel=5,  # the caller of fit_qk, past its no_grad decorator
-        )
-
-    dtype = torch.promote_types(pos_embed.dtype, torch.float32)
+    wq, wk = _solve(Xq, Xk, problems, *starts, scale, norms, peak, method, device)
     with _one_thread():
         rotation = random_rotations(len(targets), rank, wq.shape[2], generator)  # [B, k, r]
         wq, wk = (
-            V.to(dtype) @ (turns[symmetry_of_head] @ w[problem_of_head] @ rotation).to(dtype)
+            V @ (turns[symmetry_of_head] @ w[problem_of_head] @ rotation)
             for V, turns, w in ((Vq, turns_q, wq), (Vk, turns_k, wk))
         )
-    metrics = {name: diagnostics[problem_of_head, i] for i, name in enumerate(DIAGNOSTICS[:4])}
-    return wq, wk, metrics
+    return wq, wk
 
 
 @contextmanager
@@ -142,11 +131,15 @@ def ridge_starts(Xq: Tensor, Xk: Tensor, targets: Tensor, rank: int) -> tuple[Te
     out and C = Xqᵀ M Xk / (σq² σk² + λ), σ the column norms.
     """
     sq, sk = Xq.norm(dim=0), Xk.norm(dim=0)
-    target_keys = Xk[targets.clamp(min=0)] * (targets >= 0)[:, :, None]  # M Xk [B, N, ρk]
-    overlap = Xq.T @ target_keys  # [B, ρq, ρk]
     ridge = torch.tensor(_RIDGES, dtype=Xq.dtype)[:, None, None, None] * sk[0] ** 4
-    U, S, Vh = _truncated_svd(overlap / ((sq[:, None] * sk) ** 2 + ridge), rank)
-    return U * S.sqrt()[..., None, :], Vh.mT * S.sqrt()[..., None, :]
+    starts = []
+    for few in targets.split(4) if len(targets) else (targets,):  # between which Ctrl-C is heard
+        target_keys = Xk[few.clamp(min=0)] * (few >= 0)[:, :, None]  # M Xk [B, N, ρk]
+        overlap = Xq.T @ target_keys  # [B, ρq, ρk]
+        U, S, Vh = _truncated_svd(overlap / ((sq[:, None] * sk) ** 2 + ridge), rank)
+        starts.append((U * S.sqrt()[..., None, :], Vh.mT * S.sqrt()[..., None, :]))
+    wq, wk = (torch.cat(part, dim=1) for part in zip(*starts, strict=True))
+    return wq, wk
 
 
 def _truncated_svd(C: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -234,21 +227,19 @@ def _canonical(keys: Tensor, symmetries: Tensor) -> tuple[Tensor, Tensor, Tensor
 
 
 def _solve(Xq, Xk, targets, wq_starts, wk_starts, scale, weight_norm, peak, method: Newton, device):
-    """`qk_solver` on `device`; results on the CPU.
-
-    On a CPU a few problems at a time, so that a long fit shows its progress and can be interrupted.
-    """
-    chunk = 4 * torch.get_num_threads() if device.type == "cpu" else max(len(targets), 1)
-    Xq, Xk, targets, wq_starts, wk_starts = (x.to(device) for x in (Xq, Xk, targets, wq_starts, wk_starts))
-    weight_norm = None if weight_norm is None else weight_norm.to(device)
-    results = []
-    for i in progress(range(0, max(len(targets), 1), chunk), "fitting queries and keys"):
-        here = slice(i, i + chunk)
-        results.append(
-            qk_solver(
-                Xq, Xk, targets[here], wq_starts[:, here], wk_starts[:, here], scale=scale,
-                weight_norm=None if weight_norm is None else weight_norm[here], peak=peak,
-                max_iterations=method.max_iterations, tolerance=method.tolerance,
-            )
-        )  # fmt: skip
-    return (torch.cat(parts).cpu() for parts in zip(*results, strict=True))
+    """The weights of `qk_solver` on `device`, as they come on the CPU; ValueError if they left float32."""
+    inputs = (x.to(device) for x in (Xq, Xk, targets, wq_starts, wk_starts))
+    with torch.inference_mode(False):  # which is not that of the thread that will write it
+        monitor = torch.zeros(3, dtype=torch.int64)  # see QKMonitor in csrc/qk_objective.h
+    call = partial(
+        qk_solver, *inputs, scale=scale, weight_norm=None if weight_norm is None else weight_norm.to(device),
+        peak=peak, max_iterations=method.max_iterations, tolerance=method.tolerance, monitor=monitor,
+    )  # fmt: skip
+    wq, wk, diagnostics = (x.cpu() for x in interruptible(call, monitor, "fitting queries and keys"))
+    if not diagnostics[:, : DIAGNOSTICS.index("iterations")].isfinite().all():
+        raise ValueError(
+            "weight_norm makes logits beyond the range of float32 with this scale and pos_embed, "
+            f"mean attention came to {diagnostics[:, DIAGNOSTICS.index('peak')].tolist()}: give a smaller "
+            "weight_norm, or a peak instead"
+        )
+    return wq, wk

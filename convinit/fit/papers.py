@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from convinit._checks import check_int, check_number, check_real
 from convinit._progress import progress
-from convinit.offsets import check_int
 from convinit.ops.qk_adam import qk_adam
 
 
@@ -30,7 +29,7 @@ class Adam:
     heads: int = 0
 
     def __post_init__(self) -> None:
-        _check_positive("lr", self.lr)
+        check_number("lr", self.lr)
         check_int("steps", self.steps)
         check_int("norm_interval", self.norm_interval)
         check_int("heads", self.heads, minimum=0)
@@ -56,14 +55,9 @@ class SVD:
 
     def __post_init__(self) -> None:
         for name in ("impulse_logit", "noise_std", "weight_norm"):
-            _check_positive(name, getattr(self, name))
-        if not (self.noise >= 0 and math.isfinite(self.noise)):
+            check_number(name, getattr(self, name))
+        if check_real("noise", self.noise) < 0:
             raise ValueError(f"noise must be finite and at least 0, got {self.noise}")
-
-
-def _check_positive(name: str, value: float) -> None:
-    if not (value > 0 and math.isfinite(value)):
-        raise ValueError(f"{name} must be positive and finite, got {value}")
 
 
 def fit_adam(
@@ -121,16 +115,18 @@ def fit_svd(
     """
     P = pos_embed.double()
     n = P.shape[0]
-    logits = torch.empty(len(targets), n, n, dtype=torch.float64)
-    torch.nn.init.trunc_normal_(logits, std=method.noise_std, generator=generator).mul_(method.noise)
-    column, inside = targets.clamp(min=0)[:, :, None], (targets >= 0)[:, :, None]
-    logits.scatter_(2, column, torch.where(inside, method.impulse_logit, logits.gather(2, column)))
     energy, V = torch.linalg.eigh(P.T @ P)
     energy, V = energy.flip(0)[:rank], V.flip(1)[:, :rank]
     kept = energy > torch.finfo(torch.float64).eps * P.shape[1] * energy[0]
     inverse = (V[:, kept] / energy[kept]) @ V[:, kept].T @ P.T  # P⁺ [D, N]
-    U, S, Vh = torch.linalg.svd(inverse @ logits @ inverse.T, full_matrices=False)
-    root = S[:, None, :rank].sqrt()
-    factors = (U[..., :rank] * root, Vh[:, :rank].mT * root)
-    wq, wk = (w * (method.weight_norm / w.norm(dim=(1, 2), keepdim=True)) for w in factors)
+    wq, wk = P.new_empty(2, len(targets), P.shape[1], rank)
+    for b in progress(range(len(targets)), "fitting by SVD", unit="head"):
+        logits = P.new_empty(n, n)
+        torch.nn.init.trunc_normal_(logits, std=method.noise_std, generator=generator).mul_(method.noise)
+        rows = (targets[b] >= 0).nonzero()[:, 0]
+        logits[rows, targets[b, rows]] = method.impulse_logit
+        U, S, Vh = torch.linalg.svd(inverse @ logits @ inverse.T, full_matrices=False)
+        for w, vectors in ((wq, U), (wk, Vh.mT)):
+            factor = vectors[:, :rank] * S[:rank].sqrt()
+            w[b] = factor * (method.weight_norm / factor.norm())
     return wq, wk

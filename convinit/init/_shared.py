@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from convinit.offsets import check_generator
+from convinit._checks import check_generator
 
 
 def rand(shape: Sequence[int], generator: torch.Generator | None) -> Tensor:

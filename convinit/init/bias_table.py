@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from convinit.fit.api import check_goal, check_number, impulses
+from convinit._checks import check_floating, check_grid_size, check_number
+from convinit.fit.api import check_goal, impulses
 from convinit.fit.result import MapFit, map_metrics
-from convinit.init._shared import check_floating, first_of_each
-from convinit.offsets import check_grid_size
+from convinit.init._shared import first_of_each
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)

@@ -10,8 +10,8 @@ import math
 import torch
 from torch import Tensor
 
-from convinit.init._shared import check_floating, rand, uniform
-from convinit.offsets import check_generator, check_int
+from convinit._checks import check_floating, check_generator, check_int
+from convinit.init._shared import rand, uniform
 
 
 @torch.no_grad()

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from convinit.init._shared import check_floating, rand
-from convinit.offsets import check_generator, check_grid_size, sample_offsets
+from convinit._checks import check_floating, check_generator, check_grid_size
+from convinit.init._shared import rand
+from convinit.offsets import sample_offsets
 from convinit.ops.impulse_matrix import impulse_matrix
 
 _GAIN = math.sqrt(1 / 3)  # the second moment of a row is that of a filter

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from convinit._checks import check_floating, check_offsets
 from convinit.fit import QKFit, fit_qk, fit_targets
 from convinit.fit.api import Method
-from convinit.init._shared import check_floating, mimetic_svd, rand, uniform
-from convinit.offsets import check_offsets
+from convinit.init._shared import mimetic_svd, rand, uniform
 
 
 @torch.no_grad()

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from convinit.fit.api import check_goal, check_number, impulses
+from convinit._checks import check_floating, check_grid_size, check_number
+from convinit.fit.api import check_goal, impulses
 from convinit.fit.result import MapFit, map_metrics, warn_if_missed
 from convinit.fit.rotary import LARGEST_TOTAL, RotaryImpulse, best_for_peak, best_for_total
-from convinit.init._shared import check_floating, first_of_each, rand
-from convinit.offsets import check_grid_size
+from convinit.init._shared import first_of_each, rand
 
 LAYOUTS = ("interleaved", "half")
 _LINEARITY_TOLERANCE = 1e-2  # rad; half-precision tables of sines pass

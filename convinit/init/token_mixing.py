@@ -7,9 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from convinit.fit.api import check_number
-from convinit.init._shared import check_floating
-from convinit.offsets import check_grid_size, check_offsets
+from convinit._checks import check_floating, check_grid_size, check_number, check_offsets
 from convinit.ops.impulse_matrix import impulse_matrix
 
 _GELU_MEAN = 0.187  # E[GELU(x)]² / E[GELU(x)²] of x ~ N(0, 1)

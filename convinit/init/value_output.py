@@ -7,7 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from convinit.init._shared import check_floating, mimetic_svd, uniform
+from convinit._checks import check_floating
+from convinit.init._shared import mimetic_svd, uniform
 
 
 @torch.no_grad()

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from convinit._checks import check_int
 from convinit.init import default_
 from convinit.models.pretrained import Pretrained
 from convinit.models.simple_vit import pair, patch_grid
 from convinit.nn.spatial_conv import SpatialConv
-from convinit.offsets import check_int
 
 __all__ = ["ConvMixer"]
 

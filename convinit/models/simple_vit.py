@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from convinit._checks import check_int
 from convinit.fit.api import Method
 from convinit.init import default_
 from convinit.models.pretrained import Pretrained
 from convinit.nn.attention import ConvInitAttention, reset_mixing_
 from convinit.nn.linear import Linear
 from convinit.nn.position import sincos_2d
-from convinit.offsets import check_int
 
 __all__ = ["SimpleViT"]
 

@@ -12,11 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from convinit import init as init_
+from convinit._checks import check_grid_size, check_int, check_padding_mode
 from convinit.fit import Adam, fit_qk
 from convinit.fit.api import Method
 from convinit.nn.linear import Linear, linear
 from convinit.nn.position import sincos_2d
-from convinit.offsets import check_grid_size, check_int, check_padding_mode, sample_offsets
+from convinit.offsets import sample_offsets
 from convinit.ops.fused import BACKENDS
 from convinit.ops.positional_attention import packed_attention, positional_attention
 from convinit.ops.shared_attention import shared_attention

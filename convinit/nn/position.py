@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from convinit.offsets import check_grid_size, check_int
+from convinit._checks import check_grid_size, check_int
 
 __all__ = ["sincos_2d"]
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from convinit import init as init_
-from convinit.offsets import check_generator, check_grid_size, check_int
+from convinit._checks import check_generator, check_grid_size, check_int
 from convinit.ops.impulse_conv import impulse_conv
 
 __all__ = ["SpatialConv"]

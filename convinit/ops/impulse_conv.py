@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from convinit import _library  # noqa: F401  registers torch.ops.convinit
-from convinit.offsets import check_offsets
+from convinit._checks import check_offsets
 
 __all__ = ["impulse_conv", "impulse_conv_reference"]
 

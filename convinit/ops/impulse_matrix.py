@@ -8,13 +8,8 @@ import torch
 from torch import Tensor
 
 from convinit import _library  # noqa: F401  registers torch.ops.convinit
-from convinit.offsets import (
-    PADDING_MODES,
-    check_grid_size,
-    check_offsets,
-    check_padding_mode,
-    impulse_targets,
-)
+from convinit._checks import PADDING_MODES, check_grid_size, check_offsets, check_padding_mode
+from convinit.offsets import impulse_targets
 
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.bool)
 

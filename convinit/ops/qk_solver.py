@@ -22,6 +22,7 @@ def qk_solver(
     peak: float | None = None,
     max_iterations: int = 200,
     tolerance: float = 1e-2,
+    monitor: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Minimises the mse of attention maps under a weight norm, or at the norm that gives a peak.
 
@@ -50,6 +51,9 @@ def qk_solver(
             raised until that no longer helps; the diagnostics tell.
         max_iterations: bound on the descent; with `peak`, on a third of all descents together.
         tolerance: stop when ten iterations together lower the mse by less than this share of it.
+        monitor: int64 [3] on the CPU, or None: how another thread ends the call and sees how far it is. The
+            op stops when the first number is not 0, and what is not solved by then has undefined results; it
+            counts problems solved in the second, evaluations of the loss in the third. CUDA uses none of it.
 
     Returns:
         W_q [B, dq, r], W_k [B, dk, r] and diagnostics [B, 6] (columns: `DIAGNOSTICS`), all float64.
@@ -61,8 +65,9 @@ def qk_solver(
     Source: the loss is that of arXiv 2401.12511; the constraint and the method are ours.
     """
     return torch.ops.convinit.qk_solver(
-        xq, xk, targets, wq_starts, wk_starts, scale, weight_norm, peak or 0.0, max_iterations, tolerance
-    )
+        xq, xk, targets, wq_starts, wk_starts, scale, weight_norm, peak or 0.0, max_iterations, tolerance,
+        monitor,
+    )  # fmt: skip
 
 
 def qk_solver_reference(
@@ -110,7 +115,9 @@ def qk_solver_reference(
 
 
 @torch.library.register_fake("convinit::qk_solver")
-def _(xq, xk, targets, wq_starts, wk_starts, scale, weight_norm, peak, max_iterations, tolerance):
+def _(
+    xq, xk, targets, wq_starts, wk_starts, scale, weight_norm, peak, max_iterations, tolerance, monitor=None
+):
     problems, rank = wq_starts.shape[1], wq_starts.shape[3]
     return (
         xq.new_empty((problems, xq.shape[1], rank)),

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from convinit._checks import check_int
 from convinit._progress import progress
-from convinit.offsets import check_int
 from convinit.serve.trained import ImageSpec, TrainedModel
 from convinit.train.data.augment import fit, normalise
 from convinit.train.data.images import require

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from convinit._checks import check_int
 from convinit.models import ConvMixer, SimpleViT
 from convinit.models.pretrained import CONFIG, WEIGHTS, Pretrained, read_config, read_weights, save_folder
-from convinit.offsets import check_int
 from convinit.train.build import build_model, timm_options
 from convinit.train.checkpoint import checkpoints, read_progress
 from convinit.train.config import OWN_MODELS, Config, InitConfig

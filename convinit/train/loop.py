@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from torch import nn
 from torch.utils.data import DataLoader
 
-from convinit.offsets import check_int
+from convinit._checks import check_int
 
 
 @dataclass(frozen=True)

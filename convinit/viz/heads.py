@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from convinit.offsets import check_grid_size, check_int, impulse_targets
+from convinit._checks import check_grid_size, check_int
+from convinit.offsets import impulse_targets
 from convinit.ops.impulse_matrix import impulse_matrix
 from convinit.viz import style
 from convinit.viz.squares import squares

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
-from convinit.offsets import check_int
+from convinit._checks import check_int
 from convinit.train.data.draws import derived_seed
 from convinit.train.data.images import require
 from convinit.train.data.sources import ImageData

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from convinit.offsets import check_generator, check_int
+from convinit._checks import check_generator, check_int
 
 
 @dataclass(frozen=True, eq=False)

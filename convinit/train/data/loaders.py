@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from convinit.offsets import check_int
+from convinit._checks import check_int
 from convinit.train.data.draws import permutation
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from convinit.offsets import check_int
+from convinit._checks import check_int
 from convinit.train.data.folders import read_folder, read_tiny_imagenet
 from convinit.train.data.images import ImageFiles, ImageTensors
 from convinit.train.data.in_memory import load_digits_split

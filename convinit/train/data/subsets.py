@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from torch import Tensor
 
-from convinit.offsets import check_int
+from convinit._checks import check_int
 from convinit.train.data.draws import permutation
 
 

@@ -44,8 +44,8 @@ def check_int(name: str, value: object, *, minimum: int = 1, maximum: int = 2**6
     return number
 
 
-def check_real(name: str, value: object) -> float:
-    """`value`, an int, a float or one of NumPy's, as a finite float."""
+def _real(name: str, value: object) -> float:
+    """`value`, an int, a float or one of NumPy's, as a float."""
     if type(value) is not float:  # the common case has no more to ask
         if isinstance(value, bool) or not isinstance(value, numbers.Real):
             learnt = "; a number to be learnt is multiplied into queries or keys" * isinstance(value, Tensor)
@@ -54,22 +54,28 @@ def check_real(name: str, value: object) -> float:
             value = float(value)
         except OverflowError:
             raise ValueError(f"{name} must be finite, got an int beyond a float's range") from None
-    if not math.isfinite(value):
-        raise ValueError(f"{name} must be finite, got {value}")
     return value
+
+
+def check_real(name: str, value: object) -> float:
+    """A finite float."""
+    number = _real(name, value)
+    if not math.isfinite(number):
+        raise ValueError(f"{name} must be finite, got {number}")
+    return number
 
 
 def check_number(name: str, value: object) -> float:
     """A finite float above 0."""
-    number = check_real(name, value)
-    if not number > 0:
+    number = _real(name, value)
+    if not (number > 0 and math.isfinite(number)):
         raise ValueError(f"{name} must be positive and finite, got {number}")
     return number
 
 
 def check_share(name: str, value: object) -> float:
     """A float from 0 to 1."""
-    number = check_real(name, value)
+    number = _real(name, value)
     if not 0 <= number <= 1:
         raise ValueError(f"{name} must be 0 to 1, got {number}")
     return number
@@ -77,7 +83,7 @@ def check_share(name: str, value: object) -> float:
 
 def check_probability(name: str, value: object) -> float:
     """A float from 0 up to, but not, 1: the share of entries that a dropout drops."""
-    number = check_real(name, value)
+    number = _real(name, value)
     if not 0 <= number < 1:
         raise ValueError(f"{name} must be at least 0 and below 1, got {number}")
     return number
@@ -90,10 +96,9 @@ def check_flag(name: str, value: object) -> bool:
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"{name} must be one of {', '.join(choices)}, got {came(value)}")
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+    if not isinstance(value, str) or value not in choices:
+        got = repr(value) if isinstance(value, str) else came(value)
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {got}")
     return value
 
 
@@ -102,19 +107,19 @@ def check_padding_mode(padding_mode: object) -> int:
     return PADDING_MODES.index(check_choice("padding_mode", padding_mode, PADDING_MODES))
 
 
-def check_pair(name: str, value: Any, *, minimum: int = 1) -> tuple[int, int]:
-    """`value` as a pair (height, width) of ints."""
+def check_pair(name: str, value: Any, letters: str = "(height, width)") -> tuple[int, int]:
+    """`value` as a pair of positive ints."""
     if not isinstance(value, Sequence) or isinstance(value, (str, bytes)):
-        raise TypeError(f"{name} must be a pair (height, width) of ints, got {came(value)}")
+        raise TypeError(f"{name} must be a pair {letters} of ints, got {came(value)}")
     if len(value) != 2:
-        raise ValueError(f"{name} must be a pair (height, width), got {len(value)} numbers: {came(value)}")
-    height, width = (check_int(f"{name}[{i}]", value[i], minimum=minimum) for i in (0, 1))
+        raise ValueError(f"{name} must be a pair {letters}, got {len(value)} numbers: {came(value)}")
+    height, width = (check_int(f"{name}[{i}]", value[i]) for i in (0, 1))
     return height, width
 
 
 def check_grid_size(grid_size: Any, name: str = "grid_size") -> tuple[int, int]:
     """`grid_size` as a pair (H, W) of positive ints."""
-    height, width = check_pair(name, grid_size)
+    height, width = check_pair(name, grid_size, "(H, W)")
     if height * width >= 2**31:
         raise ValueError(f"{name} must have fewer than 2**31 tokens, got {height} x {width}")
     return height, width
@@ -147,25 +152,20 @@ def check_tensor(
 
     values: it must also have values that can be looked at, which those on the meta device have not.
     """
-    kind = {FLOATING: "floating-point ", _OFFSET_DTYPES: "integer "}.get(tuple(dtypes), "")
+    kind = "a floating-point tensor" if dtypes is FLOATING else "an integer tensor"
     if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a {kind}tensor {shape}, got {came(tensor)}")
+        raise TypeError(f"{name} must be {kind} {shape}, got {came(tensor)}")
     if tensor.layout != torch.strided or tensor.is_nested:
         layout = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.").strip("_")
         raise TypeError(f"{name} must be a dense tensor {shape}, got one of layout {layout}")
     if tensor.dtype not in dtypes:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        raise TypeError(f"{name} must be a {kind}tensor {shape} ({names}), got {tensor.dtype}")
+        raise TypeError(f"{name} must be {kind} {shape} ({names}), got {tensor.dtype}")
     if dims is not None and tensor.dim() != dims:
         raise ValueError(f"{name} must have shape {shape}, got {list(tensor.shape)}")
     if values and tensor.is_meta:
         raise ValueError(f"{name} must have values, got a tensor on the meta device")
     return tensor
-
-
-def check_floating(name: str, tensor: object, shape: str = "of weights") -> Tensor:
-    """A dense floating-point tensor."""
-    return check_tensor(name, tensor, shape)
 
 
 def check_offsets(offsets: object, heads: int | None = None, *, values: bool = False) -> Tensor:

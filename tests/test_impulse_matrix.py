@@ -200,10 +200,10 @@ ONE = torch.zeros(1, 2, dtype=torch.int64)
 @pytest.mark.parametrize(
     ("arguments", "options", "error", "message"),
     [
-        (([[0, 1]], (2, 2)), {}, TypeError, "offsets must be a tensor"),
-        ((ONE.float(), (2, 2)), {}, TypeError, "offsets must have an integer dtype"),
-        ((ONE.bool(), (2, 2)), {}, TypeError, "offsets must have an integer dtype"),
-        ((ONE.to(torch.uint64), (2, 2)), {}, TypeError, "offsets must have an integer dtype"),
+        (([[0, 1]], (2, 2)), {}, TypeError, "offsets must be an integer tensor"),
+        ((ONE.float(), (2, 2)), {}, TypeError, "offsets must be an integer tensor"),
+        ((ONE.bool(), (2, 2)), {}, TypeError, "offsets must be an integer tensor"),
+        ((ONE.to(torch.uint64), (2, 2)), {}, TypeError, "offsets must be an integer tensor"),
         ((ONE[0], (2, 2)), {}, ValueError, r"offsets must have shape \[B, 2\].*got \[2\]"),
         ((ONE.T, (2, 2)), {}, ValueError, r"offsets must have shape \[B, 2\].*got \[2, 1\]"),
         ((ONE, 4), {}, TypeError, r"grid_size must be a pair \(H, W\)"),

@@ -89,7 +89,7 @@ def test_sample_offsets_names_the_bad_argument(arguments, error, message):
 
 
 def test_sample_offsets_refuses_what_is_no_generator():
-    with pytest.raises(TypeError, match="generator must be a torch.Generator or None, got int"):
+    with pytest.raises(TypeError, match="generator must be a torch.Generator or None, got 0 of type int"):
         sample_offsets(2, 3, generator=0)
 
 

@@ -22,7 +22,7 @@ from convinit._checks import (
     check_tensor,
 )
 from convinit.fit import newton, papers
-from convinit.fit.result import QKFit, attention_maps, map_metrics, warn_if_missed
+from convinit.fit.result import QKFit, attention_maps, map_metrics, norms_of, warn_if_missed
 from convinit.offsets import impulse_targets
 
 Method = newton.Newton | papers.Adam | papers.SVD
@@ -242,7 +242,7 @@ def _rounded(
             "scale, a weight_norm, a learning rate or a pos_embed closer to 1"
         )
     for before, after in zip((wq, wk), rounded, strict=True):
-        norms, kept = _norms(before), _norms(after)
+        norms, kept = norms_of(before), norms_of(after)
         if not ((kept - norms).abs() <= 0.01 * norms).all():
             raise ValueError(
                 f"pos_embed has the dtype {P.dtype}, which does not hold the fitted weights, of norms "
@@ -271,14 +271,8 @@ def _measure(wq: Tensor, wk: Tensor, P: Tensor, targets: Tensor, scale: float) -
     mse, peak, hit_rate = (
         torch.cat([torch.stack(row) for row in rows], dim=1) if rows else torch.empty(3, 0).double()
     )
-    weight_norm = _norms(wq).sqrt() * _norms(wk).sqrt()
+    weight_norm = norms_of(wq).sqrt() * norms_of(wk).sqrt()
     return {"mse": mse, "peak": peak, "hit_rate": hit_rate, "weight_norm": weight_norm}
-
-
-def _norms(w: Tensor) -> Tensor:
-    """Frobenius norms [B] in float64 of w [B, D, r], whose squares may be beyond float64."""
-    top = w.double().abs().amax(dim=(1, 2), keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
-    return top[:, 0, 0] * (w / top).norm(dim=(1, 2))
 
 
 def _check_pos_embed(pos_embed: Tensor) -> None:

@@ -115,17 +115,22 @@ def fit_svd(
     """
     P = pos_embed.double()
     n = P.shape[0]
+    # Drawn together: what trunc_normal_ draws again depends on all that it draws.
+    noise = torch.empty(len(targets), n, n, dtype=torch.float64)
+    torch.nn.init.trunc_normal_(noise, std=method.noise_std, generator=generator).mul_(method.noise)
     energy, V = torch.linalg.eigh(P.T @ P)
     energy, V = energy.flip(0)[:rank], V.flip(1)[:, :rank]
     kept = energy > torch.finfo(torch.float64).eps * P.shape[1] * energy[0]
     inverse = (V[:, kept] / energy[kept]) @ V[:, kept].T @ P.T  # P⁺ [D, N]
     wq, wk = P.new_empty(2, len(targets), P.shape[1], rank)
     for b in progress(range(len(targets)), "fitting by SVD", unit="head"):
-        logits = P.new_empty(n, n)
-        torch.nn.init.trunc_normal_(logits, std=method.noise_std, generator=generator).mul_(method.noise)
+        logits = noise[b]
         rows = (targets[b] >= 0).nonzero()[:, 0]
         logits[rows, targets[b, rows]] = method.impulse_logit
-        U, S, Vh = torch.linalg.svd(inverse @ logits @ inverse.T, full_matrices=False)
+        form = inverse @ logits @ inverse.T
+        if not form.isfinite().all():
+            raise ValueError(f"noise and impulse_logit must be smaller, got {method}")
+        U, S, Vh = torch.linalg.svd(form, full_matrices=False)
         for w, vectors in ((wq, U), (wk, Vh.mT)):
             factor = vectors[:, :rank] * S[:rank].sqrt()
             w[b] = factor * (method.weight_norm / factor.norm())

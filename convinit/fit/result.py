@@ -17,6 +17,13 @@ def attention_maps(wq: Tensor, wk: Tensor, pos_embed: Tensor, scale: float) -> T
     return torch.softmax(scale * (pos_embed @ wq) @ (pos_embed @ wk).mT, dim=-1)
 
 
+def norms_of(w: Tensor) -> Tensor:
+    """Norms [B] in float64 of w [B, ...], whose squares may be beyond float64."""
+    w = w.double().flatten(1)
+    top = w.abs().amax(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
+    return top[:, 0] * (w / top).norm(dim=1)
+
+
 def map_metrics(attention: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """mse, peak and hit_rate [B] of attention [B, N, N] against targets [B, N] (-1: a zero row)."""
     inside = targets >= 0

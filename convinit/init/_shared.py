@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from convinit._checks import check_generator
+from convinit._checks import check_choice, check_generator, check_real
 
 
 def rand(shape: Sequence[int], generator: torch.Generator | None) -> Tensor:
@@ -32,15 +32,17 @@ def mimetic_svd(
     """The SVD of noise · Z + identity · I. Where it is to be truncated, a cut between close singular values
     wants them in float64."""
     dim = shape[-1]
+    noise, identity = check_real("noise", noise), check_real("identity", identity)
+    check_choice("distribution", distribution, ("normal", "uniform"))
     if distribution == "normal":
         check_generator(generator)
         z = torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32).div_(math.sqrt(dim))
-    elif distribution == "uniform":
-        z = uniform(shape, math.sqrt(1 / dim), generator)
     else:
-        raise ValueError(f'distribution must be "normal" or "uniform", got {distribution!r}')
+        z = uniform(shape, math.sqrt(1 / dim), generator)
     z = z.double() if truncated else z
     matrix = noise * z + identity * torch.eye(dim, dtype=z.dtype, device="cpu")
+    if not (matrix.mT @ matrix).isfinite().all():
+        raise ValueError(f"noise and identity must be smaller, got {noise} and {identity}")
     return svd_by_eigh(matrix)
 
 
@@ -60,9 +62,15 @@ def svd_by_eigh(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return matrix @ v / s.unsqueeze(-2), s, v.mT
 
 
-def check_floating(name: str, tensor: Tensor) -> None:
-    if not tensor.is_floating_point():
-        raise TypeError(f"{name} must be a floating-point tensor, got {tensor.dtype}")
+def rounded(name: str, tensor: Tensor, values: Tensor) -> Tensor:
+    """`values` as `tensor`, called `name`, will hold them; ValueError if its dtype does not."""
+    new = values.to(tensor)
+    if not (new.is_meta or (new.isfinite().all() and new.any() == values.any().to(new.device))):
+        raise ValueError(
+            f"{name} must be of a dtype that holds the values to be written, which leave the range of "
+            f"{tensor.dtype}: take a wider one, or values closer to 1"
+        )
+    return new
 
 
 def first_of_each(kind: Tensor, kinds: int) -> list[int]:

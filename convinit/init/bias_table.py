@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from convinit._checks import check_floating, check_grid_size, check_number
+from convinit._checks import check_grid_size, check_number, check_tensor
 from convinit.fit.api import check_goal, impulses
 from convinit.fit.result import MapFit, map_metrics
-from convinit.init._shared import first_of_each
+from convinit.init._shared import first_of_each, rounded
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
@@ -22,7 +22,7 @@ class BiasTableFit(MapFit):
 
     Attributes:
         bias_table: [(2H − 1)(2W − 1), B], as written.
-        value: the impulse's height.
+        value: the impulse's height, as the table's dtype holds it.
         mse, peak, hit_rate, targets, offsets, seconds: see :class:`convinit.fit.result.MapFit`; N = H · W
             tokens of one window.
         weight_norm: [B] float64, the norm of the head's column, which is `value`.
@@ -73,10 +73,10 @@ def impulse_bias_table_(
     Source: arXiv 2401.12511 reports impulses for Swin and gives no details; the formula is ours.
     """
     start = time.perf_counter()
-    height, width = check_grid_size(window_size)
-    check_floating("table", table)
+    height, width = check_grid_size(window_size, "window_size")
     cells, tokens = (2 * height - 1) * (2 * width - 1), height * width
-    if table.dim() != 2 or table.shape[0] != cells:
+    check_tensor("table", table, f"[{cells}, heads]", dims=2)
+    if table.shape[0] != cells:
         raise ValueError(
             f"table must be [{cells}, heads] for a {height} x {width} window, got {list(table.shape)}"
         )
@@ -95,6 +95,8 @@ def impulse_bias_table_(
     elif peak is not None:
         raise ValueError(f"give peak or value, not both: one follows from the other; got {peak} and {value}")
     value = check_number("value", value)
+    written = rounded("table", table, torch.tensor(value, dtype=torch.float64, device="cpu"))
+    value = value if table.is_meta else written.item()
 
     cell = (height - 1 - offsets[:, 0]) * (2 * width - 1) + (width - 1 - offsets[:, 1])
     table.zero_()[cell.to(table.device), torch.arange(heads, device=table.device)] = value

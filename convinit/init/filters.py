@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from convinit._checks import check_floating, check_generator, check_int
+from convinit._checks import check_generator, check_int, check_number, check_tensor
 from convinit.init._shared import rand, uniform
 
 
@@ -47,8 +47,7 @@ def box_filter_(weight: Tensor, num_cells: int, *, generator: torch.Generator | 
         generator: CPU generator.
     """
     size = _check_filter(weight)
-    if check_int("num_cells", num_cells) > size * size:
-        raise ValueError(f"num_cells must be at most {size * size}, the cells of a filter, got {num_cells}")
+    num_cells = check_int("num_cells", num_cells, maximum=size * size)  # the cells of a filter
     order = rand((weight.shape[0], size * size), generator).argsort(dim=1)
     filters = torch.zeros(weight.shape[0], size * size, device="cpu")
     filters.scatter_(1, order[:, :num_cells], math.sqrt(1 / (3 * num_cells)))
@@ -69,13 +68,12 @@ def gaussian_filter_(
         generator: CPU generator.
     """
     size = _check_filter(weight)
-    if not (math.isfinite(variance) and variance > 0):
-        raise ValueError(f"variance must be a positive number, got {variance}")
+    variance = check_number("variance", variance)
     if weight.shape[0] == 0:
         return weight
     check_generator(generator)
     centre = torch.randint(size, (2, weight.shape[0], 1), generator=generator, device="cpu")
-    cells = torch.arange(size, device="cpu")
+    cells = torch.arange(size, device="cpu", dtype=torch.float64)  # beside any variance
     y, x = ((cells - centre) ** 2 / (-2 * variance)).exp()
     filters = y.unsqueeze(2) * x.unsqueeze(1)
     filters /= (3 * filters.square().sum(dim=(1, 2)).mean()).sqrt()
@@ -99,7 +97,7 @@ def softmax_filter_(weight: Tensor, *, generator: torch.Generator | None = None)
 
 
 def _check_filter(weight: Tensor) -> int:
-    check_floating("weight", weight)
-    if weight.dim() != 4 or weight.shape[1] != 1 or weight.shape[2] != weight.shape[3] or weight.shape[2] < 1:
+    check_tensor("weight", weight, "[C, 1, f, f]", dims=4)
+    if weight.shape[1] != 1 or weight.shape[2] != weight.shape[3] or weight.shape[2] < 1:
         raise ValueError(f"weight must be depthwise filters [C, 1, f, f], got {list(weight.shape)}")
     return weight.shape[2]

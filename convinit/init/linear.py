@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from convinit._checks import check_floating
+from convinit._checks import check_tensor
 from convinit.init._shared import uniform
 
 
@@ -22,7 +22,9 @@ def default_(
         bias: [out] or None, drawn from the same interval.
         generator: CPU generator.
     """
-    check_floating("weight", weight)
+    check_tensor("weight", weight, "[out, in, ...]")
+    if bias is not None:
+        check_tensor("bias", bias, "[out]", dims=1)
     bound = math.sqrt(1 / max(math.prod(weight.shape[1:]), 1))
     weight.copy_(uniform(weight.shape, bound, generator))
     if bias is not None:

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from convinit._checks import check_floating, check_generator, check_grid_size
-from convinit.init._shared import rand
+from convinit._checks import check_generator, check_grid_size, check_kernel_size, check_real, check_tensor
+from convinit.init._shared import rand, rounded
 from convinit.offsets import sample_offsets
 from convinit.ops.impulse_matrix import impulse_matrix
 
@@ -31,7 +31,7 @@ def impulse_mixing_(
     Args:
         weight: [C, N, N], written in place.
         grid_size: (H, W) with H·W = N.
-        kernel_size: offsets are drawn from the f×f window.
+        kernel_size: offsets are drawn from the f×f window; at most 2·min(H, W) − 1.
         gain: value of the impulse.
         padding_mode: see :func:`convinit.impulse_matrix`.
         generator: CPU generator.
@@ -42,11 +42,13 @@ def impulse_mixing_(
         raise ValueError(
             f"grid_size must have H·W = {num_tokens} tokens, N of weight, got {height} x {width}"
         )
+    check_kernel_size(kernel_size, (height, width))
+    gain = check_real("gain", gain)
     offsets = sample_offsets(weight.shape[0], kernel_size, generator=generator)
     matrix = impulse_matrix(
         offsets, (height, width), padding_mode=padding_mode, dtype=torch.float32, device="cpu"
     )
-    return weight.copy_(matrix.mul_(gain))
+    return weight.copy_(rounded("weight", weight, matrix.mul_(gain)))
 
 
 @torch.no_grad()
@@ -83,11 +85,13 @@ def full_permutation_mixing_(
 
 
 def _one_hot_rows_(weight: Tensor, columns: Tensor, value: float) -> Tensor:
+    value = check_real("gain", value)
+    rounded("weight", weight, torch.tensor(value, dtype=torch.float64, device="cpu"))
     return weight.zero_().scatter_(2, columns.unsqueeze(2).to(weight.device), value)
 
 
 def _check_mixing(weight: Tensor) -> int:
-    check_floating("weight", weight)
-    if weight.dim() != 3 or weight.shape[1] != weight.shape[2] or weight.shape[1] < 1:
+    check_tensor("weight", weight, "[C, N, N]", dims=3)
+    if weight.shape[1] != weight.shape[2] or weight.shape[1] < 1:
         raise ValueError(f"weight must be mixing matrices [C, N, N], got {list(weight.shape)}")
     return weight.shape[1]

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from convinit._checks import check_floating, check_offsets
+from convinit._checks import check_offsets, check_real, check_tensor
 from convinit.fit import QKFit, fit_qk, fit_targets
 from convinit.fit.api import Method
-from convinit.init._shared import mimetic_svd, rand, uniform
+from convinit.init._shared import mimetic_svd, rand, rounded, uniform
 
 
 @torch.no_grad()
@@ -49,11 +49,7 @@ def impulse_qk_(
     Source: arXiv 2401.12511.
     """
     heads, _, rank = _check_qk(wq, wk, pos_embed)
-    offsets = check_offsets(offsets)
-    if offsets.shape[0] != heads:
-        raise ValueError(
-            f"offsets must be [{heads}, 2], one row for each head of wq, got {list(offsets.shape)}"
-        )
+    offsets = check_offsets(offsets, heads)
     fit = fit_qk(
         pos_embed,
         offsets,
@@ -66,8 +62,7 @@ def impulse_qk_(
         padding_mode=padding_mode,
         generator=generator,
     )
-    wq.copy_(fit.wq)
-    wk.copy_(fit.wk)
+    _write_(wq, wk, fit.wq, fit.wk)
     return fit
 
 
@@ -109,8 +104,7 @@ def scrambled_qk_(
         peak=peak,
         generator=generator,
     )
-    wq.copy_(fit.wq)
-    wk.copy_(fit.wk)
+    _write_(wq, wk, fit.wq, fit.wk)
     return fit
 
 
@@ -129,17 +123,18 @@ def norm_matched_qk_(
         (wq, wk).
     """
     heads, _, _ = _check_qk(wq, wk)
-    norm = torch.as_tensor(weight_norm).to("cpu", torch.float32)
-    if norm.dim() > 1 or (norm.dim() == 1 and norm.shape[0] != heads):
+    if not isinstance(weight_norm, Tensor):
+        weight_norm = torch.tensor(check_real("weight_norm", weight_norm), dtype=torch.float64, device="cpu")
+    check_tensor("weight_norm", weight_norm, f"[{heads}]", values=True)
+    if weight_norm.shape not in ((), (heads,)):
         raise ValueError(
-            f"weight_norm must be a number or [{heads}], one for each head, got {list(norm.shape)}"
+            f"weight_norm must be a number or [{heads}], one for each head, got {list(weight_norm.shape)}"
         )
-    if not bool((norm.isfinite() & (norm >= 0)).all()):
-        raise ValueError(f"weight_norm must be finite and at least 0, got {norm.tolist()}")
-    for weight in (wq, wk):
-        values = uniform(weight.shape, 1.0, generator)
-        values *= (norm / values.flatten(1).norm(dim=1)).view(-1, 1, 1)
-        weight.copy_(values)
+    if not bool((weight_norm.isfinite() & (weight_norm >= 0)).all()):
+        raise ValueError(f"weight_norm must be finite and at least 0, got {weight_norm.tolist()}")
+    norm = weight_norm.to("cpu", torch.float32)
+    values = [uniform(wq.shape, 1.0, generator) for _ in range(2)]
+    _write_(wq, wk, *(w * (norm / w.flatten(1).norm(dim=1)).view(-1, 1, 1) for w in values))
     return wq, wk
 
 
@@ -173,8 +168,7 @@ def mimetic_qk_(
         raise ValueError(f"wq must have r <= D for mimetic weights, got r = {rank} and D = {dim}")
     u, s, vh = mimetic_svd((heads, dim, dim), noise, identity, distribution, generator, truncated=True)
     root = s[:, :rank].sqrt().unsqueeze(1)
-    wq.copy_(u[:, :, :rank] * root)
-    wk.copy_(vh[:, :rank].mT * root)
+    _write_(wq, wk, u[:, :, :rank] * root, vh[:, :rank].mT * root)
     return wq, wk
 
 
@@ -197,11 +191,20 @@ def random_qk_(wq: Tensor, wk: Tensor, *, generator: torch.Generator | None = No
 
 
 def _check_qk(wq: Tensor, wk: Tensor, pos_embed: Tensor | None = None) -> tuple[int, int, int]:
-    check_floating("wq", wq)
-    check_floating("wk", wk)
-    if wq.dim() != 3 or wq.shape != wk.shape:
+    check_tensor("wq", wq, "[heads, D, r]", dims=3)
+    check_tensor("wk", wk, "[heads, D, r]", dims=3)
+    if wq.shape != wk.shape:
         raise ValueError(f"wq and wk must both be [heads, D, r], got {list(wq.shape)} and {list(wk.shape)}")
     heads, dim, rank = wq.shape
-    if pos_embed is not None and (pos_embed.dim() != 2 or pos_embed.shape[1] != dim):
-        raise ValueError(f"pos_embed must be [N, {dim}], D as in wq, got {list(pos_embed.shape)}")
+    if pos_embed is not None:
+        check_tensor("pos_embed", pos_embed, f"[N, {dim}]", dims=2, values=True)
+        if pos_embed.shape[1] != dim:
+            raise ValueError(f"pos_embed must be [N, {dim}], D as in wq, got {list(pos_embed.shape)}")
     return heads, dim, rank
+
+
+def _write_(wq: Tensor, wk: Tensor, new_wq: Tensor, new_wk: Tensor) -> None:
+    """Both or none: what a dtype does not hold is refused before anything is written."""
+    new = rounded("wq", wq, new_wq), rounded("wk", wk, new_wk)
+    wq.copy_(new[0])
+    wk.copy_(new[1])

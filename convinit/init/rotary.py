@@ -15,11 +15,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from convinit._checks import check_floating, check_grid_size, check_number
+from convinit._checks import came, check_choice, check_finite, check_grid_size, check_number, check_tensor
 from convinit.fit.api import check_goal, impulses
-from convinit.fit.result import MapFit, map_metrics, warn_if_missed
+from convinit.fit.result import MapFit, map_metrics, norms_of, warn_if_missed
 from convinit.fit.rotary import LARGEST_TOTAL, RotaryImpulse, best_for_peak, best_for_total
-from convinit.init._shared import first_of_each, rand
+from convinit.init._shared import first_of_each, rand, rounded
 
 LAYOUTS = ("interleaved", "half")
 _LINEARITY_TOLERANCE = 1e-2  # rad; half-precision tables of sines pass
@@ -31,8 +31,7 @@ class RotaryFit(MapFit):
 
     Attributes:
         bq, bk: [B, r], as written.
-        mse, peak, hit_rate, targets, offsets, seconds: see :class:`convinit.fit.result.MapFit`; before bq and
-            bk were rounded to their dtype.
+        mse, peak, hit_rate, targets, offsets, seconds: see :class:`convinit.fit.result.MapFit`.
         weight_norm: [B] float64, √(‖bq‖ · ‖bk‖).
         angles: [N, m] or [B, N, m], as given.
         scale: the softmax temperature.
@@ -126,21 +125,29 @@ def rotary_impulse_qk_(
     q = torch.polar(amplitudes[problem_of_head], phases)
     of_offset = (offsets.double()[:, None] @ steps)[:, 0]
     k = q * torch.polar(torch.ones_like(of_offset), -of_offset)
-    figures = steps.new_empty(3, len(amplitudes))
-    for u, head in enumerate(first_of_each(problem_of_head, len(amplitudes))):
+    new_bq, new_bk = (
+        rounded(name, bias, _entries(values, bias.shape, layout)).cpu() if not bias.is_meta
+        else _entries(values, bias.shape, layout)
+        for name, bias, values in (("bq", bq, q), ("bk", bk, k))
+    )  # fmt: skip
+    q, k = (_as_pairs(b, pairs, layout) for b in (new_bq, new_bk))
+    figures = steps.new_empty(3, heads)
+    for head in range(heads):
         of_head = turns if turns.dim() == 2 else turns[head]
         attention = _attention(q[head, None], k[head, None], of_head, scale)
-        figures[:, u] = torch.cat(map_metrics(attention, targets[head, None]))
-    mse, reached, hit_rate = figures[:, problem_of_head]  # heads of one problem have the same figures
+        figures[:, head] = torch.cat(map_metrics(attention, targets[head, None]))
+    if not figures.isfinite().all():
+        raise ValueError(f"weight_norm = {came(weight_norm)} makes logits beyond the range of numbers")
+    mse, reached, hit_rate = figures
     if peak is not None:
         remedy = f"These angles allow no sharper map within logits of {LARGEST_TOTAL:g}; ask for less."
         warn_if_missed(peak, reached, remedy, stacklevel=3)
-    _write_(bq, q, layout)
-    _write_(bk, k, layout)
+    bq.copy_(new_bq)
+    bk.copy_(new_bk)
     device = bq.device
     return RotaryFit(
         bq=bq.clone(), bk=bk.clone(), mse=mse, peak=reached, hit_rate=hit_rate,
-        weight_norm=(q.norm(dim=1) * k.norm(dim=1)).sqrt(), targets=targets.to(device),
+        weight_norm=norms_of(new_bq).sqrt() * norms_of(new_bk).sqrt(), targets=targets.to(device),
         offsets=offsets.to(device), angles=angles.detach(), scale=scale, layout=layout,
         seconds=time.perf_counter() - start,
     )  # fmt: skip
@@ -161,6 +168,8 @@ def rotary_angles(sin: Tensor, cos: Tensor, *, layout: str = "interleaved") -> T
     Raises:
         ValueError: shapes differ, or the two entries of a pair do, which is so under the wrong layout.
     """
+    for name, table in (("sin", sin), ("cos", cos)):
+        check_tensor(name, table, "[..., N, 2m]", values=True)
     if sin.shape != cos.shape or sin.dim() < 2 or sin.shape[-1] % 2:
         raise ValueError(
             f"sin and cos must both be [..., N, 2m], got {list(sin.shape)} and {list(cos.shape)}"
@@ -238,24 +247,25 @@ def _as_pairs(bias: Tensor, pairs: int, layout: str) -> Tensor:
     return torch.complex(*_split(bias[:, : 2 * pairs].double(), layout))
 
 
-def _write_(bias: Tensor, values: Tensor, layout: str) -> None:
-    new = torch.zeros(bias.shape, dtype=torch.float64, device="cpu")
+def _entries(values: Tensor, shape: torch.Size, layout: str) -> Tensor:
+    """Complex values [heads, m] as the first 2m entries of biases [heads, r] float64, the rest zero."""
+    new = torch.zeros(shape, dtype=torch.float64, device="cpu")
     first, second = _split(new[:, : 2 * values.shape[1]], layout)
     first.copy_(values.real)
     second.copy_(values.imag)
-    bias.copy_(new)
+    return new
 
 
 def _check_layout(layout: str) -> None:
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
+    check_choice("layout", layout, LAYOUTS)
 
 
 def _check_biases(bq: Tensor, bk: Tensor, angles: Tensor, tokens: int, layout: str) -> None:
     _check_layout(layout)
-    for name, tensor in (("bq", bq), ("bk", bk), ("angles", angles)):
-        check_floating(name, tensor)
-    if bq.dim() != 2 or bq.shape != bk.shape:
+    for name, tensor in (("bq", bq), ("bk", bk)):
+        check_tensor(name, tensor, "[heads, r]", dims=2)
+    check_tensor("angles", angles, f"[{tokens}, m] or [heads, {tokens}, m]", values=True)
+    if bq.shape != bk.shape:
         raise ValueError(f"bq and bk must both be [heads, r], got {list(bq.shape)} and {list(bk.shape)}")
     heads, rank = bq.shape
     if angles.shape[:-1] not in ((tokens,), (heads, tokens)) or not 1 <= angles.shape[-1] <= rank // 2:
@@ -263,5 +273,4 @@ def _check_biases(bq: Tensor, bk: Tensor, angles: Tensor, tokens: int, layout: s
             f"angles must be [{tokens}, m] or [{heads}, {tokens}, m] with 1 <= m <= r/2 = {rank // 2}, for "
             f"the {tokens} tokens of the grid alone, got {list(angles.shape)}"
         )
-    if not angles.isfinite().all():
-        raise ValueError("angles must be finite, got NaN or infinite entries")
+    check_finite("angles", angles)

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from convinit._checks import check_floating, check_grid_size, check_number, check_offsets
+from convinit._checks import check_grid_size, check_number, check_offsets, check_tensor
+from convinit.init._shared import rounded
 from convinit.ops.impulse_matrix import impulse_matrix
 
 _GELU_MEAN = 0.187  # E[GELU(x)]² / E[GELU(x)²] of x ~ N(0, 1)
@@ -55,7 +56,7 @@ def impulse_token_mixing_(
     """
     height, width = check_grid_size(grid_size)
     groups = _check_weights(fc1_weight, fc1_bias, fc2_weight, fc2_bias, height * width)
-    offsets = check_offsets(offsets)
+    offsets = check_offsets(offsets, values=True)
     if len(offsets) != groups:
         raise ValueError(
             f"offsets must be [{groups}, 2], one for each full group of N = {height * width} hidden units, "
@@ -67,6 +68,7 @@ def impulse_token_mixing_(
     matrix = impulse_matrix(
         offsets.cpu(), (height, width), padding_mode=padding_mode, dtype=torch.float32, device="cpu"
     )
+    rounded("fc2_weight", fc2_weight, torch.tensor(gain, dtype=torch.float64, device="cpu"))
     fc1_weight[: groups * tokens] = matrix.flatten(0, 1).to(fc1_weight)
     fc2_weight.zero_()
     unit = torch.arange(groups * tokens, device=fc2_weight.device)
@@ -82,16 +84,16 @@ def _check_weights(
     fc1_weight: Tensor, fc1_bias: Tensor | None, fc2_weight: Tensor, fc2_bias: Tensor | None, tokens: int
 ) -> int:
     """G, the number of full groups of hidden units."""
-    check_floating("fc1_weight", fc1_weight)
-    check_floating("fc2_weight", fc2_weight)
-    if fc1_weight.dim() != 2 or fc1_weight.shape[1] != tokens or fc2_weight.shape != fc1_weight.shape[::-1]:
+    check_tensor("fc1_weight", fc1_weight, f"[T, {tokens}]", dims=2)
+    check_tensor("fc2_weight", fc2_weight, f"[{tokens}, T]", dims=2)
+    if fc1_weight.shape[1] != tokens or fc2_weight.shape != fc1_weight.shape[::-1]:
         raise ValueError(
             f"fc1_weight and fc2_weight must be [T, {tokens}] and [{tokens}, T] for the {tokens} tokens of "
             f"the grid, got {list(fc1_weight.shape)} and {list(fc2_weight.shape)}"
         )
     hidden = fc1_weight.shape[0]
     for name, bias, size in (("fc1_bias", fc1_bias, hidden), ("fc2_bias", fc2_bias, tokens)):
-        if bias is not None and bias.shape != (size,):
+        if bias is not None and check_tensor(name, bias, f"[{size}] or None").shape != (size,):
             raise ValueError(f"{name} must be [{size}] or None, got {list(bias.shape)}")
     if hidden < tokens:
         raise ValueError(

@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from convinit._checks import check_floating
-from convinit.init._shared import mimetic_svd, uniform
+from convinit._checks import check_tensor
+from convinit.init._shared import mimetic_svd, rounded, uniform
 
 
 @torch.no_grad()
@@ -38,18 +38,19 @@ def mimetic_vo_(
 
     Source: arXiv 2305.09828.
     """
-    if wv.dim() != 2 or wo.dim() != 2 or wv.shape != wo.shape[::-1]:
+    check_tensor("wv", wv, "[D, heads·r]", dims=2)
+    check_tensor("wo", wo, "[heads·r, D]", dims=2)
+    if wv.shape != wo.shape[::-1]:
         raise ValueError(
             f"wv and wo must be [D, heads·r] and [heads·r, D], got {list(wv.shape)} and {list(wo.shape)}"
         )
-    check_floating("wv", wv)
-    check_floating("wo", wo)
     dim, inner = wv.shape
     u, s, vh = mimetic_svd((dim, dim), noise, identity, distribution, generator, truncated=inner < dim)
     rank = min(dim, inner)
     root = s[:rank].sqrt()
-    wv[:, :rank] = (u[:, :rank] * root).to(wv)
-    wo[:rank] = (root.unsqueeze(1) * vh[:rank]).to(wo)
+    new_wv = rounded("wv", wv, u[:, :rank] * root)
+    new_wo = rounded("wo", wo, root.unsqueeze(1) * vh[:rank])
+    wv[:, :rank], wo[:rank] = new_wv, new_wo
     if inner > dim:
         wv[:, dim:] = uniform((dim, inner - dim), math.sqrt(1 / dim), generator).to(wv)
         wo[dim:] = 0

@@ -107,19 +107,19 @@ def check_padding_mode(padding_mode: object) -> int:
     return PADDING_MODES.index(check_choice("padding_mode", padding_mode, PADDING_MODES))
 
 
-def check_pair(name: str, value: Any, letters: str = "(height, width)") -> tuple[int, int]:
+def check_pair(name: str, value: Any, expected: str = "a pair (height, width)") -> tuple[int, int]:
     """`value` as a pair of positive ints."""
     if not isinstance(value, Sequence) or isinstance(value, (str, bytes)):
-        raise TypeError(f"{name} must be a pair {letters} of ints, got {came(value)}")
+        raise TypeError(f"{name} must be {expected} of ints, got {came(value)}")
     if len(value) != 2:
-        raise ValueError(f"{name} must be a pair {letters}, got {len(value)} numbers: {came(value)}")
+        raise ValueError(f"{name} must be {expected}, got {len(value)} numbers: {value!r}")
     height, width = (check_int(f"{name}[{i}]", value[i]) for i in (0, 1))
     return height, width
 
 
 def check_grid_size(grid_size: Any, name: str = "grid_size") -> tuple[int, int]:
     """`grid_size` as a pair (H, W) of positive ints."""
-    height, width = check_pair(name, grid_size, "(H, W)")
+    height, width = check_pair(name, grid_size, "a pair (H, W)")
     if height * width >= 2**31:
         raise ValueError(f"{name} must have fewer than 2**31 tokens, got {height} x {width}")
     return height, width
@@ -162,7 +162,7 @@ def check_tensor(
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise TypeError(f"{name} must be {kind} {shape} ({names}), got {tensor.dtype}")
     if dims is not None and tensor.dim() != dims:
-        raise ValueError(f"{name} must have shape {shape}, got {list(tensor.shape)}")
+        raise ValueError(f"{name} must be {shape}, got {list(tensor.shape)}")
     if values and tensor.is_meta:
         raise ValueError(f"{name} must have values, got a tensor on the meta device")
     return tensor
@@ -173,7 +173,7 @@ def check_offsets(offsets: object, heads: int | None = None, *, values: bool = F
     shape = "[B, 2], one (dy, dx) per head" if heads is None else f"[{heads}, 2], one (dy, dx) per head"
     tensor = check_tensor("offsets", offsets, shape, dims=2, dtypes=_OFFSET_DTYPES, values=values)
     if tensor.shape[1] != 2 or (heads is not None and tensor.shape[0] != heads):
-        raise ValueError(f"offsets must have shape {shape}, got {list(tensor.shape)}")
+        raise ValueError(f"offsets must be {shape}, got {list(tensor.shape)}")
     return tensor if tensor.dtype == torch.int64 else tensor.to(torch.int64)
 
 
@@ -190,6 +190,14 @@ def check_same_device(of: str, tensor: Tensor, **others: Tensor | None) -> None:
     for name, other in others.items():
         if other is not None and other.device != tensor.device:
             raise ValueError(f"{name} must be on the device of {of}, {tensor.device}, got {other.device}")
+
+
+def check_device(name: str, device: Any) -> torch.device:
+    try:
+        return torch.device(device)
+    except (TypeError, RuntimeError) as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"{name} must be a device such as 'cpu' or 'cuda:0', got {came(device)}") from None
 
 
 def check_generator(generator: object) -> None:

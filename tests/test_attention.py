@@ -350,7 +350,7 @@ def test_empty_batch():
         ({"padding_mode": "same"}, "padding_mode must be one of"),
         ({"alpha": 1.5}, "alpha must be 0 to 1"),
         ({"alpha": 1.0, "init": "impulse"}, "alpha must be below 1"),
-        ({"scale": -0.1}, "scale must be a positive number"),
+        ({"scale": -0.1}, "scale must be positive and finite"),
         ({"value": False, "head_dim": 16}, "value and proj must both be True"),
         ({"proj": False, "values": "mimetic"}, "value and proj must be True"),
         ({"pos_embed": torch.zeros(TOKENS, 8)}, r"pos_embed must be \[20, 32\]"),

@@ -228,13 +228,13 @@ OFFSETS = torch.zeros(3, 2, dtype=torch.int64)
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        (([1.0], OFFSETS), TypeError, "x must be a tensor"),
-        ((X.int(), OFFSETS), TypeError, "x must be float64.*got torch.int32"),
+        (([1.0], OFFSETS), TypeError, "x must be a floating-point tensor"),
+        ((X.int(), OFFSETS), TypeError, "x must be a floating.*float64.*got torch.int32"),
         ((X[0], OFFSETS), ValueError, r"x must be \[B, C, H, W\], got \[3, 4, 5\]"),
         ((X, OFFSETS.float()), TypeError, "offsets must be an integer tensor"),
         ((X, OFFSETS[:2]), ValueError, r"offsets must be \[C, 2\] = \[3, 2\].*got \[2, 2\]"),
         ((X, OFFSETS, torch.ones(2)), ValueError, r"gain must be \[C\] = \[3\], got \[2\]"),
-        ((X, OFFSETS, 2.0), TypeError, "gain must be a floating-point tensor.*got float"),
+        ((X, OFFSETS, 2.0), TypeError, "gain must be a floating-point tensor.*got 2.0 of type float"),
         ((X, OFFSETS, None, torch.ones(3, 1)), ValueError, r"bias must be \[C\] = \[3\], got \[3, 1\]"),
         ((X, OFFSETS, None, torch.ones(3).int()), TypeError, "bias must be.*got torch.int32"),
         ((X, OFFSETS.to("meta")), ValueError, "offsets must be on the device of x, cpu, got meta"),

@@ -249,7 +249,7 @@ def test_default_is_that_of_linear_and_conv():
                 *pair(), sincos_2d(GRID, DIM), torch.zeros(3, 2).long(), GRID, scale=1.0
             ),
             ValueError,
-            r"offsets must have shape \[4, 2\]",
+            r"offsets must be \[4, 2\]",
         ),
         (
             lambda: init.scrambled_qk_(*pair(), sincos_2d(GRID, 8), scale=1.0),

@@ -354,11 +354,33 @@ def test_gradients_of_other_dimensions_are_refused():
             backward(torch.zeros(1, 8, 8), q, q, q, q[0], None, dq, None, None, dq_pos, None, 1.0, 1.0)
 
 
-def test_second_derivatives_are_refused():
-    q = torch.randn(1, 1, 4, 4, requires_grad=True)
-    (first,) = torch.autograd.grad(on_cpu(q, q, q).square().sum(), q, create_graph=True)
-    with pytest.raises(RuntimeError, match="positional_attention_backward|does not require grad"):
-        first.sum().backward()
+@pytest.mark.parametrize("packed", [False, True])
+def test_second_derivatives_are_those_of_the_formula(packed, generator):
+    qkv = torch.randn(2, 5, 3 * 2 * 4, generator=generator)
+    q_pos, k_pos = torch.randn(2, 2, 5, 4, generator=generator)
+
+    def second(backend, **frozen):
+        inputs = [x.clone().requires_grad_() for x in (qkv, q_pos, k_pos)]
+        options = {"scale": 0.3, "alpha": 0.4, "backend": backend}
+        if packed:
+            out = packed_attention(inputs[0], 2, inputs[1], inputs[2], **options)
+        else:
+            q, k, v = split_packed(inputs[0], 2)
+            out = positional_attention(q, k, v, inputs[1], inputs[2], **options)
+        first = torch.autograd.grad(out.square().sum(), inputs, create_graph=True)
+        return *first, *torch.autograd.grad(sum(x.square().sum() for x in first), inputs)
+
+    for found, expected in zip(second("native"), second("eager"), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_auto_takes_a_backend_with_second_derivatives(dtype):
+    for size in (4, 128):  # on this side and beyond what is native
+        q = torch.randn(1, 2, size, 32, dtype=dtype, requires_grad=True)
+        (first,) = torch.autograd.grad(positional_attention(q, q, q).square().sum(), q, create_graph=True)
+        (second,) = torch.autograd.grad(first.square().sum(), q)
+        assert second.isfinite().all() and second.abs().max() > 0
 
 
 def test_auto_is_native_where_nothing_stands_against_it(monkeypatch):
@@ -396,6 +418,11 @@ def test_auto_leaves_exports_and_transforms_to_torch(monkeypatch):
     gradient = torch.func.grad(lambda q: positional_attention(q, q, q).square().sum())(q)
     positional_attention(q, q, q).square().sum().backward()
     torch.testing.assert_close(gradient, q.grad)
-    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward AD"):
-        dual = torch.autograd.forward_ad.make_dual(q, q.detach())
-        positional_attention(dual, dual, dual)
+    with pytest.raises(NotImplementedError, match='torch.func transforms.*use backend="eager"'):
+        torch.func.grad(lambda q: on_cpu(q, q, q).sum())(q)
+    q, tangent = q.detach(), torch.randn_like(q)
+    _, expected = torch.func.jvp(lambda q: positional_attention(q, q, q, backend="eager"), (q,), (tangent,))
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(q, tangent)
+        out = positional_attention(dual, dual, dual)
+        torch.testing.assert_close(torch.autograd.forward_ad.unpack_dual(out).tangent, expected)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from convinit._checks import check_int
+from convinit._checks import check_flag, check_int, check_tensor
 from convinit.init import default_
 from convinit.models.pretrained import Pretrained
 from convinit.models.simple_vit import pair, patch_grid
@@ -71,10 +71,13 @@ class ConvMixer(Pretrained, nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_int("num_classes", num_classes)
-        check_int("depth", depth, minimum=0)
+        num_classes, depth = check_int("num_classes", num_classes), check_int("depth", depth, minimum=0)
+        dim, channels = check_int("dim", dim), check_int("channels", channels)
+        for name, flag in (("matrix_form", matrix_form), ("share_layers", share_layers)):
+            check_flag(name, flag)
         self.grid_size = patch_grid(image_size, patch_size)
         self.image_size = pair("image_size", image_size)
+        self.channels = channels
         self.share_layers = share_layers
 
         # Made on the meta device, so that nothing is drawn twice.
@@ -133,9 +136,10 @@ class ConvMixer(Pretrained, nn.Module):
                 block.spatial.weight = self.blocks[0].spatial.weight
 
     def forward(self, images: Tensor) -> Tensor:
-        if images.dim() != 4 or images.shape[2:] != self.image_size:
-            height, width = self.image_size
-            raise ValueError(f"images must be [B, channels, {height}, {width}], got {list(images.shape)}")
+        sizes = (self.channels, *self.image_size)
+        expected = "[B, {}, {}, {}]".format(*sizes)
+        if check_tensor("images", images, expected, dims=4).shape[1:] != sizes:
+            raise ValueError(f"images must be {expected}, got {list(images.shape)}")
         x = self.patch_embed(images)
         for block in self.blocks:
             x = block(x)

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from convinit._checks import check_int
+from convinit._checks import check_choice, check_int, check_offsets, check_pair, check_share, check_tensor
 from convinit.fit.api import Method
 from convinit.init import default_
 from convinit.models.pretrained import Pretrained
-from convinit.nn.attention import ConvInitAttention, reset_mixing_
+from convinit.nn.attention import VARIANTS, ConvInitAttention, reset_mixing_
 from convinit.nn.linear import Linear
 from convinit.nn.position import sincos_2d
 
@@ -95,12 +95,15 @@ class SimpleViT(Pretrained, nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_int("num_classes", num_classes)
-        check_int("depth", depth, minimum=0)
+        num_classes, depth = check_int("num_classes", num_classes), check_int("depth", depth, minimum=0)
+        dim, num_heads = check_int("dim", dim), check_int("num_heads", num_heads)
+        mlp_dim, channels = check_int("mlp_dim", mlp_dim), check_int("channels", channels)
+        check_choice("variant", variant, VARIANTS)
         self.dim = dim
+        self.channels = channels
         self.patch_size = pair("patch_size", patch_size)
         self.grid_size = patch_grid(image_size, patch_size)
-        self.entry_alpha = alpha if variant == "vanilla" else None
+        self.entry_alpha = check_share("alpha", alpha) if variant == "vanilla" else None
 
         # Made on the meta device, so that nothing is drawn twice.
         factory: dict[str, Any] = {"device": "meta", "dtype": dtype}
@@ -111,7 +114,10 @@ class SimpleViT(Pretrained, nn.Module):
             nn.LayerNorm(dim, **factory),
         )
         self.blocks: list[Block] = nn.ModuleList()  # type: ignore[assignment]
-        if offsets is not None and offsets.shape not in ((num_heads, 2), (depth * num_heads, 2)):
+        if offsets is not None and check_offsets(offsets).shape not in (
+            (num_heads, 2),
+            (depth * num_heads, 2),
+        ):
             raise ValueError(
                 f"offsets must be [{num_heads}, 2] for all layers alike or [{depth * num_heads}, 2], got "
                 f"{list(offsets.shape)}"
@@ -187,10 +193,10 @@ class SimpleViT(Pretrained, nn.Module):
     def patchify(self, images: Tensor) -> Tensor:
         """[B, channels, height, width] → [B, N, patch height · patch width · channels]."""
         (height, width), (rows, columns) = self.grid_size, self.patch_size
-        if images.dim() != 4 or images.shape[2:] != (height * rows, width * columns):
-            raise ValueError(
-                f"images must be [B, channels, {height * rows}, {width * columns}], got {list(images.shape)}"
-            )
+        sizes = (self.channels, height * rows, width * columns)
+        expected = "[B, {}, {}, {}]".format(*sizes)
+        if check_tensor("images", images, expected, dims=4).shape[1:] != sizes:
+            raise ValueError(f"images must be {expected}, got {list(images.shape)}")
         patches = images.unflatten(3, (width, columns)).unflatten(
             2, (height, rows)
         )  # [B, C, H, rows, W, columns]
@@ -243,11 +249,9 @@ class Block(nn.Module):
 
 def pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
     """One number, or (height, width), as (height, width)."""
-    numbers = (value, value) if hasattr(value, "__index__") else value
-    if not isinstance(numbers, Sequence) or isinstance(numbers, str) or len(numbers) != 2:
-        raise ValueError(f"{name} must be an int or a pair (height, width), got {value!r}")
-    height, width = numbers
-    return check_int(name, height), check_int(name, width)
+    if hasattr(value, "__index__"):
+        value = (check_int(name, value),) * 2
+    return check_pair(name, value, "an int or a pair (height, width)")
 
 
 def patch_grid(image_size: int | Sequence[int], patch_size: int | Sequence[int]) -> tuple[int, int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -12,9 +11,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from convinit import init as init_
-from convinit._checks import check_grid_size, check_int, check_padding_mode
+from convinit._checks import (
+    check_choice,
+    check_flag,
+    check_grid_size,
+    check_int,
+    check_kernel_size,
+    check_number,
+    check_offsets,
+    check_padding_mode,
+    check_probability,
+    check_same_device,
+    check_share,
+    check_tensor,
+)
 from convinit.fit import Adam, fit_qk
 from convinit.fit.api import Method
+from convinit.init._shared import rounded
 from convinit.nn.linear import Linear, linear
 from convinit.nn.position import sincos_2d
 from convinit.offsets import sample_offsets
@@ -24,7 +37,7 @@ from convinit.ops.shared_attention import shared_attention
 
 __all__ = ["ConvInitAttention", "reset_mixing_"]
 
-_VARIANTS = ("vanilla", "I", "II", "III")
+VARIANTS = ("vanilla", "I", "II", "III")
 _FITTED = ("impulse", "scrambled", "norm_matched")
 _INITS = (*_FITTED, "mimetic", "random", "default")
 _VALUES = ("default", "mimetic")
@@ -49,7 +62,8 @@ class ConvInitAttention(nn.Module):
         num_heads: heads.
         grid_size: (H, W); the input must be these N = H·W tokens, row-major, without class token.
         head_dim: r; None means dim / num_heads.
-        kernel_size: f, offsets are drawn from the f×f window; odd.
+        kernel_size: f, offsets are drawn from the f×f window; odd, and at most 2·min(H, W) − 1, so that every
+            offset that is drawn for a fit leaves some token its target.
         alpha: content share α of Model I, 0 to 1.
         variant: see the table.
         scale: softmax temperature, of the fit and of the forward pass; None means r**-0.5.
@@ -139,29 +153,33 @@ class ConvInitAttention(nn.Module):
     ) -> None:
         super().__init__()
         _refuse_timm_options(dim, dim_out, qk_norm, scale_norm, gated)
-        check_int("dim", dim)
-        check_int("num_heads", num_heads)
+        dim, num_heads = check_int("dim", dim), check_int("num_heads", num_heads)
         height, width = check_grid_size(grid_size)
         head_dim = _head_dim(dim, num_heads, head_dim if attn_head_dim is None else attn_head_dim)
-        _check_choice("variant", variant, _VARIANTS)
-        _check_choice("init", init, _INITS)
-        _check_choice("values", values, _VALUES)
-        _check_choice("backend", backend, BACKENDS)
+        check_choice("variant", variant, VARIANTS)
+        check_choice("init", init, _INITS)
+        drawn_and_fitted = offsets is None and init in _FITTED
+        kernel_size = check_kernel_size(kernel_size, (height, width) if drawn_and_fitted else None)
+        offsets = None if offsets is None else check_offsets(offsets, num_heads, values=True)
+        check_choice("values", values, _VALUES)
+        check_choice("backend", backend, BACKENDS)
         check_padding_mode(padding_mode)
-        for name, rate in (("attn_drop", attn_drop), ("proj_drop", proj_drop)):
-            if not 0 <= rate < 1:
-                raise ValueError(f"{name} must be at least 0 and below 1, got {rate}")
+        flags = {"qkv_bias": qkv_bias, "value": value, "proj": proj, "proj_bias": proj_bias}
+        for name, flag in (flags | {"trainable_mixing": trainable_mixing}).items():
+            check_flag(name, flag)
+        attn_drop, proj_drop = (
+            check_probability("attn_drop", attn_drop),
+            check_probability("proj_drop", proj_drop),
+        )
         space, size = ("tokens of grid_size", height * width) if variant == "III" else ("dim", dim)
         if init in (*_FITTED, "mimetic") and head_dim > (dim if init in _FITTED else size):
             raise ValueError(f"head_dim must be at most {space} = {size} for init={init!r}, got {head_dim}")
-        if not 0 <= alpha <= 1:
-            raise ValueError(f"alpha must be 0 to 1, the content share of queries and keys, got {alpha}")
+        alpha = check_share("alpha", alpha)
         if alpha == 1 and variant == "I" and init in _FITTED:
             raise ValueError(
                 f"alpha must be below 1 for init={init!r}: with 1 the maps do not see the position"
             )
-        if scale is not None and not (math.isfinite(scale) and scale > 0):
-            raise ValueError(f"scale must be a positive number or None for head_dim**-0.5, got {scale}")
+        scale = head_dim**-0.5 if scale is None else check_number("scale", scale)
         if not (value and proj) and num_heads * head_dim != dim:
             raise ValueError(
                 f"value and proj must both be True unless num_heads·head_dim = dim, got "
@@ -177,7 +195,7 @@ class ConvInitAttention(nn.Module):
         self.kernel_size = kernel_size
         self.alpha = alpha
         self.variant = variant
-        self.scale = head_dim**-0.5 if scale is None else scale
+        self.scale = scale
         self.attn_drop = attn_drop
         self.backend = backend
         self.padding_mode = padding_mode
@@ -212,13 +230,11 @@ class ConvInitAttention(nn.Module):
         )
         self.proj_drop = nn.Dropout(proj_drop)
 
-        if offsets is not None and offsets.shape != (num_heads, 2):
-            raise ValueError(f"offsets must be [{num_heads}, 2], one row a head, got {list(offsets.shape)}")
         self._given_offsets = None if offsets is None else offsets.detach().cpu().to(torch.int64, copy=True)
         self._sincos = pos_embed is None
         if pos_embed is None:
             pos_embed = sincos_2d((height, width), dim)
-        elif pos_embed.shape != (tokens, dim):
+        elif check_tensor("pos_embed", pos_embed, f"[{tokens}, {dim}]").shape != (tokens, dim):
             raise ValueError(f"pos_embed must be [{tokens}, {dim}], N and dim, got {list(pos_embed.shape)}")
         pos_embed = pos_embed.detach().to(device, dtype or torch.get_default_dtype(), copy=True)
         self.register_buffer("pos_embed", pos_embed, persistent=not self._sincos)
@@ -270,20 +286,19 @@ class ConvInitAttention(nn.Module):
             self.
         """
         expected = (self.num_heads, self.dim, self.head_dim)
+        for name, weight in (("wq", wq), ("wk", wk)):
+            check_tensor(name, weight, str(list(expected)))
         if wq.shape != expected or wk.shape != expected:
             raise ValueError(f"wq and wk must be {list(expected)}, got {list(wq.shape)} and {list(wk.shape)}")
         if offsets is not None:
-            if offsets.shape != self.offsets.shape:
-                raise ValueError(f"offsets must be {list(self.offsets.shape)}, got {list(offsets.shape)}")
-            self.offsets.copy_(offsets)
+            self.offsets.copy_(check_offsets(offsets, self.num_heads))
         if self.variant == "III":
             pos_embed = self.pos_embed.double()
-            self.q_map.copy_(pos_embed @ wq.to(pos_embed))
-            self.k_map.copy_((pos_embed @ wk.to(pos_embed)).mT)
-            return self
-        own_wq, own_wk = self.qk_weights()
-        own_wq.copy_(wq)
-        own_wk.copy_(wk)
+            wq, wk = (pos_embed @ w.to(pos_embed) for w in (wq, wk))
+        own_wq, own_wk = (self.q_map, self.k_map.mT) if self.variant == "III" else self.qk_weights()
+        new_wq, new_wk = rounded("wq", own_wq, wq), rounded("wk", own_wk, wk)
+        own_wq.copy_(new_wq)
+        own_wk.copy_(new_wk)
         bias = self._qk_bias()
         if bias is not None:
             bias.zero_()
@@ -404,7 +419,9 @@ class ConvInitAttention(nn.Module):
         return q.squeeze(0), k.squeeze(0)
 
     def _project_position(self) -> Tensor:
-        return linear(self.pos_embed, self._qk_weight(), self._qk_bias())  # [N, 2·heads·r]
+        weight = self._qk_weight()
+        check_same_device("the layer's weights", weight, pos_embed=self.pos_embed)
+        return linear(self.pos_embed, weight, self._qk_bias())  # [N, 2·heads·r]
 
     def _values(self, x: Tensor) -> Tensor:
         return self._split_heads(x if self.v is None else self.v(x), 1)[0]
@@ -416,6 +433,7 @@ class ConvInitAttention(nn.Module):
 
     def _check_input(self, x: Tensor) -> None:
         tokens = self.grid_size[0] * self.grid_size[1]
+        check_tensor("x", x, f"[B, {tokens}, {self.dim}]")
         if x.dim() != 3 or x.shape[1] != tokens or x.shape[2] != self.dim:
             raise ValueError(
                 f"x must be [B, {tokens}, {self.dim}], the tokens of the {self.grid_size[0]} x "
@@ -508,8 +526,3 @@ def _refuse_timm_options(dim: int, dim_out: int | None, qk_norm: bool, scale_nor
             raise ValueError(
                 f"{name} must be False: ConvInitAttention does not have it, and qk_norm would undo the fit"
             )
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")

@@ -42,6 +42,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns:
         [..., out].
     """
+    if (
+        isinstance(x, Tensor) and x.device != weight.device
+    ):  # PyTorch multiplies with a weight on the meta device as if it had values
+        raise ValueError(f"x must be on the device of the weight, {weight.device}, got {x.device}")
     if not _prefers_convolution(x, weight):
         return F.linear(x, weight, bias)
     rows = x.reshape(-1, x.shape[-1])

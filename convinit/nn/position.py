@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from convinit._checks import check_grid_size, check_int
+from convinit._checks import came, check_grid_size, check_int, check_number
 
 __all__ = ["sincos_2d"]
 
@@ -39,10 +39,13 @@ def sincos_2d(
     Source: the SimpleViT of arXiv 2205.01580, the embedding of arXiv 2401.12511.
     """
     height, width = check_grid_size(grid_size)
-    if check_int("dim", dim) % 4:
+    dim = check_int("dim", dim)
+    if dim % 4:
         raise ValueError(f"dim must be a multiple of 4 for a 2-D sin-cos embedding, got {dim}")
-    if not temperature > 0:
-        raise ValueError(f"temperature must be a positive number, got {temperature}")
+    temperature = check_number("temperature", temperature)
+    dtype = torch.get_default_dtype() if dtype is None else dtype
+    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"dtype must be a floating-point torch.dtype or None, got {came(dtype)}")
 
     def arange(n: int) -> Tensor:
         return torch.arange(n, dtype=torch.float64, device="cpu")
@@ -51,4 +54,4 @@ def sincos_2d(
     x = (arange(width).unsqueeze(1) * omega).expand(height, width, -1)
     y = (arange(height).unsqueeze(1) * omega).unsqueeze(1).expand(height, width, -1)
     embedding = torch.cat((x.sin(), x.cos(), y.sin(), y.cos()), dim=-1).flatten(0, 1)
-    return embedding.to(dtype=dtype or torch.get_default_dtype(), device=device or torch.get_default_device())
+    return embedding.to(dtype=dtype, device=device or torch.get_default_device())

@@ -7,11 +7,20 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from convinit import init as init_
-from convinit._checks import check_generator, check_grid_size, check_int
+from convinit._checks import (
+    check_flag,
+    check_generator,
+    check_grid_size,
+    check_int,
+    check_kernel_size,
+    check_number,
+    check_same_device,
+    check_tensor,
+)
 from convinit.ops.impulse_conv import impulse_conv
+from convinit.ops.transforms import transforms_active
 
 __all__ = ["SpatialConv"]
 
@@ -39,7 +48,8 @@ class SpatialConv(nn.Module):
 
     Args:
         dim: channels C.
-        kernel_size: f, of the filter and of the window from which a matrix's impulse is drawn.
+        kernel_size: f, of the filter and of the window from which a matrix's impulse is drawn; the window is
+            at most 2·min(H, W) − 1 wide.
         init: see the table.
         grid_size: (H, W) for the matrix form; None for the filter form.
         num_filters: filters shared by the channels, each channel taking one at random (a(c), the buffer
@@ -81,17 +91,24 @@ class SpatialConv(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_int("dim", dim)
-        check_int("kernel_size", kernel_size)
+        dim, kernel_size = check_int("dim", dim), check_int("kernel_size", kernel_size)
+        if grid_size is not None:
+            grid_size = check_grid_size(grid_size)
+            if init == "impulse":
+                check_kernel_size(kernel_size, grid_size)
+        for name, flag in (("trainable", trainable), ("bias", bias)):
+            check_flag(name, flag)
         kinds = _FILTERS if grid_size is None else _MATRICES
         if init not in kinds:
             form = "filter form, grid_size=None," if grid_size is None else "matrix form, grid_size given,"
             raise ValueError(f"init must in {form} be one of {', '.join(kinds)}, got {init!r}")
-        if num_filters is not None and check_int("num_filters", num_filters) > dim:
+        num_filters = None if num_filters is None else check_int("num_filters", num_filters)
+        if num_filters is not None and num_filters > dim:
             raise ValueError(
                 f"num_filters must be at most dim = {dim}, or None for one a channel, got {num_filters}"
             )
-        if init == "box" and check_int("num_cells", num_cells) > kernel_size**2:
+        num_cells, variance = check_int("num_cells", num_cells), check_number("variance", variance)
+        if init == "box" and num_cells > kernel_size**2:
             raise ValueError(
                 f"num_cells must be at most {kernel_size**2}, the cells of a filter, got {num_cells}"
             )
@@ -100,7 +117,7 @@ class SpatialConv(nn.Module):
         self.dim = dim
         self.kernel_size = kernel_size
         self.init = init
-        self.grid_size = None if grid_size is None else check_grid_size(grid_size)
+        self.grid_size = grid_size
         self.num_filters = dim if num_filters is None else num_filters
         self.num_cells = num_cells
         self.variance = variance
@@ -114,7 +131,7 @@ class SpatialConv(nn.Module):
         self.owns_weight = weight is None
         if weight is None:
             weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype), requires_grad=trainable)
-        elif weight.shape != shape:
+        elif check_tensor("weight", weight, str(list(shape))).shape != shape:
             raise ValueError(f"weight must be {list(shape)}, got {list(weight.shape)}")
         self.weight = weight
         self.bias = (
@@ -156,6 +173,9 @@ class SpatialConv(nn.Module):
             init_.random_filter_(self.weight, generator=generator)
 
     def forward(self, x: Tensor) -> Tensor:
+        if not isinstance(x, torch.fx.Proxy):
+            check_tensor("x", x, f"[B, {self.dim}, H, W]")
+            check_same_device("x", x, weight=self.weight)
         impulses = self._frozen_impulses(x)
         if impulses is not None:
             offsets, gain = impulses.offsets, impulses.gain
@@ -200,8 +220,7 @@ class SpatialConv(nn.Module):
             or weight.device.type != "cpu"
             or x.dim() != 4
             or not x.is_contiguous()
-            or torch._C._functorch.maybe_current_level() is not None
-            or forward_ad._current_level >= 0  # the weight may have a tangent, whatever requires_grad says
+            or transforms_active()  # the weight may have a tangent, whatever requires_grad says
         ):
             return None
         impulses = self._impulses

@@ -12,16 +12,17 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from convinit._checks import check_choice
 from convinit.kernels import configs
 from convinit.kernels.layout import image_gradient, split_heads, split_packed
 from convinit.ops import native
-from convinit.ops.tangents import refuse_tangents
+from convinit.ops.transforms import refuse_transforms
 
 __all__ = [
     "BACKENDS",
@@ -39,8 +40,7 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def check_backend(backend: str) -> None:
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    check_choice("backend", backend, BACKENDS)
 
 
 def _check_triton(x: Tensor) -> None:
@@ -94,7 +94,7 @@ def fused_positional_attention(
     dropout_p: float,
 ) -> Tensor:
     """Positional attention as one op, [B, N, heads·r]; q, k, v are cast under autocast, as for SDPA."""
-    refuse_tangents("positional attention's op", _EAGER, q, k, v, q_pos, k_pos)
+    refuse_transforms("positional attention's op", _EAGER, q, k, v, q_pos, k_pos)
     q, k, v = _autocast(q), _autocast(k), _autocast(v)
     # On the device: a seed from the CPU would be a constant of a captured CUDA graph.
     seed = torch.randint(2**31 - 1, (), device=q.device) if dropout_p > 0 else None
@@ -111,7 +111,7 @@ def fused_packed_attention(
     dropout_p: float,
 ) -> Tensor:
     """The same of one packed product qkv [B, N, 3·heads·r], whose gradient is written packed, uncopied."""
-    refuse_tangents("positional attention's op", _EAGER, qkv, q_pos, k_pos)
+    refuse_transforms("positional attention's op", _EAGER, qkv, q_pos, k_pos)
     qkv = _autocast(qkv)
     seed = torch.randint(2**31 - 1, (), device=qkv.device) if dropout_p > 0 else None
     return _packed(qkv, heads, q_pos, k_pos, seed, scale, alpha, dropout_p)[0]
@@ -119,7 +119,7 @@ def fused_packed_attention(
 
 def apply_map(attention: Tensor, v: Tensor) -> Tensor:
     """attention [heads, N, N] · v [B, heads, N, r] → [B, N, heads·r]; cast under autocast, as for bmm."""
-    refuse_tangents("the op that applies a map", _EAGER, attention, v)
+    refuse_transforms("the op that applies a map", _EAGER, attention, v)
     return _apply_map(_autocast(attention), _autocast(v))
 
 
@@ -214,6 +214,28 @@ def _filled(
     return dq, dk, dv, dq_pos, dk_pos
 
 
+def _differentiable_gradients(
+    dout: Tensor,
+    inputs: Sequence[Tensor | None],
+    split: Callable[..., tuple[Tensor, ...]],
+    seed: Tensor | None,
+    scale: float,
+    alpha: float,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of the inputs from the formula, with a graph of their own: for create_graph=True.
+
+    split: q, k, v, q_pos, k_pos of the inputs. Those that need no gradient get None.
+    """
+    if seed is not None:
+        raise NotImplementedError(f"second derivatives of attention with dropout need {_EAGER}")
+    q, k, v, q_pos, k_pos = split(*inputs)
+    q_mixed, k_mixed, values = _mixed(q, q_pos, alpha), _mixed(k, k_pos, alpha), _mixed(v, None, 1.0)
+    out = ((scale * q_mixed @ k_mixed.mT).softmax(-1) @ values).transpose(1, 2).flatten(2).to(q.dtype)
+    wanted = [x for x in inputs if x is not None and x.requires_grad]
+    gradients = iter(torch.autograd.grad(out, wanted, dout, create_graph=True))
+    return tuple(next(gradients) if x is not None and x.requires_grad else None for x in inputs)
+
+
 def _empty_gradients(
     inputs: Sequence[Tensor | None], needs: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -268,6 +290,10 @@ def _backward_positional(ctx: Any, dout: Tensor | None, _dlse: Tensor | None) ->
     if dout is None or not any(needs):
         return (None,) * 9
     q, k, v, q_pos, k_pos, seed, out, lse = ctx.saved_tensors
+    if torch.is_grad_enabled():
+        inputs = (q, k, v, q_pos, k_pos)
+        made = _differentiable_gradients(dout, inputs, lambda *all: all, seed, ctx.scale, ctx.alpha)
+        return *made, None, None, None, None
     gradients = _positional_backward(
         dout, q, k, v, q_pos, k_pos, out, lse, seed, ctx.scale, ctx.alpha, ctx.dropout_p, needs
     )
@@ -368,6 +394,12 @@ def _backward_packed(ctx: Any, dout: Tensor | None, _dlse: Tensor | None) -> tup
         return (None,) * 8
     qkv, q_pos, k_pos, seed, out, lse = ctx.saved_tensors
     options = (ctx.scale, ctx.alpha, ctx.dropout_p)
+    if torch.is_grad_enabled():
+        dqkv, dq_pos, dk_pos = _differentiable_gradients(
+            dout, (qkv, q_pos, k_pos), lambda x, *given: (*split_packed(x, ctx.heads), *given),
+            seed, ctx.scale, ctx.alpha,
+        )  # fmt: skip
+        return dqkv, None, dq_pos, dk_pos, None, None, None, None
     if need_qkv:
         dqkv, dq_pos, dk_pos = _packed_backward(
             dout, qkv, ctx.heads, q_pos, k_pos, out, lse, seed, *options, need_q_pos, need_k_pos

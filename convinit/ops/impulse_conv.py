@@ -7,14 +7,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from convinit import _library  # noqa: F401  registers torch.ops.convinit
-from convinit._checks import check_offsets
+from convinit._checks import check_offsets, check_same_device, check_tensor
+from convinit.ops.transforms import transforms_active
 
 __all__ = ["impulse_conv", "impulse_conv_reference"]
-
-_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def impulse_conv(
@@ -29,7 +27,8 @@ def impulse_conv(
     or an infinity in x stays where it is, while a convolution multiplies it by zero into its neighbours.
 
     Under autocast x is cast, as for `F.conv2d`. Differentiable, any number of times, in x, gain and bias; x
-    is kept for the backward only where gain needs its gradient. Forward-mode AD takes PyTorch's ops.
+    is kept for the backward only where gain needs its gradient. Forward-mode AD and torch.func take PyTorch's
+    ops.
 
     Args:
         x: [B, C, H, W], float64, float32, bfloat16 or float16. Contiguous or channels_last tensors are read
@@ -45,12 +44,7 @@ def impulse_conv(
 
     Source: the frozen impulse filters of arXiv 2401.12511.
     """
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x must be a tensor of shape [B, C, H, W], got {type(x).__name__}")
-    if x.dtype not in _DTYPES:
-        raise TypeError(f"x must be float64, float32, float16 or bfloat16, got {x.dtype}")
-    if x.dim() != 4:
-        raise ValueError(f"x must be [B, C, H, W], got {list(x.shape)}")
+    check_tensor("x", x, "[B, C, H, W]", dims=4)
     if x.shape[2] * x.shape[3] >= 2**31:
         raise ValueError(f"x must have fewer than 2**31 pixels, got {x.shape[2]} x {x.shape[3]}")
     offsets = check_offsets(offsets)
@@ -62,18 +56,14 @@ def impulse_conv(
     for name, factor in (("gain", gain), ("bias", bias)):
         if factor is None:
             continue
-        if not isinstance(factor, Tensor) or not factor.is_floating_point():
-            got = factor.dtype if isinstance(factor, Tensor) else type(factor).__name__
-            raise TypeError(f"{name} must be a floating-point tensor of shape [C] or None, got {got}")
+        check_tensor(name, factor, "[C] or None")
         if factor.shape != (x.shape[1],):
             raise ValueError(f"{name} must be [C] = [{x.shape[1]}], got {list(factor.shape)}")
-    for name, other in (("offsets", offsets), ("gain", gain), ("bias", bias)):
-        if other is not None and other.device != x.device:
-            raise ValueError(f"{name} must be on the device of x, {x.device}, got {other.device}")
+    check_same_device("x", x, offsets=offsets, gain=gain, bias=bias)
     device = x.device.type
     if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
         x = x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(device))
-    if forward_ad._current_level >= 0:  # the op would drop the tangents, without a word
+    if transforms_active():  # the op does not know them, and would drop tangents without a word
         return impulse_conv_reference(x, offsets, gain, bias)
     return torch.ops.convinit.impulse_conv(x, offsets, gain, bias)
 
@@ -94,8 +84,11 @@ def impulse_conv_reference(
         out = gain.to(dtype)[:, None, None] * out
     if bias is not None:
         out = out + bias.to(dtype)[:, None, None]
+    out = out.to(x.dtype)
+    if transforms_active():  # vmap knows no memory format
+        return out
     memory_format = torch.channels_last if _is_channels_last(x) else torch.contiguous_format
-    return out.to(x.dtype).contiguous(memory_format=memory_format)
+    return out.contiguous(memory_format=memory_format)
 
 
 def _is_channels_last(x: Tensor) -> bool:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from convinit import _library  # noqa: F401  registers torch.ops.convinit
-from convinit._checks import PADDING_MODES, check_grid_size, check_offsets, check_padding_mode
+from convinit._checks import PADDING_MODES, check_device, check_grid_size, check_offsets, check_padding_mode
 from convinit.offsets import impulse_targets
 
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.bool)
@@ -48,7 +48,7 @@ def impulse_matrix(
     height, width = check_grid_size(grid_size)
     mode = check_padding_mode(padding_mode)
     dtype = torch.get_default_dtype() if dtype is None else dtype
-    if dtype not in _DTYPES:
+    if not isinstance(dtype, torch.dtype) or dtype not in _DTYPES:
         raise TypeError(f"dtype must be float64, float32, float16, bfloat16 or bool, got {dtype}")
     if offsets.shape[0] * (height * width) ** 2 * dtype.itemsize >= 2**63:
         raise ValueError(
@@ -56,7 +56,7 @@ def impulse_matrix(
             "more than 2**63 - 1 bytes"
         )
     if device is not None:
-        offsets = offsets.to(device)
+        offsets = offsets.to(check_device("device", device))
     return torch.ops.convinit.impulse_matrix(offsets, height, width, mode, dtype)
 
 

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from convinit import _library  # noqa: F401  registers torch.ops.convinit
 from convinit.kernels.layout import image_gradient
 from convinit.ops.products import HALVED_MKL, full_precision
+from convinit.ops.transforms import transforms_active
 
 __all__ = [
     "apply_map",
@@ -20,6 +20,7 @@ __all__ = [
     "map_gradient",
     "prefers_native",
     "serves",
+    "worthwhile",
 ]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -66,9 +67,14 @@ def prefers_native(op: str, x: Tensor, dropout_p: float) -> bool:
         and faster
         and (dtype == torch.float32 or not _AMX)
         and not (torch.compiler.is_exporting() or torch.jit.is_tracing())
-        and not (torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0)
-        and x.shape[2] * x.numel() >= _WORTHWHILE
+        and not transforms_active()
+        and worthwhile(x)
     )
+
+
+def worthwhile(x: Tensor) -> bool:
+    """Whether a problem with queries x [B, heads, N, r] is large enough for a kernel."""
+    return x.shape[2] * x.numel() >= _WORTHWHILE
 
 
 def serves(q: Tensor, seed: Tensor | None) -> bool:

@@ -6,8 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from convinit._checks import check_int, check_probability, check_real, check_same_device, check_tensor
 from convinit.kernels.layout import split_packed
-from convinit.ops import fused
+from convinit.ops import fused, native
+from convinit.ops.transforms import transforms_active
 
 __all__ = ["packed_attention", "positional_attention", "positional_attention_reference"]
 
@@ -32,21 +34,23 @@ def positional_attention(
     the positional term is the same for every image of the batch.
 
     Args:
-        q, k, v: [B, heads, N, r], any strides, one floating dtype.
-        q_pos, k_pos: [heads, N, r] or None; cast to the dtype of q.
-        scale: softmax temperature; None means r**-0.5.
-        alpha: content share α of queries and keys.
+        q, k, v: [B, heads, N, r], any strides, one floating dtype; r ≥ 1.
+        q_pos, k_pos: [heads, N, r] or None, on the device of q; cast to its dtype.
+        scale: softmax temperature, a number; None means r**-0.5. One to be learnt is multiplied into q.
+        alpha: content share α of queries and keys, a number. One to be learnt is multiplied into q and k.
         dropout_p: probability that an attention weight is dropped. Pass 0 in evaluation.
-        backend: "triton" (the kernels of `convinit.kernels`: CUDA, r up to 128; no second derivatives),
-            "native" (compiled kernels: CPU; float32, and bfloat16 and float16 computed in float32, but that
-            CPUs with AVX512-BF16 multiply bfloat16 as it is, numbers below 1.2e-38 being 0 to them; no
-            dropout, no second derivatives), "sdpa" (mixed q and k go to
-            :func:`torch.nn.functional.scaled_dot_product_attention`), "eager" (the formula), or "auto", which
-            is kernels where measurements say that they are faster, else "sdpa". On a CPU with AVX2 or AVX-512
-            that is "native" in all it serves, if B·heads·N²·r is 2²⁰ or more, except for bfloat16 and float16
-            where the CPU has AMX; while a model is exported or traced, and under torch.func and forward-mode
-            AD, it is "sdpa". On CUDA no measurement has been committed yet, so "auto" is "sdpa".
-            An explicit choice never falls back.
+        backend: "triton" (the kernels of `convinit.kernels`: CUDA, r up to 128), "native" (compiled kernels
+            of the CPU: float32, and bfloat16 and float16 computed in float32, but that CPUs with AVX512-BF16
+            multiply bfloat16 as it is, numbers below 1.2e-38 being 0 to them; no dropout), "sdpa" (mixed q
+            and k go to :func:`torch.nn.functional.scaled_dot_product_attention`), "eager" (the formula), or
+            "auto", which is kernels where measurements say that they are faster, else "sdpa". On a CPU with
+            AVX2 or AVX-512 that is "native" in all it serves, if B·heads·N²·r is 2²⁰ or more, except for
+            bfloat16 and float16 where the CPU has AMX; what is smaller, or float64, is "eager" where it needs
+            a gradient. While a model is exported or traced it is "sdpa". On CUDA no measurement has been
+            committed yet, so "auto" is "sdpa". An explicit choice never falls back.
+
+    Derivatives: under torch.func and forward-mode AD "auto" is "eager". Second derivatives are those of the
+    formula, which keeps its [B, heads, N, N] map; in "sdpa" PyTorch's fused kernels have none.
 
     Returns:
         [B, N, heads·r], the heads side by side, ready for the output layer.
@@ -54,19 +58,20 @@ def positional_attention(
     Raises:
         ValueError: shapes, dropout_p or backend out of range; "triton" or "native" cannot serve device, shape
             or dropout. TypeError: dtypes. RuntimeError: "triton" without Triton. NotImplementedError:
-            forward-mode AD with "triton" or "native".
+            torch.func and forward-mode AD with "triton" or "native".
 
     Source: Model I of arXiv 2401.12511, with the sum taken after the projection instead of before it.
     """
-    _check(q, k, v, q_pos, k_pos, dropout_p)
+    scale, alpha, dropout_p = _check(q, k, v, q_pos, k_pos, scale, alpha, dropout_p)
     fused.check_backend(backend)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if backend == "eager":
+    if backend == "eager" or (backend == "auto" and transforms_active()):
         return positional_attention_reference(
             q, k, v, q_pos, k_pos, scale=scale, alpha=alpha, dropout_p=dropout_p
         )
     if fused.takes_kernels("positional_attention", backend, q, dropout_p):
         return fused.fused_positional_attention(q, k, v, q_pos, k_pos, scale, alpha, dropout_p)
+    if backend == "auto" and _may_be_differentiated_twice(q, k, v, q_pos, k_pos, dropout_p=dropout_p):
+        return positional_attention_reference(q, k, v, q_pos, k_pos, scale=scale, alpha=alpha)
     q, k = _mix(q, q_pos, alpha), _mix(k, k_pos, alpha)
     out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, scale=scale)
     return out.transpose(1, 2).flatten(2)
@@ -98,13 +103,14 @@ def packed_attention(
     Returns:
         [B, N, heads·r].
     """
-    if qkv.dim() != 3 or qkv.shape[2] % (3 * num_heads):
+    check_tensor("qkv", qkv, "[B, N, 3·heads·r]", dims=3)
+    num_heads = check_int("num_heads", num_heads)
+    if qkv.shape[2] % (3 * num_heads):
         raise ValueError(f"qkv must be [B, N, 3·{num_heads}·r], got {list(qkv.shape)}")
     q, k, v = split_packed(qkv, num_heads)
-    _check(q, k, v, q_pos, k_pos, dropout_p)
+    scale, alpha, dropout_p = _check(q, k, v, q_pos, k_pos, scale, alpha, dropout_p)
     fused.check_backend(backend)
     if fused.takes_kernels("positional_attention", backend, q, dropout_p):
-        scale = q.shape[-1] ** -0.5 if scale is None else scale
         return fused.fused_packed_attention(qkv, num_heads, q_pos, k_pos, scale, alpha, dropout_p)
     return positional_attention(
         q, k, v, q_pos, k_pos, scale=scale, alpha=alpha, dropout_p=dropout_p, backend=backend
@@ -138,25 +144,47 @@ def _mix(content: Tensor, position: Tensor | None, alpha: float) -> Tensor:
     return torch.add(position.to(content.dtype), content, alpha=alpha)
 
 
+def _may_be_differentiated_twice(*inputs: Tensor | None, dropout_p: float) -> bool:
+    """Whether a CPU's small problem records a graph: SDPA's kernel there has no second derivative."""
+    q = inputs[0]
+    return (
+        q is not None
+        and q.device.type == "cpu"
+        and q.dtype in (torch.float32, torch.float64)
+        and dropout_p == 0  # else SDPA is itself the formula
+        and torch.is_grad_enabled()
+        and any(x is not None and x.requires_grad for x in inputs)
+        and (q.dtype == torch.float64 or not native.worthwhile(q))
+        and not (torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_autocast_enabled("cpu"))
+    )
+
+
 def _check(
-    q: Tensor, k: Tensor, v: Tensor, q_pos: Tensor | None, k_pos: Tensor | None, dropout_p: float
-) -> None:
-    if q.dim() != 4:
-        raise ValueError(f"q must be [B, heads, N, r], got {list(q.shape)}")
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_pos: Tensor | None,
+    k_pos: Tensor | None,
+    scale: float | None,
+    alpha: float,
+    dropout_p: float,
+) -> tuple[float, float, float]:
+    """The three numbers as floats."""
+    check_tensor("q", q, "[B, heads, N, r]", dims=4)
     for name, tensor in (("k", k), ("v", v)):
+        check_tensor(name, tensor, "[B, heads, N, r]", dims=4)
         if tensor.shape != q.shape:
             raise ValueError(f"{name} must have the shape of q, {list(q.shape)}, got {list(tensor.shape)}")
         if tensor.dtype != q.dtype:
             raise TypeError(f"{name} must have the dtype of q, {q.dtype}, got {tensor.dtype}")
-    if not q.is_floating_point():
-        raise TypeError(f"q must be a floating-point tensor, got {q.dtype}")
+    if q.shape[3] == 0:
+        raise ValueError(f"q must have r of 1 or more, got {list(q.shape)}")
     for name, position in (("q_pos", q_pos), ("k_pos", k_pos)):
-        if position is not None and position.shape != q.shape[1:]:
+        if position is not None and check_tensor(name, position, "[heads, N, r]").shape != q.shape[1:]:
             raise ValueError(
                 f"{name} must be [heads, N, r] = {list(q.shape[1:])}, the same for every image, "
                 f"got {list(position.shape)}"
             )
-        if position is not None and not position.is_floating_point():
-            raise TypeError(f"{name} must be a floating-point tensor, got {position.dtype}")
-    if not 0 <= dropout_p < 1:
-        raise ValueError(f"dropout_p must be at least 0 and below 1, got {dropout_p}")
+    check_same_device("q", q, k=k, v=v, q_pos=q_pos, k_pos=k_pos)
+    scale = q.shape[3] ** -0.5 if scale is None else check_real("scale", scale)
+    return scale, check_real("alpha", alpha), check_probability("dropout_p", dropout_p)

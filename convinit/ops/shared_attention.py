@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from convinit._checks import check_probability, check_real, check_same_device, check_tensor
 from convinit.ops import fused
 from convinit.ops.positional_attention import positional_attention
 
@@ -28,7 +29,7 @@ def shared_attention(
     Args:
         q_map, k_map: [heads, N, r'], one floating dtype; r' may differ from the r of v.
         v: [B, heads, N, r], any strides; the map is cast to its dtype.
-        scale: softmax temperature; None means r'**-0.5.
+        scale: softmax temperature, a number; None means r'**-0.5. One to be learnt is multiplied into q_map.
         dropout_p: probability that an attention weight is dropped, in all images at once: the mask, like the
             map, is shared. Pass 0 in evaluation.
         backend: how the map meets the values. "triton" (the kernels of `convinit.kernels`: CUDA, r up to
@@ -47,14 +48,13 @@ def shared_attention(
 
     Raises:
         ValueError: shapes, dropout_p or backend out of range; "triton" or "native" cannot serve device or
-            shape. TypeError: dtypes. RuntimeError: "triton" without Triton. NotImplementedError: forward-mode
-            AD with "triton" or "native".
+            shape. TypeError: dtypes. RuntimeError: "triton" without Triton. NotImplementedError: torch.func
+            and forward-mode AD with "triton" or "native".
 
     Source: Models II and III of arXiv 2401.12511, which compute the map anew for every image.
     """
-    _check(q_map, k_map, v, dropout_p)
+    scale, dropout_p = _check(q_map, k_map, v, scale, dropout_p)
     fused.check_backend(backend)
-    scale = q_map.shape[-1] ** -0.5 if scale is None else scale
     if backend == "eager":
         return shared_attention_reference(q_map, k_map, v, scale=scale, dropout_p=dropout_p)
     if backend == "auto" and v.shape[0] == 1 and v.device.type == "cpu" and not torch.is_grad_enabled():
@@ -96,19 +96,25 @@ def shared_attention_reference(
     return (attention @ v).transpose(1, 2).flatten(2)
 
 
-def _check(q_map: Tensor, k_map: Tensor, v: Tensor, dropout_p: float) -> None:
-    if q_map.dim() != 3:
-        raise ValueError(f"q_map must be [heads, N, r], got {list(q_map.shape)}")
+def _check(
+    q_map: Tensor, k_map: Tensor, v: Tensor, scale: float | None, dropout_p: float
+) -> tuple[float, float]:
+    """The two numbers as floats."""
+    check_tensor("q_map", q_map, "[heads, N, r]", dims=3)
+    check_tensor("k_map", k_map, "[heads, N, r]", dims=3)
     if k_map.shape != q_map.shape:
         raise ValueError(f"k_map must have the shape of q_map, {list(q_map.shape)}, got {list(k_map.shape)}")
-    if v.dim() != 4 or v.shape[1:3] != q_map.shape[:2]:
-        heads, tokens, _ = q_map.shape
+    heads, tokens, rank = q_map.shape
+    check_tensor("v", v, f"[B, {heads}, {tokens}, r]", dims=4)
+    if v.shape[1:3] != q_map.shape[:2]:
         raise ValueError(f"v must be [B, {heads}, {tokens}, r], heads and N as in q_map, got {list(v.shape)}")
-    if not q_map.is_floating_point() or k_map.dtype != q_map.dtype:
+    if k_map.dtype != q_map.dtype:
         raise TypeError(
             f"q_map and k_map must have one floating-point dtype, got {q_map.dtype} and {k_map.dtype}"
         )
-    if not v.is_floating_point():
-        raise TypeError(f"v must be a floating-point tensor, got {v.dtype}")
-    if not 0 <= dropout_p < 1:
-        raise ValueError(f"dropout_p must be at least 0 and below 1, got {dropout_p}")
+    for name, tensor in (("q_map", q_map), ("v", v)):
+        if tensor.shape[-1] == 0:
+            raise ValueError(f"{name} must have r of 1 or more, got {list(tensor.shape)}")
+    check_same_device("v", v, q_map=q_map, k_map=k_map)
+    scale = rank**-0.5 if scale is None else check_real("scale", scale)
+    return scale, check_probability("dropout_p", dropout_p)

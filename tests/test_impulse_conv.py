@@ -263,3 +263,22 @@ def test_the_bare_op_refuses_what_would_corrupt_memory(arguments, device):
         arguments = [y if y is None else y.to(device) for y in arguments]
     with pytest.raises(RuntimeError, match="convinit: "):
         torch.ops.convinit.impulse_conv(*arguments)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_transforms_of_torch_func(memory_format, generator):
+    x = torch.randn(2, 3, 4, 5, generator=generator).to(memory_format=memory_format)
+    gain = torch.randn(3, generator=generator)
+
+    def f(x, gain):
+        return impulse_conv(x, OFFSETS, gain).sin().sum()
+
+    inputs = [x.clone().requires_grad_(), gain.clone().requires_grad_()]
+    dx, dgain = torch.autograd.grad(f(*inputs), inputs)
+    torch.testing.assert_close(torch.func.grad(f)(x, gain), dx)
+    for jacobian in (torch.func.jacrev, torch.func.jacfwd):
+        torch.testing.assert_close(jacobian(f, 1)(x, gain), dgain)
+    each = torch.func.vmap(torch.func.grad(lambda x: f(x[None], gain)))(x)
+    torch.testing.assert_close(each, dx)
+    hessian = torch.func.hessian(f, 1)(x, gain)
+    torch.testing.assert_close(hessian, torch.autograd.functional.hessian(lambda g: f(x, g), gain))

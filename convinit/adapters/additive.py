@@ -45,6 +45,7 @@ class AdditiveLayout(Layout):
     def init_(self, request: Request, layers: Sequence[int], offsets: Tensor) -> list[LayerRecord]:
         assert self.position is not None
         P = self.position.read()
+        self._check_finite(layers)
         if (P == P[0]).all() and request.method not in ("mimetic", "keep"):
             raise ValueError(
                 "model must have a position embedding that differs between tokens, but that of "
@@ -79,6 +80,19 @@ class AdditiveLayout(Layout):
             own = None if request.method == "scrambled" else dealt[i]
             records.append(self.record(i, targets.get(i), own, norm, "; ".join(filter(None, notes))))
         return records
+
+    def _check_finite(self, layers: Sequence[int]) -> None:
+        """A diverged checkpoint is named before anything is written."""
+        assert self.position is not None
+        tokens, _ = self.tokens()
+        parts = {"its position embedding": self.position.read(), "its class or register tokens": tokens}
+        for attention in (self.attentions[i] for i in layers):
+            parts[f"the norm before {attention.name}"] = attention.see(tokens)
+        for part, values in parts.items():
+            if not values.isfinite().all():
+                raise ValueError(
+                    f"model must hold finite numbers, but {part} holds NaN or infinity: has it diverged?"
+                )
 
     def position_maps(self, layer: int) -> Tensor:
         return self.attentions[layer].position_map(self.tokens()[0])
@@ -178,7 +192,7 @@ class AdditiveLayout(Layout):
         rank = first.head_dim - first.has_qk_norm
         weight_norm: float | Tensor
         if request.method == "norm_matched" and request.weight_norm is not None:
-            wq, wk = torch.empty(2, len(offsets), P.shape[1], rank)
+            wq, wk = torch.empty(2, len(offsets), P.shape[1], rank, device="cpu")
             weight_norm = request.weight_norm
             targets = impulse_targets(offsets, self.grid_size, padding_mode=request.padding_mode)
         else:
@@ -233,7 +247,7 @@ def _set_temperature_(attention: SelfAttention, tokens: Tensor, targets: Tensor,
 
     def reached(gain: float) -> float:
         for weight in weights:
-            Slot(weight).write_(torch.full(weight.shape, gain))
+            Slot(weight).write_(torch.full(weight.shape, gain, device="cpu"))
         return float(measured(attention.position_map(tokens), targets)["peak"].mean())
 
     low, high = 0.1, 10.0
@@ -278,8 +292,8 @@ def _without(P: Tensor, prefix: Tensor) -> Tensor:
 def _zero_mean_basis(rank: int) -> Tensor:
     """[r − 1, r] with orthonormal rows that sum to zero."""
     # The discrete cosines without the constant one.
-    k = torch.arange(1, rank, dtype=torch.float64).unsqueeze(1)
-    n = torch.arange(rank, dtype=torch.float64) + 0.5
+    k = torch.arange(1, rank, dtype=torch.float64, device="cpu").unsqueeze(1)
+    n = torch.arange(rank, dtype=torch.float64, device="cpu") + 0.5
     return math.sqrt(2 / rank) * torch.cos(math.pi * k * n / rank)
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from convinit._checks import check_grid_size, check_int, check_offsets
+from convinit._checks import came, check_grid_size, check_int, check_kernel_size, check_offsets
 from convinit.adapters.find import find_layouts, unwrapped
 from convinit.adapters.layout import Layout, is_sharded
 from convinit.adapters.measure import measure_on_images_
@@ -58,7 +58,7 @@ def init_vit_(
 
     Args:
         model: in place. Frozen queries and keys are left alone, and the report says so.
-        kernel_size: offsets are drawn from the f×f window; odd.
+        kernel_size: offsets are drawn from the f×f window; odd, and at most 2·min(H, W) − 1.
         method: "newton", "adam", "svd" or options as in :func:`convinit.fit_qk`; "mimetic" (arXiv
             2305.09828); or a control: "scrambled" (a random permutation of the tokens in place of a shift),
             "norm_matched" (random directions), each with the weight norm of the impulse fit; "keep" leaves
@@ -112,6 +112,9 @@ def init_vit_(
     every = [(layout, i) for layout in found for i in range(len(layout.attentions))]
     numbers = _chosen(layers, len(every))
     chosen = [every[number] for number in numbers]
+    if (offsets is None or isinstance(offsets, str)) and method not in ("mimetic", "keep"):
+        for layout, i in chosen:
+            check_kernel_size(kernel_size, layout.grid_of(i))
     dealt = _deal(offsets, kernel_size, [layout.attentions[i].num_heads for layout, i in chosen], generator)
 
     records: list[LayerRecord] = []
@@ -160,8 +163,11 @@ def _chosen(layers: str | int | slice | Sequence[int], count: int) -> list[int]:
     if isinstance(layers, slice):
         picked = list(numbers[layers])
     else:
-        wanted = [layers] if isinstance(layers, int) else list(layers)
-        if any(isinstance(i, bool) or not isinstance(i, int) or not -count <= i < count for i in wanted):
+        several = [layers] if hasattr(layers, "__index__") and not hasattr(layers, "__len__") else layers
+        if not isinstance(several, Iterable):
+            raise TypeError(f'layers must be "all", an int, a slice or several ints, got {came(layers)}')
+        wanted = [check_int("layers", i, minimum=-(2**63)) for i in several]  # NumPy's integers too
+        if not all(-count <= i < count for i in wanted):
             raise ValueError(f"layers must lie in 0 to {count - 1}, the layers of this model, got {layers}")
         picked = sorted({i % count for i in wanted})
     if not picked:

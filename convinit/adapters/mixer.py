@@ -78,7 +78,9 @@ class MixerLayout(Layout):
                         slot.write_(value)
                 targets = impulse_targets(own, self.grid_size, padding_mode=request.padding_mode)
             norms = [float(each.weight.read().norm()) for each in (mixing.fc1, mixing.fc2)]
-            norm = torch.full((mixing.num_heads,), math.sqrt(math.prod(norms) / mixing.num_heads)).double()
+            norm = torch.full(
+                (mixing.num_heads,), math.sqrt(math.prod(norms) / mixing.num_heads), device="cpu"
+            ).double()
             note = "token mixing is frozen: left alone" if mixing.frozen else None
             records.append(self.record(layer, targets, own, norm, note))
         return records

@@ -65,7 +65,7 @@ def measured(maps: Tensor, targets: Tensor) -> dict[str, Tensor]:
 
 def no_figures(num_heads: int) -> dict[str, Tensor]:
     """Those figures of heads that have no target."""
-    nothing = torch.full((num_heads,), torch.nan, dtype=torch.float64)
+    nothing = torch.full((num_heads,), torch.nan, dtype=torch.float64, device="cpu")
     return {"mse": nothing, "peak": nothing, "hit_rate": nothing, "prefix": nothing}
 
 
@@ -165,7 +165,11 @@ class InitReport:
         """One line: how many heads, in what time, and their mean figures."""
         heads = sum(len(record.weight_norm) for record in self.records)
         text = f"{len(self.records)} layers, {heads} heads by {self.method!r} in {self.seconds:.2f} s"
-        peaks = torch.cat([record.peak for record in self.records]) if self.records else torch.empty(0)
+        peaks = (
+            torch.cat([record.peak for record in self.records])
+            if self.records
+            else torch.empty(0, device="cpu")
+        )
         peaks = peaks[~peaks.isnan()]
         if len(peaks):
             hits = torch.cat([record.hit_rate for record in self.records])

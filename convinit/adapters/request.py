@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from convinit._checks import check_generator, check_padding_mode
+from convinit._checks import check_generator, check_padding_mode, check_real
 from convinit.fit import Adam, Newton
 from convinit.fit.api import DEFAULT_PEAK, METHODS, Method
 
@@ -52,8 +52,8 @@ class Request:
             value = getattr(self, name)
             if value is None:
                 continue
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
+            value = check_real(name, value)
+            object.__setattr__(self, name, value)  # NumPy's numbers too as a float
             lowest = value >= 0 if name == "alpha" else value > 0
             if not (lowest and value < upper):
                 bracket = "[" if name == "alpha" else "("

@@ -89,7 +89,7 @@ class RotaryLayout(Layout):
         height, width = self.grid_size
         attention = self.attentions[layer]
         dim = attention.query.weight.read().shape[1]
-        return attention.position_map(torch.empty(self.num_prefix + height * width, dim))
+        return attention.position_map(torch.empty(self.num_prefix + height * width, dim, device="cpu"))
 
     def num_tokens(self, layer: int) -> int:
         return self.num_prefix + super().num_tokens(layer)
@@ -99,7 +99,7 @@ class RotaryLayout(Layout):
     ) -> Sequence[Tensor]:
         """Writes the biases of all layers in one fit; targets [heads, N] of each."""
         heads = [attention.num_heads for attention in attentions]
-        bq, bk = torch.empty(2, sum(heads), attentions[0].head_dim)
+        bq, bk = torch.empty(2, sum(heads), attentions[0].head_dim, device="cpu")
         fit = init_.rotary_impulse_qk_(
             bq,
             bk,

@@ -68,7 +68,7 @@ class WindowAttention(SelfAttention):
 
 def _index(height: int, width: int) -> Tensor:
     """[N, N]: the table's row for each query and key of a window."""
-    y, x = torch.cartesian_prod(torch.arange(height), torch.arange(width)).unbind(1)
+    y, x = torch.cartesian_prod(*(torch.arange(n, device="cpu") for n in (height, width))).unbind(1)
     down, right = y[:, None] - y + height - 1, x[:, None] - x + width - 1
     return down * (2 * width - 1) + right
 
@@ -113,7 +113,7 @@ class WindowLayout(Layout):
         return fit.targets
 
     def position_maps(self, layer: int) -> Tensor:
-        return self.attentions[layer].position_map(torch.empty(0))
+        return self.attentions[layer].position_map(torch.empty(0, device="cpu"))
 
     def grid_of(self, layer: int) -> tuple[int, int]:
         return self.attentions[layer].window_size

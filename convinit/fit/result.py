@@ -36,7 +36,7 @@ def map_metrics(attention: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Ten
     return (
         difference.square().mean(dim=(1, 2)),
         (on_target[:, :, 0] * inside).sum(dim=1) / rows,
-        (hit & inside).sum(dim=1) / rows,
+        (hit & inside).sum(dim=1, dtype=attention.dtype) / rows,
     )
 
 

@@ -34,7 +34,7 @@ def positional_attention(
     the positional term is the same for every image of the batch.
 
     Args:
-        q, k, v: [B, heads, N, r], any strides, one floating dtype; r ≥ 1.
+        q, k, v: [B, heads, N, r], any strides, one floating dtype, or under autocast any; r ≥ 1.
         q_pos, k_pos: [heads, N, r] or None, on the device of q; cast to its dtype.
         scale: softmax temperature, a number; None means r**-0.5. One to be learnt is multiplied into q.
         alpha: content share α of queries and keys, a number. One to be learnt is multiplied into q and k.
@@ -159,6 +159,12 @@ def _may_be_differentiated_twice(*inputs: Tensor | None, dropout_p: float) -> bo
     )
 
 
+def _casts(x: Tensor) -> bool:
+    """Whether autocast brings all inputs to one dtype."""
+    device = x.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 def _check(
     q: Tensor,
     k: Tensor,
@@ -175,7 +181,7 @@ def _check(
         check_tensor(name, tensor, "[B, heads, N, r]", dims=4)
         if tensor.shape != q.shape:
             raise ValueError(f"{name} must have the shape of q, {list(q.shape)}, got {list(tensor.shape)}")
-        if tensor.dtype != q.dtype:
+        if tensor.dtype != q.dtype and not _casts(q):
             raise TypeError(f"{name} must have the dtype of q, {q.dtype}, got {tensor.dtype}")
     if q.shape[3] == 0:
         raise ValueError(f"q must have r of 1 or more, got {list(q.shape)}")

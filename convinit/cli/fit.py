@@ -17,7 +17,7 @@ from rich.table import Table
 from torch import Tensor
 
 import convinit
-from convinit._checks import check_int
+from convinit._checks import check_int, check_kernel_size
 from convinit.cli.tensors import load_tensor
 from convinit.fit import SVD, Adam, Newton, QKFit
 from convinit.fit.api import DEFAULT_PEAK
@@ -113,7 +113,8 @@ def fit(
     - `convinit fit --grid 8 --dim 128 --heads 4 --layers 1 --method adam --steps 2000`
     """
     grid_size = _grid_size(grid)
-    generator = torch.Generator().manual_seed(seed)
+    check_kernel_size(kernel_size, grid_size)
+    generator = torch.Generator().manual_seed(check_int("seed", seed, minimum=-(2**63)))
     P = _pos_embed(pos_embed, pos_embed_key, grid_size, dim, generator)
     dim = P.shape[1]
     check_int("heads", heads)

@@ -48,7 +48,8 @@ def impulse_qk_(
 
     Source: arXiv 2401.12511.
     """
-    heads, _, rank = _check_qk(wq, wk, pos_embed)
+    heads, dim, rank = _check_qk(wq, wk)
+    _check_pos_embed(pos_embed, dim)
     offsets = check_offsets(offsets, heads)
     fit = fit_qk(
         pos_embed,
@@ -92,7 +93,8 @@ def scrambled_qk_(
     Returns:
         The :class:`~convinit.QKFit`.
     """
-    heads, _, rank = _check_qk(wq, wk, pos_embed)
+    heads, dim, rank = _check_qk(wq, wk)
+    _check_pos_embed(pos_embed, dim)
     targets = rand((heads, pos_embed.shape[0]), generator).argsort(dim=1)  # a permutation for each head
     fit = fit_targets(
         pos_embed,
@@ -190,17 +192,19 @@ def random_qk_(wq: Tensor, wk: Tensor, *, generator: torch.Generator | None = No
     return wq, wk
 
 
-def _check_qk(wq: Tensor, wk: Tensor, pos_embed: Tensor | None = None) -> tuple[int, int, int]:
+def _check_qk(wq: Tensor, wk: Tensor) -> tuple[int, int, int]:
     check_tensor("wq", wq, "[heads, D, r]", dims=3)
     check_tensor("wk", wk, "[heads, D, r]", dims=3)
     if wq.shape != wk.shape:
         raise ValueError(f"wq and wk must both be [heads, D, r], got {list(wq.shape)} and {list(wk.shape)}")
     heads, dim, rank = wq.shape
-    if pos_embed is not None:
-        check_tensor("pos_embed", pos_embed, f"[N, {dim}]", dims=2, values=True)
-        if pos_embed.shape[1] != dim:
-            raise ValueError(f"pos_embed must be [N, {dim}], D as in wq, got {list(pos_embed.shape)}")
     return heads, dim, rank
+
+
+def _check_pos_embed(pos_embed: Tensor, dim: int) -> None:
+    check_tensor("pos_embed", pos_embed, f"[N, {dim}]", dims=2, values=True)
+    if pos_embed.shape[1] != dim:
+        raise ValueError(f"pos_embed must be [N, {dim}], D as in wq, got {list(pos_embed.shape)}")
 
 
 def _write_(wq: Tensor, wk: Tensor, new_wq: Tensor, new_wk: Tensor) -> None:

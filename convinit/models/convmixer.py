@@ -73,7 +73,12 @@ class ConvMixer(Pretrained, nn.Module):
         super().__init__()
         num_classes, depth = check_int("num_classes", num_classes), check_int("depth", depth, minimum=0)
         dim, channels = check_int("dim", dim), check_int("channels", channels)
-        for name, flag in (("matrix_form", matrix_form), ("share_layers", share_layers)):
+        flags = {
+            "matrix_form": matrix_form,
+            "share_layers": share_layers,
+            "trainable_mixing": trainable_mixing,
+        }
+        for name, flag in flags.items():
             check_flag(name, flag)
         self.grid_size = patch_grid(image_size, patch_size)
         self.image_size = pair("image_size", image_size)

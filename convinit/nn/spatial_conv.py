@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from convinit import init as init_
 from convinit._checks import (
+    check_choice,
     check_flag,
     check_generator,
     check_grid_size,
@@ -99,9 +100,8 @@ class SpatialConv(nn.Module):
         for name, flag in (("trainable", trainable), ("bias", bias)):
             check_flag(name, flag)
         kinds = _FILTERS if grid_size is None else _MATRICES
-        if init not in kinds:
-            form = "filter form, grid_size=None," if grid_size is None else "matrix form, grid_size given,"
-            raise ValueError(f"init must in {form} be one of {', '.join(kinds)}, got {init!r}")
+        form = "filter form (grid_size=None)" if grid_size is None else "matrix form (grid_size given)"
+        check_choice(f"init of the {form}", init, kinds)
         num_filters = None if num_filters is None else check_int("num_filters", num_filters)
         if num_filters is not None and num_filters > dim:
             raise ValueError(

@@ -106,7 +106,9 @@ def packed_attention(
     check_tensor("qkv", qkv, "[B, N, 3·heads·r]", dims=3)
     num_heads = check_int("num_heads", num_heads)
     if qkv.shape[2] % (3 * num_heads):
-        raise ValueError(f"qkv must be [B, N, 3·{num_heads}·r], got {list(qkv.shape)}")
+        raise ValueError(
+            f"qkv must be [B, N, 3·num_heads·r] with num_heads = {num_heads}, got {list(qkv.shape)}"
+        )
     q, k, v = split_packed(qkv, num_heads)
     scale, alpha, dropout_p = _check(q, k, v, q_pos, k_pos, scale, alpha, dropout_p)
     fused.check_backend(backend)

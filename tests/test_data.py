@@ -7,11 +7,13 @@ import random
 import struct
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from convinit.serve import image_files
 from convinit.train import (
     Augmented,
     AugmentOptions,
@@ -23,6 +25,7 @@ from convinit.train import (
 )
 from convinit.train.data import subset_indices
 from convinit.train.data.draws import derived_seed, permutation
+from convinit.train.data.images import decode, read_image
 
 try:
     import torchvision
@@ -451,6 +454,91 @@ def test_folder_refuses(tmp_path, monkeypatch):
     (tmp_path / "val").mkdir()
     with pytest.raises(OSError, match="train cannot be listed: denied"):
         load_data("folder", tmp_path)
+
+
+def test_hidden_folders_and_files_are_no_data(tmp_path):
+    """What Jupyter, macOS, zip and NAS leave behind; training and prediction see the same files."""
+    for name in ("ant", "bee"):
+        for i in range(5):
+            write_image(tmp_path / name / f"{i}.png")
+        write_image(tmp_path / name / "deep" / "er" / "0.gif")
+    expected = load_data("folder", tmp_path)
+    for stray in (
+        ".ipynb_checkpoints/0.png", "ant/.ipynb_checkpoints/0-checkpoint.png", "__MACOSX/ant/._0.png",
+        "bee/._0.png", "ant/.DS_Store", "ant/@eaDir/0.png", "bee/.0.png.part",
+    ):  # fmt: skip
+        (tmp_path / stray).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / stray).write_bytes(b"\0\5\26\7" + bytes(100))
+    (tmp_path / ".git").mkdir()
+    data = load_data("folder", tmp_path)
+    assert data.class_names == ("ant", "bee")
+    assert (data.train.paths, data.test.paths) == (expected.train.paths, expected.test.paths)
+    files, failed = image_files([tmp_path])
+    assert (sorted(files), failed) == (sorted(data.train.paths + data.test.paths), [])
+
+
+# ---- Reading images
+
+GREY = np.linspace(0, 255, 60).round().astype(np.uint8).reshape(6, 10)  # [H, W]
+
+
+def grey(dtype: str, scale: float) -> Any:
+    from PIL import Image
+
+    return Image.fromarray((GREY * float(scale)).astype(dtype))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(
+    "name, dtype, scale",
+    [("8.png", "u1", 1), ("16.png", "u2", 257), ("16.tif", "u2", 257), ("big-endian.tif", ">u2", 257),
+     ("16.pgm", "u2", 257), ("float.tif", "f4", 1 / 255), ("float.pfm", "f4", 1 / 255)],
+)  # fmt: skip
+def test_greyscale_of_every_depth_keeps_its_intensity(name, dtype, scale, channels, tmp_path):
+    grey(dtype, scale).save(tmp_path / name)
+    image = decode(str(tmp_path / name), channels)
+    assert image.mode == ("L" if channels == 1 else "RGB")
+    assert np.array_equal(np.asarray(image.convert("L")), GREY)
+
+
+def test_twelve_bits_and_white_as_zero(tmp_path):
+    numbers = (GREY / 255 * 4095).round().astype(">u2")
+    (tmp_path / "12.pgm").write_bytes(b"P5 10 6 4095\n" + numbers.tobytes())
+    assert np.abs(np.asarray(decode(str(tmp_path / "12.pgm"), 1)) - GREY.astype(float)).max() <= 1
+    grey("u2", 257).save(tmp_path / "inverted.tif", tiffinfo={262: 0})
+    assert np.array_equal(np.asarray(decode(str(tmp_path / "inverted.tif"), 1)), 255 - GREY)
+
+
+@pytest.mark.parametrize(
+    "name, dtype, scale, message",
+    [("int.tif", "i4", 1, "mode I in TIFF has no known white"),
+     ("x.im", "u2", 257, "in IM has no known white"),
+     ("255.tif", "f4", 1, r"float greyscale must lie in 0 \(black\) to 1 \(white\), got 0 to 255"),
+     ("nan.tif", "f4", float("nan"), "float greyscale must lie in 0")],
+)  # fmt: skip
+def test_greyscale_without_a_known_white_is_refused(name, dtype, scale, message, tmp_path):
+    grey(dtype, scale).save(tmp_path / name)
+    with pytest.raises(ValueError, match=message):
+        decode(str(tmp_path / name), 1)
+    with pytest.raises(OSError, match=f"{name} cannot be decoded as an image .*{message}"):
+        read_image(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("name", ["8.png", "16.png", "8.tif", "16.tif", "8.jpg"])
+def test_images_stand_upright(name, orientation, tmp_path):
+    """As EXIF defines orientation: where row 0 and column 0 of the stored pixels belong."""
+    turned = [
+        GREY, GREY[:, ::-1], GREY[::-1, ::-1], GREY[::-1], GREY.T, GREY.T[:, ::-1], GREY.T[::-1, ::-1],
+        GREY.T[::-1],
+    ]  # fmt: skip
+    image = grey("u2", 257) if name.startswith("16") else grey("u1", 1)
+    exif = image.getexif()
+    exif[0x0112] = orientation
+    image.save(tmp_path / name, exif=exif, **({"quality": 100} if name.endswith("jpg") else {}))
+    got = np.asarray(decode(str(tmp_path / name), 1)).astype(float)
+    assert got.shape == turned[orientation - 1].shape
+    assert np.abs(got - turned[orientation - 1]).max() <= (8 if name.endswith("jpg") else 0)
 
 
 # ---- Augmentation

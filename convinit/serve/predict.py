@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +15,7 @@ from convinit._checks import check_int
 from convinit._progress import progress
 from convinit.serve.trained import ImageSpec, TrainedModel
 from convinit.train.data.augment import fit, normalise
-from convinit.train.data.images import require
+from convinit.train.data.images import decode, image_paths, require
 
 __all__ = ["Prediction", "Unreadable", "image_files", "predict"]
 
@@ -63,8 +62,6 @@ def image_files(paths: Sequence[str | Path]) -> tuple[list[str], list[Unreadable
     Raises:
         ImportError: Pillow is not installed.
     """
-    image = require("PIL.Image", "reading image files")
-    suffixes = {suffix for suffix, kind in image.registered_extensions().items() if kind in image.OPEN}
     files: dict[str, None] = {}  # a set that keeps its order
     failed: list[Unreadable] = []
 
@@ -75,14 +72,7 @@ def image_files(paths: Sequence[str | Path]) -> tuple[list[str], list[Unreadable
         if not os.path.isdir(path):
             files[path] = None
             continue
-        for folder, folders, names in os.walk(path, onerror=note):
-            folders[:] = sorted(name for name in folders if not name.startswith("."))
-            found = (name for name in sorted(names) if not name.startswith("."))
-            files |= {
-                os.path.join(folder, name): None
-                for name in found
-                if os.path.splitext(name)[1].lower() in suffixes
-            }
+        files |= dict.fromkeys(image_paths(path, note))
     return list(files), failed
 
 
@@ -172,11 +162,8 @@ def _classified(
 
 def _read(path: str, spec: ImageSpec) -> Tensor | str:
     """[C, H, W], or why there is none."""
-    from PIL import Image
-
     try:
-        with Image.open(path) as file:
-            image: Any = file.convert("RGB" if spec.channels == 3 else "L")
+        image = decode(path, spec.channels)
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
         if isinstance(error, OSError) and error.strerror:
             return error.strerror

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import torch
 
-from convinit.train.data.images import ImageFiles, require
+from convinit.train.data.images import ImageFiles, hidden, image_paths
 from convinit.train.data.subsets import check_fraction, stratified_order
 
 _TINY = (
@@ -79,7 +80,7 @@ def _table(path: Path, columns: int) -> list[list[str]]:
 def _entries(folder: Path) -> list[os.DirEntry]:
     try:
         with os.scandir(folder) as entries:
-            return [entry for entry in entries if not entry.name.startswith(".")]  # .DS_Store and the like
+            return [entry for entry in entries if not hidden(entry.name)]
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{folder} is missing; {_TINY}") from error
 
@@ -129,22 +130,29 @@ def read_folder(
 
 
 def _class_folders(root: Path) -> tuple[ImageFiles, tuple[str, ...]]:
-    """The images under a folder of class folders, by torchvision's ImageFolder."""
-    image_folder = require("torchvision.datasets", "the data set 'folder'").ImageFolder
+    """The images under a folder of class folders, which may be links; classes in sorted order."""
     layout = f"{root} must hold a folder for each class with its images"
-    # ImageFolder passes silently over folders that it may not read.
-    for _ in os.walk(root, onerror=_raise, followlinks=True):
-        pass
     try:
-        found = image_folder(root)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{layout}: {error}") from error
-    if len(found.classes) < 2:
-        raise ValueError(f"{layout}, at least 2, got {found.classes}")
-    return ImageFiles([path for path, _ in found.samples], torch.tensor(found.targets)), tuple(found.classes)
+        with os.scandir(root) as entries:
+            names = sorted(each.name for each in entries if each.is_dir() and not hidden(each.name))
+    except OSError as error:
+        _raise(error)
+    if not names:
+        raise FileNotFoundError(f"{layout}, got none")
+    if len(names) < 2:
+        raise ValueError(f"{layout}, at least 2, got {names}")
+    paths: list[str] = []
+    labels: list[int] = []
+    for index, name in enumerate(names):
+        found = image_paths(str(root / name), _raise, follow_links=True)
+        if not found:
+            raise FileNotFoundError(f"{layout}, but {root / name} has none that Pillow reads")
+        paths += found
+        labels += [index] * len(found)
+    return ImageFiles(paths, torch.tensor(labels)), tuple(names)
 
 
-def _raise(error: OSError) -> None:
+def _raise(error: OSError) -> NoReturn:
     raise OSError(f"{error.filename} cannot be listed: {error.strerror}") from error
 
 

@@ -124,6 +124,42 @@ class Wider(SimpleViT):
         self.name = name
 
 
+@pytest.mark.parametrize("variant", ["vanilla", "I", "II", "III"])
+def test_alpha_and_scale_set_later_are_kept(variant, tmp_path):
+    """By `save_pretrained` and by the state_dict alone, layer by layer."""
+    model = vit(variant=variant).eval()
+    for i, block in enumerate(model.blocks):
+        block.attn.alpha, block.attn.scale = 0.9 - 0.1 * i, 0.5 + i
+    if variant == "vanilla":
+        model.entry_alpha = 0.7
+    model.save_pretrained(tmp_path)
+    fresh = vit(variant=variant)
+    fresh.load_state_dict(model.state_dict())
+    for loaded in (SimpleViT.from_pretrained(tmp_path), fresh.eval()):
+        assert torch.equal(loaded(images()), model(images()))
+        assert loaded.entry_alpha == model.entry_alpha and loaded.blocks[1].attn.alpha == 0.8
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_weights_are_assigned_to_a_model_without_memory(name):
+    """Built on the meta device, then load_state_dict(assign=True): P is not among the weights."""
+    model = MODELS[name]().eval()
+    with torch.device("meta"):
+        empty = MODELS[name]().eval()
+    dtype = model.head.weight.dtype
+    empty.load_state_dict(model.state_dict(), assign=True)
+    assert torch.equal(empty(images(dtype=dtype)), model(images(dtype=dtype)))
+    assert [*dict(empty.named_parameters())] == [*dict(model.named_parameters())]  # shared ones stay shared
+    for key, buffer in empty.named_buffers():
+        assert torch.equal(buffer, model.get_buffer(key)), key
+
+
+def test_assigned_weights_bring_their_dtype():
+    model, other = vit().double().eval(), vit().eval()
+    other.load_state_dict(model.state_dict(), assign=True)
+    assert torch.equal(other(images(dtype=torch.float64)), model(images(dtype=torch.float64)))
+
+
 def test_a_subclass_keeps_its_own_arguments(tmp_path):
     model = Wider(8, depth=1, num_heads=2, head_dim=8, mlp_dim=8, variant="II").eval()
     model.save_pretrained(tmp_path)
@@ -176,7 +212,7 @@ def test_what_cannot_be_loaded(tmp_path):
     edited(tmp_path, arguments={**arguments, "num_classes": 6})
     fails(ValueError, r"head.weight \[6, 32\] float32, got \[5, 32\] float32")
     edited(tmp_path, arguments={**arguments, "depth": 3})
-    fails(ValueError, r"blocks\.2.*got none; .*\(11 tensors in all\)")
+    fails(ValueError, r"blocks\.2.*got none; .*\(12 tensors in all\)")
     edited(tmp_path, arguments={**arguments, "depth": 1})
     fails(ValueError, "no blocks.1")
     edited(tmp_path, dtype="float16")

@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import nn
 
 from convinit.train import accuracy, batches, load_digits_split, shift_images, train
+from convinit.train.accelerator import plain_accelerator
 
 
 def test_digits_are_split_without_overlap_and_the_same_every_time():
@@ -133,3 +135,35 @@ def test_accuracy_is_measured_in_evaluation_mode():
     assert accuracy(model, batches(images, labels, 3)) == 1.0
     with pytest.raises(ValueError, match="at least one image"):
         accuracy(model, batches(images[:0], labels[:0], 3))
+
+
+def losses(count: int = 1, **options) -> list[float]:
+    data = load_digits_split(64, num_test=10)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    loader = batches(data.train_images, data.train_labels, 16)
+    tests = batches(data.test_images, data.test_labels, 10)
+    return [each.loss for each in train(model, loader, tests, epochs=2, lr=1.0, weight_decay=0.0, **options)]
+
+
+def test_the_environment_does_not_change_gradients(monkeypatch):
+    """Accelerate would divide each gradient by the steps of an accumulation that nobody does."""
+    expected = losses()
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "inductor")
+    assert losses() == expected
+    accelerator = plain_accelerator(cpu=True)
+    gradient = torch.ones((), requires_grad=True)
+    accelerator.backward(gradient * 3)
+    assert gradient.grad == 3 and accelerator.mixed_precision == "no"
+    assert accelerator.state.dynamo_plugin.backend.value == "NO"
+    with pytest.raises(ValueError, match="gradient_accumulation_steps = 1, .* got 4 .*ACCUMULATION_STEPS"):
+        losses(accelerator=Accelerator(cpu=True))
+
+
+@pytest.mark.parametrize("name", ["USE_FSDP", "USE_DEEPSPEED", "USE_MEGATRON_LM", "USE_PARALLELISM_CONFIG"])
+def test_other_engines_are_refused(name, monkeypatch):
+    monkeypatch.setenv(f"ACCELERATE_{name}", "true")
+    with pytest.raises(ValueError, match=f"ACCELERATE_{name} must not be set"):
+        plain_accelerator()

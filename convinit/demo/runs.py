@@ -134,9 +134,8 @@ def run_one(arm_key: str, seed: int, settings: Settings, out: Path, on_epoch: On
 
 
 def _run_one(arm_key: str, seed: int, settings: Settings, out: Path, on_epoch: OnEpoch) -> Run:
-    from accelerate import Accelerator
-
     from convinit.train import accuracy, batches, load_digits_split, shift_images, train
+    from convinit.train.accelerator import plain_accelerator
 
     start, cpu_start = time.perf_counter(), time.process_time()
     data = load_digits_split(settings.num_train, num_test=settings.num_test, seed=settings.split_seed)
@@ -158,7 +157,7 @@ def _run_one(arm_key: str, seed: int, settings: Settings, out: Path, on_epoch: O
         epochs=settings.epochs,
         lr=settings.lr,
         weight_decay=settings.weight_decay,
-        accelerator=Accelerator(cpu=True),  # too small for a GPU to help
+        accelerator=plain_accelerator(cpu=True),  # too small for a GPU to help
     ):
         curve.append(asdict(record))
         on_epoch(arm_key, seed, record.epoch)

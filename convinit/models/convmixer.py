@@ -109,6 +109,7 @@ class ConvMixer(Pretrained, nn.Module):
             )
             self.blocks.append(Block(spatial, **factory))
         self.head = nn.Linear(dim, num_classes, **factory)
+        self.register_load_state_dict_post_hook(_tie_layers)
 
         device = torch.get_default_device() if device is None else torch.device(device)
         if device.type != "meta":
@@ -135,7 +136,7 @@ class ConvMixer(Pretrained, nn.Module):
         super()._load_from_state_dict(*args)
 
     def _tie_layers(self) -> None:
-        """``to_empty`` unties parameters."""
+        """``to_empty`` and ``load_state_dict(assign=True)`` untie parameters."""
         if self.share_layers:
             for block in self.blocks:
                 block.spatial.weight = self.blocks[0].spatial.weight
@@ -149,6 +150,10 @@ class ConvMixer(Pretrained, nn.Module):
         for block in self.blocks:
             x = block(x)
         return self.head(x.mean(dim=(2, 3)))
+
+
+def _tie_layers(model: ConvMixer, _: Any) -> None:
+    model._tie_layers()
 
 
 class Block(nn.Module):

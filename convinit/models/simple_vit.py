@@ -14,7 +14,7 @@ from convinit.init import default_
 from convinit.models.pretrained import Pretrained
 from convinit.nn.attention import VARIANTS, ConvInitAttention, reset_mixing_
 from convinit.nn.linear import Linear
-from convinit.nn.position import sincos_2d
+from convinit.nn.position import fill_sincos_
 
 __all__ = ["SimpleViT"]
 
@@ -151,7 +151,9 @@ class SimpleViT(Pretrained, nn.Module):
             self.blocks.append(Block(attn, mlp_dim, proj_drop, **factory))
         self.norm = nn.LayerNorm(dim, **factory)
         self.head = Linear(dim, num_classes, **factory)
-        self.register_buffer("pos_embed", sincos_2d(self.grid_size, dim, **factory), persistent=False)
+        pos_embed = torch.empty(self.grid_size[0] * self.grid_size[1], dim, **factory)
+        self.register_buffer("pos_embed", pos_embed, persistent=False)
+        self.register_load_state_dict_post_hook(_fill_position)
 
         device = torch.get_default_device() if device is None else torch.device(device)
         if device.type != "meta":
@@ -165,7 +167,7 @@ class SimpleViT(Pretrained, nn.Module):
         Args:
             generator: CPU generator. The same seed gives the same model.
         """
-        self.pos_embed.copy_(sincos_2d(self.grid_size, self.dim))
+        fill_sincos_(self, self.grid_size, self.dim)
         layers = [block.attn for block in self.blocks]
         reset_mixing_(layers, generator)  # one fit for all layers
         for layer in layers:
@@ -178,10 +180,13 @@ class SimpleViT(Pretrained, nn.Module):
             elif isinstance(module, nn.LayerNorm):
                 module.reset_parameters()
 
-    def _load_from_state_dict(self, *args: Any) -> None:
-        super()._load_from_state_dict(*args)
-        with torch.no_grad():  # not saved, and blank after to_empty
-            self.pos_embed.copy_(sincos_2d(self.grid_size, self.dim))
+    def get_extra_state(self) -> Tensor:
+        """What the state_dict keeps beside weights: alpha at the entry, [1] float64, or [0] without one."""
+        alpha = [] if self.entry_alpha is None else [self.entry_alpha]
+        return torch.tensor(alpha, dtype=torch.float64, device="cpu")
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.entry_alpha = next(iter(state.tolist()), None)
 
     def embed(self, images: Tensor) -> Tensor:
         """Images [B, channels, height, width] → tokens [B, N, D], as they enter the first block."""
@@ -216,6 +221,10 @@ class SimpleViT(Pretrained, nn.Module):
             maps.append(block.attn.attention_map(block.norm(x)).expand(len(images), -1, -1, -1))
             x = block(x)
         return torch.stack(maps)
+
+
+def _fill_position(model: SimpleViT, _: Any) -> None:
+    fill_sincos_(model, model.grid_size, model.dim)
 
 
 class Block(nn.Module):

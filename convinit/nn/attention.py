@@ -29,7 +29,7 @@ from convinit.fit import Adam, fit_qk
 from convinit.fit.api import Method
 from convinit.init._shared import rounded
 from convinit.nn.linear import Linear, linear
-from convinit.nn.position import sincos_2d
+from convinit.nn.position import fill_sincos_, sincos_2d
 from convinit.offsets import sample_offsets
 from convinit.ops.fused import BACKENDS
 from convinit.ops.positional_attention import packed_attention, positional_attention
@@ -233,12 +233,15 @@ class ConvInitAttention(nn.Module):
         self._given_offsets = None if offsets is None else offsets.detach().cpu().to(torch.int64, copy=True)
         self._sincos = pos_embed is None
         if pos_embed is None:
-            pos_embed = sincos_2d((height, width), dim)
+            sincos_2d((1, 1), dim)  # refuses such a dim; `_fill_position` gives P its values
+            pos_embed = torch.empty(tokens, dim, **factory)
         elif check_tensor("pos_embed", pos_embed, f"[{tokens}, {dim}]").shape != (tokens, dim):
             raise ValueError(f"pos_embed must be [{tokens}, {dim}], N and dim, got {list(pos_embed.shape)}")
-        pos_embed = pos_embed.detach().to(device, dtype or torch.get_default_dtype(), copy=True)
+        else:
+            pos_embed = pos_embed.detach().to(device, dtype or torch.get_default_dtype(), copy=True)
         self.register_buffer("pos_embed", pos_embed, persistent=not self._sincos)
         self.register_buffer("offsets", torch.empty(num_heads, 2, dtype=torch.int64, device=device))
+        self.register_load_state_dict_post_hook(_fill_position)
         if not self.offsets.is_meta:
             self.reset_parameters(generator)
 
@@ -304,15 +307,17 @@ class ConvInitAttention(nn.Module):
             bias.zero_()
         return self
 
-    def _load_from_state_dict(self, *args: Any) -> None:
-        super()._load_from_state_dict(*args)
-        self._fill_position()
+    def get_extra_state(self) -> Tensor:
+        """What the state_dict keeps beside weights and buffers: alpha and scale, [2] float64."""
+        return torch.tensor([self.alpha, self.scale], dtype=torch.float64, device="cpu")
 
-    @torch.no_grad()
+    def set_extra_state(self, state: Tensor) -> None:
+        self.alpha, self.scale = state.tolist()
+
     def _fill_position(self) -> None:
         """The sin-cos P is not saved, and ``to_empty`` leaves it blank."""
         if self._sincos:
-            self.pos_embed.copy_(sincos_2d(self.grid_size, self.dim))
+            fill_sincos_(self, self.grid_size, self.dim)
 
     def init_weights(self) -> None:
         """:meth:`reset_parameters` under the name that timm calls after it has drawn every ``nn.Linear``."""
@@ -447,6 +452,10 @@ class ConvInitAttention(nn.Module):
             + (f", alpha={self.alpha}" if self.variant == "I" else "")
             + ("" if self.trainable_mixing else ", trainable_mixing=False")
         )
+
+
+def _fill_position(module: ConvInitAttention, _: Any) -> None:
+    module._fill_position()
 
 
 @torch.no_grad()

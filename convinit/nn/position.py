@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from convinit._checks import came, check_grid_size, check_int, check_number
 
@@ -55,3 +55,20 @@ def sincos_2d(
     y = (arange(height).unsqueeze(1) * omega).unsqueeze(1).expand(height, width, -1)
     embedding = torch.cat((x.sin(), x.cos(), y.sin(), y.cos()), dim=-1).flatten(0, 1)
     return embedding.to(dtype=dtype, device=device or torch.get_default_device())
+
+
+@torch.no_grad()
+def fill_sincos_(module: nn.Module, grid_size: tuple[int, int], dim: int) -> None:
+    """Gives a module's buffer ``pos_embed``, which its state_dict leaves out, the values of `sincos_2d`.
+
+    In place where it can be. ``load_state_dict(assign=True)`` gives weights another device or dtype, and
+    leaves the buffer as it was, on the meta device for one: then a new one like the weights takes its place.
+    """
+    old = module.pos_embed
+    assert isinstance(old, Tensor)
+    like = next((each for each in module.parameters() if each.is_floating_point()), old)
+    P = sincos_2d(grid_size, dim, device="cpu")
+    if (old.device, old.dtype) == (like.device, like.dtype):
+        old.copy_(P)
+    else:
+        module.pos_embed = P.to(like.device, like.dtype)

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
+from convinit.train.accelerator import plain_accelerator
 from convinit.train.build import build_model
 from convinit.train.checkpoint import (
     load_optimizer_,
@@ -102,8 +102,7 @@ def make_accelerator(config: Config, **options: Any) -> Accelerator:
     """
     if config.run.threads is not None:
         torch.set_num_threads(config.run.threads)
-    AcceleratorState._reset_state()  # an earlier run of this process may have had another precision
-    accelerator = Accelerator(mixed_precision=config.recipe.precision, cpu=config.run.cpu, **options)
+    accelerator = plain_accelerator(precision=config.recipe.precision, cpu=config.run.cpu, **options)
     if config.recipe.precision == "fp16" and accelerator.device.type == "cpu":
         raise ValueError("recipe.precision must be no or bf16 on the CPU, got fp16")
     return accelerator

@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from convinit._checks import check_int
+from convinit.train.accelerator import check_accelerator, plain_accelerator
 
 
 @dataclass(frozen=True)
@@ -56,11 +57,12 @@ def train(
         epochs: passes over the training images.
         lr: the largest learning rate, reached after 30 % of the steps.
         weight_decay: of AdamW, on all parameters.
-        accelerator: device and mixed precision, of one process; None means `Accelerator()`, which takes the
-            GPU where there is one.
+        accelerator: device and mixed precision, of one process; None means float32, on the GPU where there
+            is one.
 
     Raises:
-        TypeError, ValueError: epochs or a rate is out of range, or there is nothing to train on.
+        TypeError, ValueError: epochs or a rate is out of range, there is nothing to train on, or the
+            accelerator accumulates gradients.
         FloatingPointError: the loss became NaN or infinite.
     """
     check_int("epochs", epochs)
@@ -70,7 +72,8 @@ def train(
         raise ValueError(f"weight_decay must be at least 0 and finite, got {weight_decay}")
     if len(train_batches) == 0:
         raise ValueError("train_batches must hold at least one batch, got none")
-    return _train(model, train_batches, test_batches, epochs, lr, weight_decay, accelerator or Accelerator())
+    chosen = plain_accelerator() if accelerator is None else check_accelerator(accelerator)
+    return _train(model, train_batches, test_batches, epochs, lr, weight_decay, chosen)
 
 
 def _train(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import hashlib
 import json
 import shutil
 
@@ -166,6 +167,12 @@ def test_timms_models_and_timms_layout(tmp_path):
     fails("must name a timm model and its arguments", architecture=3)
     fails("does not describe timm's", model_args={**arguments, "depht": 2})
     fails("of another model than VisionTransformer", model_args={**arguments, "depth": 2})
+    # None of these is built, or given memory: the shapes in the file are looked at first.
+    fails("has far more weights than", model_args={**arguments, "depth": 10**6})
+    fails("of another model than VisionTransformer", model_args={**arguments, "embed_dim": 10**6})
+    fails("of another model than VisionTransformer", model_args={**arguments, "img_size": 10**4})
+    fails("of another model than VisionTransformer", model_args={**arguments, "num_classes": 10**9})
+    fails("image_size must have at most", metadata={**config["metadata"], "image_size": [10**6, 10**6]})
 
 
 @pytest.mark.slow
@@ -194,6 +201,51 @@ def test_a_model_without_its_facts(tmp_path):
     (tmp_path / "a" / "config.json").write_text('{"class": "Resnet", "metadata": {}}')
     with pytest.raises(ValueError, match="must describe a SimpleViT or ConvMixer, or a timm model"):
         load_trained(tmp_path / "a")
+
+
+def test_metadata_must_be_of_the_model(folder):
+    config = json.loads((folder / "config.json").read_text())
+    for change, match in (
+        ({"image_size": [10**6, 10**6]}, "image_size must have at most 16,777,216 pixels, got"),
+        ({"image_size": [9, 6]}, r"takes images of \(6, 9\) and has 3 outputs, got image_size \(9, 6\)"),
+        ({"class_names": ["a", "b"]}, "has 3 outputs, got image_size .* and 2 class_names"),
+    ):
+        edited = {**config, "metadata": {**config["metadata"], **change}}
+        (folder / "config.json").write_text(json.dumps(edited))
+        with pytest.raises(ValueError, match=match):
+            load_trained(folder)
+
+
+@pytest.mark.parametrize("name", ["progress.json", "config.toml", "model.safetensors"])
+def test_edited_checkpoints_are_refused(name, tmp_path):
+    """Only bytes that were written are used: a depth of a million is never built."""
+    path = train("vit", tmp_path / "run") / name
+    content = path.read_bytes()
+    for edit in (
+        content.replace(b"depth = 1\n", b"depth = 1000000\n").replace(b'"step": 2', b'"step": 2000000'),
+        content[:-3] + b"\0\1\2", content[: len(content) // 2], b"", b"[]", b"{}", b"null",
+    ):  # fmt: skip
+        if edit != content:
+            path.write_bytes(edit)
+            with pytest.raises(ValueError, match=r"is damaged \(.*\); remove it to start anew|has format"):
+                load_trained(tmp_path / "run")
+    path.write_bytes(content)
+    load_trained(tmp_path / "run")
+    (path.parent / "SHA256SUMS").unlink()
+    with pytest.raises(ValueError, match="is damaged .*SHA256SUMS.* remove it to start anew"):
+        load_trained(tmp_path / "run")
+
+
+def test_a_hostile_checkpoint_is_not_built(tmp_path):
+    """Whoever can write the sums as well still cannot make anybody build what the weights are not of."""
+    checkpoint = train("vit", tmp_path / "run")
+    config = (checkpoint / "config.toml").read_text().replace("depth = 1\n", "depth = 1000000\n")
+    (checkpoint / "config.toml").write_text(config)
+    names = [line.split("  ")[1] for line in (checkpoint / "SHA256SUMS").read_text().splitlines()]
+    sums = [f"{hashlib.sha256((checkpoint / name).read_bytes()).hexdigest()}  {name}\n" for name in names]
+    (checkpoint / "SHA256SUMS").write_text("".join(sums))
+    with pytest.raises(ValueError, match="has far more weights than .*model.safetensors"):
+        load_trained(checkpoint)
 
 
 @pytest.mark.parametrize(

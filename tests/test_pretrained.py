@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import builtins
 import copy
+import hashlib
 import json
 import pickle
 import subprocess
@@ -95,8 +96,8 @@ def test_the_loaded_model_is_the_saved_one(name, tmp_path, monkeypatch):
         each.reset_parameters(torch.Generator().manual_seed(9))
     assert torch.equal(loaded(batch), model(batch))
     loaded.save_pretrained(tmp_path / "again")
-    configs = [(tmp_path / each / "config.json").read_text() for each in ("deep/model", "again")]
-    assert configs[0] == configs[1]
+    configs = [json.loads((tmp_path / each / "config.json").read_text()) for each in ("deep/model", "again")]
+    assert configs[0] | {"weights_sha256": 0} == configs[1] | {"weights_sha256": 0}
 
 
 def test_shared_weights_are_stored_once_and_in_the_format_of_safetensors(tmp_path):
@@ -207,8 +208,9 @@ def test_what_cannot_be_loaded(tmp_path):
     fails(ValueError, "does not describe a SimpleViT: dim must be a multiple of 4")
     edited(tmp_path, arguments={**arguments, "method": {"method": "os.system"}})
     fails(ValueError, "does not describe a SimpleViT")
-    edited(tmp_path, dtype="nn")
-    fails(ValueError, "does not describe a SimpleViT")
+    for name in ("nn", "load", 3):
+        edited(tmp_path, dtype=name)
+        fails(ValueError, "does not describe a SimpleViT: dtype must be one of torch's, such as float32, got")
     edited(tmp_path, arguments={**arguments, "num_classes": 6})
     fails(ValueError, r"head.weight \[6, 32\] float32, got \[5, 32\] float32")
     edited(tmp_path, arguments={**arguments, "depth": 3})
@@ -217,16 +219,60 @@ def test_what_cannot_be_loaded(tmp_path):
     fails(ValueError, "no blocks.1")
     edited(tmp_path, dtype="float16")
     fails(ValueError, "float16, got .* float32")
-    # The shapes are compared before any memory is taken for them.
+    # Numbers that would take all time or memory: neither is taken before shapes are compared.
+    edited(tmp_path, arguments={**arguments, "depth": 10**6})
+    fails(ValueError, "it has far more weights than .*model.safetensors")
+    for size, message in (
+        (10**7, "fewer than 2\\*\\*31 tokens"),
+        (80_000, "a quarter of this machine's memory"),
+    ):
+        edited(tmp_path, arguments={**arguments, "image_size": size})
+        fails(ValueError, message)
     edited(tmp_path, arguments={**arguments, "mlp_dim": 10**15})
     fails(ValueError, "of another model than SimpleViT")
     (tmp_path / "model.safetensors").unlink()
     fails(FileNotFoundError, "model.safetensors are missing")
-    (tmp_path / "model.safetensors").write_bytes(weights[:-10])
-    fails(ValueError, "damaged or no safetensors file")
-    (tmp_path / "model.safetensors").write_bytes(pickle.dumps(vit().state_dict()))
-    fails(ValueError, "damaged or no safetensors file")
+    for damaged in (weights[:-10], weights[:-1] + b"x", pickle.dumps(vit().state_dict())):
+        (tmp_path / "model.safetensors").write_bytes(damaged)
+        fails(ValueError, "model.safetensors is damaged, or not the file that config.json was written with")
+    for damaged in (weights[:-10], pickle.dumps(vit().state_dict())):
+        (tmp_path / "model.safetensors").write_bytes(damaged)
+        edited(tmp_path, weights_sha256=hashlib.sha256(damaged).hexdigest())
+        fails(ValueError, "damaged or no safetensors file")
     assert SimpleViT.from_pretrained(tmp_path)(images()).shape == (3, 5)
+
+
+def test_weights_may_be_replaced_on_purpose(tmp_path):
+    model, other = vit().eval(), vit(init="random").eval()
+    model.save_pretrained(tmp_path)
+    safetensors.save_model(other, str(tmp_path / "model.safetensors"))
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["weights_sha256"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert torch.equal(SimpleViT.from_pretrained(tmp_path)(images()), other(images()))
+
+
+@pytest.mark.parametrize("make", [vit, mixer])
+def test_a_head_for_other_classes(make, tmp_path):
+    model = make().eval()
+    model.head = torch.nn.Linear(model.head.in_features, 7)
+    model.save_pretrained(tmp_path / "new")
+    loaded = type(model).from_pretrained(tmp_path / "new")
+    assert torch.equal(loaded(images()), model(images())) and loaded(images()).shape == (3, 7)
+    new = model.head
+    for head in (
+        torch.nn.Identity(),
+        torch.nn.Linear(new.in_features, 7, bias=False),
+        torch.nn.Sequential(new),
+    ):
+        model.head = head
+        with pytest.raises(ValueError, match=r"as (SimpleViT|ConvMixer)'s constructor makes it.*head\."):
+            model.save_pretrained(tmp_path / "other")
+    model = make()
+    model.blocks.append(copy.deepcopy(model.blocks[0]))
+    with pytest.raises(ValueError, match=r"constructor makes it.* no blocks\.\d"):
+        model.save_pretrained(tmp_path / "other")
+    assert not (tmp_path / "other").exists()
 
 
 def test_what_cannot_be_saved(tmp_path):

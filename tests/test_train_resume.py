@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import random
 import shutil
@@ -202,13 +203,17 @@ def test_other_data_are_not_gone_on_with(tmp_path, monkeypatch):
         run_training(small(recipe__epochs=1), tmp_path)
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "progress.json", "optimizer.safetensors"])
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "progress.json", "optimizer.safetensors", "ema.safetensors", "config.toml"]
+)
 def test_a_damaged_checkpoint_is_named_with_the_one_before(name, tmp_path):
     run_training(small(recipe__epochs=1), tmp_path)
     path = tmp_path / "step-000004" / name
-    path.write_bytes(path.read_bytes()[:-9])
-    with pytest.raises(ValueError, match="step-000004 is damaged .*remove it to go on from step-000002"):
-        run_training(small(recipe__epochs=1), tmp_path)
+    content = path.read_bytes()
+    for damaged in (content[:-9], content[:-9] + b"000000000", None):
+        path.unlink() if damaged is None else path.write_bytes(damaged)
+        with pytest.raises(ValueError, match="step-000004 is damaged .*remove it to go on from step-000002"):
+            run_training(small(recipe__epochs=1), tmp_path)
     shutil.rmtree(path.parent)
     assert run_training(small(recipe__epochs=1), tmp_path).steps == 2
 
@@ -235,3 +240,21 @@ def test_checkpoints_are_ordered_by_number(tmp_path):
         (tmp_path / f"step-{step}").mkdir()
     with pytest.raises(ValueError, match="go on from step-999999"):
         files.read_progress(tmp_path / "step-1000000")
+
+
+def test_sums_are_those_of_sha256sum(tmp_path):
+    checkpoint = run_training(small(recipe__epochs=1), tmp_path).checkpoint
+    lines = dict(reversed(line.split("  ")) for line in (checkpoint / "SHA256SUMS").read_text().splitlines())
+    assert {*lines} == {path.name for path in checkpoint.iterdir()} - {"SHA256SUMS"}
+    for name, digest in lines.items():
+        assert hashlib.sha256((checkpoint / name).read_bytes()).hexdigest() == digest
+
+
+def test_a_damaged_record_is_named(tmp_path):
+    run_training(small(recipe__epochs=1), tmp_path)
+    path = tmp_path / "metrics.jsonl"
+    lines = path.read_text().splitlines()
+    for wrong in ("{", "[1]", "\0"):
+        path.write_text("\n".join([lines[0], wrong, *lines[1:]]) + "\n")
+        with pytest.raises(ValueError, match="metrics.jsonl, line 2, is damaged .*; remove that line"):
+            run_training(small(recipe__epochs=1), tmp_path)

@@ -214,7 +214,8 @@ def test_no_pickle_is_read_or_written(tmp_path):
     run_training(small(recipe__epochs=1), tmp_path)
     names = {path.name for path in files.checkpoints(tmp_path)[-1].iterdir()}
     assert names == {
-        "model.safetensors", "ema.safetensors", "optimizer.safetensors", "config.toml", "progress.json"
+        "model.safetensors", "ema.safetensors", "optimizer.safetensors", "config.toml", "progress.json",
+        "SHA256SUMS",
     }  # fmt: skip
     code = Path(driver.__file__).parent
     assert not any(

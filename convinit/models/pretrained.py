@@ -1,7 +1,8 @@
 """save_pretrained and from_pretrained: a model as a folder of safetensors and JSON.
 
     model.safetensors   weights and buffers, shared ones once, as ``safetensors.torch.save_model`` writes them
-    config.json         {"class", "arguments" of the constructor, "dtype", "metadata", "convinit"}
+    config.json         {"class", "arguments" of the constructor, "dtype", "metadata", "convinit", and
+                        "weights_sha256", the checksum of the file beside it}
 
 Methods and file names are those of ``huggingface_hub.PyTorchModelHubMixin``, which is not the base class: it
 would make huggingface_hub a dependency of the models, call the constructor (and so the fit) before loading,
@@ -10,27 +11,43 @@ drop tensors and fit options among its arguments, let missing weights pass, and 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 import json
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
+from convinit._files import sha256
 from convinit.fit import SVD, Adam, Newton
 
-__all__ = ["CONFIG", "WEIGHTS", "Pretrained", "read_config", "read_weights", "save_folder"]
+__all__ = [
+    "CONFIG",
+    "WEIGHTS",
+    "Pretrained",
+    "fill",
+    "no_more_weights_than",
+    "read_config",
+    "read_weights",
+    "save_folder",
+]
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 _METHODS = {each.__name__: each for each in (Newton, Adam, SVD)}
+_CHECKSUM = "weights_sha256"
+_CONFIG_PART = f".{CONFIG}.part"
 _NOT_KEPT = ("generator", "device", "dtype")  # draws are in the weights; dtype is that of the saved weights
 
 Self = TypeVar("Self", bound="Pretrained")
+Model = TypeVar("Model", bound=nn.Module)
 
 
 class Pretrained:
@@ -63,13 +80,24 @@ class Pretrained:
         Raises:
             ImportError: safetensors is not installed. OSError: the folder cannot be written.
             TypeError, ValueError: metadata or an argument of the constructor cannot be written as JSON, the
-                model is on the meta device or its weights are of several floating dtypes.
+                model is on the meta device, its weights are of several floating dtypes, or they are not those
+                that its constructor makes. A linear `head` for other classes may have taken the head's place.
         """
         assert isinstance(self, nn.Module)
+        arguments, dtype = dict(self._arguments), _dtype(self)
+        if "num_classes" in arguments and isinstance(head := self.head, nn.Linear):
+            arguments["num_classes"] = head.out_features  # of a new one, too
+        with torch.device("meta"):
+            wrong = _differences(type(self)(**arguments).to(dtype), self.state_dict())
+        if wrong:
+            raise ValueError(
+                f"the model must be as {type(self).__name__}'s constructor makes it, up to the head's "
+                f"classes, since from_pretrained makes it so; expected {wrong}. Save its state_dict instead"
+            )
         config = {
             "class": type(self).__name__,
-            "arguments": {name: _encoded(name, value) for name, value in self._arguments.items()},
-            "dtype": str(_dtype(self)).removeprefix("torch."),
+            "arguments": {name: _encoded(name, value) for name, value in arguments.items()},
+            "dtype": str(dtype).removeprefix("torch."),
             "metadata": dict(self.metadata if metadata is None else metadata),
         }
         save_folder(folder, self, config)
@@ -96,18 +124,14 @@ class Pretrained:
             kind = config.get("architecture") or saved or "something else"
             raise ValueError(f"{path / CONFIG} must describe a {cls.__name__}, got {kind!r}; load it as that")
         metadata = config.get("metadata", {})
-        try:
-            given = {name: _decoded(value) for name, value in arguments.items()}
-            dtype = getattr(torch, str(config["dtype"]))
-            with torch.device("meta"):
-                model = cls(**given).to(dtype)  # type: ignore[attr-defined]
-            model.metadata = dict(metadata)
-        except (TypeError, ValueError, KeyError, AttributeError) as error:
-            raise ValueError(f"{path / CONFIG} does not describe a {cls.__name__}: {error}") from error
-        weights = read_weights(path / WEIGHTS, model)
-        model.to_empty(device=torch.get_default_device() if device is None else device)
-        model.load_state_dict(weights)
-        return model.eval()
+        with no_more_weights_than(path / WEIGHTS), torch.device("meta"):
+            try:
+                given = {name: _decoded(value) for name, value in arguments.items()}
+                model = cls(**given).to(_dtype_called(config["dtype"]))  # type: ignore[attr-defined]
+                model.metadata = dict(metadata)
+            except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
+                raise ValueError(f"{path / CONFIG} does not describe a {cls.__name__}: {error}") from error
+        return fill(model, path / WEIGHTS, torch.get_default_device() if device is None else device).eval()
 
 
 def save_folder(folder: str | Path, model: nn.Module, config: Mapping[str, Any]) -> None:
@@ -121,7 +145,7 @@ def save_folder(folder: str | Path, model: nn.Module, config: Mapping[str, Any])
     from convinit import __version__
 
     try:
-        text = json.dumps({**config, "convinit": __version__}, indent=2, allow_nan=False, ensure_ascii=False)
+        json.dumps(config, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise type(error)(f"{CONFIG} must hold what JSON can: {error}") from error
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
@@ -130,39 +154,113 @@ def save_folder(folder: str | Path, model: nn.Module, config: Mapping[str, Any])
     safetensors = _safetensors()
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
-    part = {name: path / f".{name}.part" for name in (WEIGHTS, CONFIG)}
+    weights_part, config_part = path / f".{WEIGHTS}.part", path / _CONFIG_PART
     try:
-        safetensors.save_model(model, str(part[WEIGHTS]), metadata={"format": "pt"})
-        part[CONFIG].write_text(text + "\n", encoding="utf-8")
-        for name, written in part.items():
-            os.replace(written, path / name)
+        safetensors.save_model(model, str(weights_part), metadata={"format": "pt"})
+        content = {**config, "convinit": __version__, _CHECKSUM: sha256(weights_part)}
+        config_part.write_text(
+            json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
+        os.replace(weights_part, path / WEIGHTS)
+        os.replace(config_part, path / CONFIG)  # killed before, `read_config` takes the part
     except _safetensor_error() as error:  # what it makes of a full disk
         raise OSError(f"{path} cannot be written: {error}") from error
     finally:
-        for written in part.values():
-            written.unlink(missing_ok=True)
+        weights_part.unlink(missing_ok=True)
+        config_part.unlink(missing_ok=True)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a folder.
+    """config.json of a folder, which must be of the weights beside it.
 
     Raises:
-        FileNotFoundError: there is none. ValueError: it is no JSON object.
+        FileNotFoundError: there is none. ValueError: it is no JSON object, or of other weights.
     """
     if not folder.is_dir():
         raise FileNotFoundError(
             f"folder must be one on this machine with {CONFIG} and {WEIGHTS}, got {str(folder)!r}, which is "
             "none; huggingface_hub.snapshot_download fetches a repository into one"
         )
+    weights = folder / WEIGHTS
+    checksum = sha256(weights) if weights.is_file() else None
+    found = [path for name in (CONFIG, _CONFIG_PART) if (path := folder / name).is_file()]
+    if not found:
+        raise FileNotFoundError(f"{folder} has no {CONFIG}; save_pretrained writes it")
+    for path in found:  # the second one is left where a save was killed between its two files
+        config = _read_object(path)
+        if config.get(_CHECKSUM, checksum) == checksum or checksum is None:
+            return config
+    raise ValueError(
+        f"{weights} is damaged, or not the file that {CONFIG} was written with (its SHA-256 is another): "
+        f"copy both again, or remove {_CHECKSUM} from {CONFIG} if the weights were replaced on purpose"
+    )
+
+
+def _read_object(path: Path) -> dict[str, Any]:
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{folder} has no {CONFIG}; save_pretrained writes it") from error
+        config = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{folder / CONFIG} is not JSON: {error}") from error
+        raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(config, dict):
-        raise ValueError(f"{folder / CONFIG} must hold an object, got {type(config).__name__}")
+        raise ValueError(f"{path} must hold an object, got {type(config).__name__}")
     return config
+
+
+@contextlib.contextmanager
+def no_more_weights_than(path: Path, *, elements: bool = False) -> Iterator[None]:
+    """Inside, nobody builds a model of far more tensors than a file has; ValueError as soon as it is clear.
+
+    A `depth` of a million beside the weights of two layers would take all time and memory before the shapes
+    can be compared.
+
+    Args:
+        path: a safetensors file. Where there is none, `read_weights` will say so.
+        elements: count numbers, too; for what is not built on the meta device.
+    """
+    shapes = _shapes(path)
+    # Twice, and some: a constructor may replace what it has made.
+    tensors_left, elements_left = 2 * len(shapes) + 16, 2 * sum(map(math.prod, shapes)) + 2**20
+
+    def count(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+        nonlocal tensors_left, elements_left
+        tensors_left, elements_left = tensors_left - 1, elements_left - parameter.numel()
+        if tensors_left < 0 or (elements and elements_left < 0):
+            raise ValueError(f"it has far more weights than {path}")
+
+    handle = register_module_parameter_registration_hook(count) if shapes else None
+    try:
+        yield
+    finally:
+        if handle is not None:
+            handle.remove()
+
+
+def _shapes(path: Path) -> list[list[int]]:
+    """The shapes in a safetensors file, a name that shares its tensor with another counted by itself."""
+    if not path.is_file():
+        return []
+    with _opened(path) as file:
+        shapes = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118  it is no dict
+        return shapes + [[]] * len(file.metadata() or {})
+
+
+def fill(model: Model, path: Path, device: torch.device | str) -> Model:
+    """A model on the meta device, moved to another one with the weights of a file.
+
+    Raises:
+        As `read_weights`. ValueError: what is not in the file, such as P, would fill the machine's memory.
+    """
+    weights = read_weights(path, model)
+    unsaved = sum(each.nbytes for name, each in model.named_buffers() if name not in weights)
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if unsaved > memory / 4:
+        raise ValueError(
+            f"the image_size of {type(model).__name__} gives a token grid whose position embedding takes "
+            f"{unsaved / 1e9:,.1f} GB, more than a quarter of this machine's memory; make image_size smaller"
+        )
+    model.to_empty(device=device)
+    model.load_state_dict(weights)
+    return model
 
 
 def read_weights(path: Path, model: nn.Module) -> dict[str, Tensor]:
@@ -177,30 +275,42 @@ def read_weights(path: Path, model: nn.Module) -> dict[str, Tensor]:
     Raises:
         FileNotFoundError: there is no file. ValueError: it is damaged, or of another model.
     """
+    if not path.is_file():
+        raise FileNotFoundError(f"the weights {path} are missing")
+    with _opened(path) as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no dict
+        shared = file.metadata() or {}
+    names = model.state_dict().keys()
+    tensors |= {name: tensors[of] for name, of in shared.items() if name in names and of in tensors}
+    if wrong := _differences(model, tensors):
+        raise ValueError(
+            f"{path} is of another model than {type(model).__name__} as it is configured: expected {wrong}"
+        )
+    return tensors
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A safetensors file; ValueError where it is damaged."""
     _safetensors()
     from safetensors import safe_open
 
-    if not path.is_file():
-        raise FileNotFoundError(f"the weights {path} are missing")
     try:
         with safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no dict
-            shared = file.metadata() or {}
+            yield file
     except _safetensor_error() as error:
         raise ValueError(f"{path} is damaged or no safetensors file: {error}") from error
+
+
+def _differences(model: nn.Module, tensors: Mapping[str, Tensor]) -> str:
+    """In which of its weights a model differs from others, by name, shape and dtype; "" if in none."""
     own = model.state_dict()
-    tensors |= {name: tensors[of] for name, of in shared.items() if name in own and of in tensors}
     wrong = [
         f"{name} {_shown(tensor)}, got {_shown(tensors.get(name))}"
         for name, tensor in own.items()
         if name not in tensors or (tensors[name].shape, tensors[name].dtype) != (tensor.shape, tensor.dtype)
     ] + [f"no {name}" for name in tensors if name not in own]
-    if wrong:
-        raise ValueError(
-            f"{path} is of another model than {type(model).__name__} as it is configured: expected "
-            f"{'; '.join(wrong[:3])} ({len(wrong)} tensors in all)"
-        )
-    return tensors
+    return f"{'; '.join(wrong[:3])} ({len(wrong)} tensors in all)" if wrong else ""
 
 
 def _shown(tensor: Tensor | None) -> str:
@@ -250,9 +360,16 @@ def _decoded(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
     if "tensor" in value:
-        return torch.tensor(value["tensor"], dtype=getattr(torch, value["dtype"]), device="cpu")
+        return torch.tensor(value["tensor"], dtype=_dtype_called(value["dtype"]), device="cpu")
     options = dict(value)
     return _METHODS[options.pop("method")](**options)
+
+
+def _dtype_called(name: Any) -> torch.dtype:
+    dtype = getattr(torch, name, None) if isinstance(name, str) else None
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"dtype must be one of torch's, such as float32, got {name!r:.50}")
+    return dtype
 
 
 def _dtype(model: nn.Module) -> torch.dtype:

@@ -103,6 +103,7 @@ class SimpleViT(Pretrained, nn.Module):
         self.channels = channels
         self.patch_size = pair("patch_size", patch_size)
         self.grid_size = patch_grid(image_size, patch_size)
+        self.image_size = pair("image_size", image_size)
         self.entry_alpha = check_share("alpha", alpha) if variant == "vanilla" else None
 
         # Made on the meta device, so that nothing is drawn twice.

@@ -118,7 +118,7 @@ def _run(
 
 def _train_and_measure(config: Config, folder: Path, tick: Callable[[float], None]) -> dict[str, Any]:
     result = run_training(config, folder, watcher=_Shares(config.recipe.epochs, tick))
-    records = [each for each in read_records(folder / METRICS) if each["kind"] == "epoch"]
+    records = [each for each in read_records(folder / METRICS) if each.get("kind") == "epoch"]
     return {
         "accuracy": result.figures["top1"],
         "epochs": config.recipe.epochs,

@@ -10,8 +10,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,18 @@ from torch import nn
 
 from convinit._checks import check_int
 from convinit.models import ConvMixer, SimpleViT
-from convinit.models.pretrained import CONFIG, WEIGHTS, Pretrained, read_config, read_weights, save_folder
+from convinit.models.pretrained import (
+    CONFIG,
+    WEIGHTS,
+    Pretrained,
+    fill,
+    no_more_weights_than,
+    read_config,
+    read_weights,
+    save_folder,
+)  # fmt: skip
 from convinit.train.build import build_model, timm_options
-from convinit.train.checkpoint import checkpoints, read_progress
+from convinit.train.checkpoint import checkpoints, read_progress, verify
 from convinit.train.config import OWN_MODELS, Config, InitConfig
 from convinit.train.config_files import read_toml
 
@@ -31,6 +41,9 @@ __all__ = ["ImageSpec", "TrainedModel", "load_trained", "save_trained"]
 _CLASSES: dict[str, type[Pretrained]] = {"SimpleViT": SimpleViT, "ConvMixer": ConvMixer}
 # Arguments by which timm would look for weights elsewhere, in files that may be pickled.
 _NOT_FOR_TIMM = ("checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
+
+
+MAX_PIXELS = 4096**2  # of an image; a damaged size would take the machine's memory
 
 
 @dataclass(frozen=True)
@@ -56,8 +69,10 @@ class ImageSpec:
             object.__setattr__(self, name, tuple(value))  # JSON has lists
         if len(self.image_size) != 2:
             raise ValueError(f"image_size must be (H, W), got {self.image_size}")
-        for side in self.image_size:
-            check_int("image_size", side)
+        sides = tuple(check_int("image_size", side) for side in self.image_size)
+        if math.prod(sides) > MAX_PIXELS:
+            raise ValueError(f"image_size must have at most {MAX_PIXELS:,} pixels, got {sides}")
+        object.__setattr__(self, "image_size", sides)
         if self.channels not in (1, 3) or len(self.std) != self.channels:
             raise ValueError(f"mean and std must be for 1 or 3 channels, got {self.mean} and {self.std}")
         numbers = (*self.mean, *self.std)
@@ -185,10 +200,17 @@ def _from_folder(folder: Path) -> TrainedModel:
     training = metadata.get("training", {})
     if kind is not None:
         network: Any = kind.from_pretrained(folder, device="cpu")
+        taken, named = (network.image_size, network.head.out_features), len(images.class_names)
+        if taken != (images.image_size, named):
+            raise ValueError(
+                f"{folder / CONFIG}: the metadata must be of the model, which takes images of {taken[0]} and "
+                f"has {taken[1]} outputs, got image_size {images.image_size} and {named} class_names"
+            )
         return TrainedModel(network, images, training)
     arguments = config.get("model_args", {})
-    network = _timm_network(folder / CONFIG, architecture, arguments)
-    network.load_state_dict(read_weights(folder / WEIGHTS, network))
+    network = _with_weights(
+        partial(_timm_network, folder / CONFIG, architecture, arguments), folder / WEIGHTS
+    )
     return TrainedModel(network, images, training, (str(architecture), arguments))
 
 
@@ -204,26 +226,43 @@ def _from_checkpoint(folder: Path, weights: str) -> TrainedModel:
     path = folder / f"{weights}.safetensors"
     if weights == "ema" and not path.exists():
         raise ValueError(f"{folder} has no moving average: recipe.ema was none")
+    verify(folder, path.name)
     timm = None
     if config.model.name in OWN_MODELS:
-        with torch.device("meta"):  # so that nothing is fitted
+        with no_more_weights_than(path), torch.device("meta"):  # so that nothing is fitted
             network = build_model(config, **shape)
-        tensors = read_weights(path, network)
-        network.to_empty(device="cpu").load_state_dict(tensors)
+        fill(network, path, "cpu")
     else:
         _import_timm(config.model.name)
         timm = (config.model.name, timm_options(config.model, **shape))
         _check_timm_arguments(folder / "config.toml", timm[1])
         plain = dataclasses.replace(config, init=InitConfig(method="default"))
-        network = build_model(plain, **shape)
-        network.load_state_dict(read_weights(path, network))
+        network = _with_weights(partial(build_model, plain, **shape), path)
     settings = config.as_dict()
     del settings["data"]["root"]  # of the machine that trained
     training = {
         "weights": weights, "config": settings,
-        **{key: saved["progress"][key] for key in ("step", "epoch", "best")},
+        **{key: saved.get("progress", {}).get(key) for key in ("step", "epoch", "best")},
     }  # fmt: skip
     return TrainedModel(network, images, training, timm)
+
+
+def _with_weights(build: Callable[[], nn.Module], path: Path) -> nn.Module:
+    """A network of timm with the weights of a file; ValueError where they are of another, before it is built.
+
+    First on the meta device, for the shapes. Some of timm's networks cannot be built there.
+    """
+    try:
+        with no_more_weights_than(path), torch.device("meta"):
+            shapes: nn.Module | None = build()
+    except (NotImplementedError, RuntimeError):
+        shapes = None
+    if shapes is not None:
+        read_weights(path, shapes)
+    with no_more_weights_than(path, elements=True):
+        network = build()
+    network.load_state_dict(read_weights(path, network))
+    return network
 
 
 def _timm_network(source: Path, architecture: Any, arguments: Any) -> nn.Module:
@@ -237,7 +276,7 @@ def _timm_network(source: Path, architecture: Any, arguments: Any) -> nn.Module:
         )
     try:
         return timm.create_model(architecture, **arguments)
-    except (TypeError, ValueError, AssertionError) as error:
+    except (TypeError, ValueError, AssertionError, ZeroDivisionError) as error:
         raise ValueError(f"{source} does not describe timm's {architecture}: {error}") from error
 
 

@@ -5,6 +5,7 @@
                 optimizer.safetensors  the optimiser's tensors, "parameter number.name"
                 progress.json          where the run is, and all numbers of optimiser and schedule
                 config.toml            the whole config
+                SHA256SUMS             of those files, as ``sha256sum --check`` reads it
 
 A checkpoint is written into a hidden folder, synced to the disk and then renamed; only then an older one is
 removed. So whoever kills the process at any moment leaves the last complete one behind. Nothing is pickled:
@@ -29,7 +30,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.optim import Optimizer
 
-FORMAT = 1
+from convinit._files import sha256
+
+FORMAT = 2
+SUMS = "SHA256SUMS"
 _NAME = re.compile(r"step-(\d{6,})")
 _HIDDEN = ".unfinished-"
 
@@ -81,9 +85,10 @@ def save(
             on_cpu = {key: each.detach().to("cpu", copy=True).contiguous() for key, each in named.items()}
             save_file(on_cpu, part / f"{name}.safetensors")
         (part / "config.toml").write_text(config, encoding="utf-8")
-        sizes = {path.name: path.stat().st_size for path in sorted(part.iterdir())}
-        content = {"format": FORMAT, "files": sizes, **progress}
+        content = {"format": FORMAT, **progress}
         (part / "progress.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
+        sums = "".join(f"{sha256(path)}  {path.name}\n" for path in sorted(part.iterdir()))
+        (part / SUMS).write_text(sums, encoding="utf-8")
         for path in part.iterdir():
             _sync(path)
         _sync(part)
@@ -119,31 +124,47 @@ def clean(out: Path) -> None:
 
 
 def read_progress(checkpoint: Path) -> dict[str, Any]:
-    """progress.json, after a look at the files' sizes.
+    """progress.json, after a look at which files there are.
 
     Raises:
-        ValueError: the checkpoint is damaged, or of another version.
+        ValueError: the checkpoint is damaged, was edited, or is of another version.
     """
     try:
-        progress: dict[str, Any] = json.loads((checkpoint / "progress.json").read_text(encoding="utf-8"))
-        for name, size in progress["files"].items():
-            if (found := (checkpoint / name).stat().st_size) != size:
-                raise ValueError(f"{name} has {found} bytes, {size} were written")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        progress = json.loads((checkpoint / "progress.json").read_text(encoding="utf-8"))
+        if not isinstance(progress, dict):
+            raise ValueError(f"progress.json holds no object but {progress!r:.50}")
+    except (OSError, ValueError, RecursionError) as error:
         raise _damaged(checkpoint, error) from error
     if progress.get("format") != FORMAT:
         raise ValueError(
-            f"{checkpoint} has format {progress.get('format')}, this convinit reads {FORMAT}: go on with the "
-            "convinit that wrote it"
+            f"{checkpoint} has format {progress.get('format')!r:.50}, this convinit reads {FORMAT}: go on "
+            "with the convinit that wrote it"
         )
+    verify(checkpoint, "progress.json", "config.toml")
     return progress
 
 
 def read_tensors(checkpoint: Path, name: str, device: torch.device | str = "cpu") -> Tensors:
     """The tensors of one file; ValueError where it is damaged."""
+    verify(checkpoint, f"{name}.safetensors")
     try:
         return load_file(checkpoint / f"{name}.safetensors", device=str(device))
     except (OSError, SafetensorError) as error:
+        raise _damaged(checkpoint, error) from error
+
+
+def verify(checkpoint: Path, *names: str) -> None:
+    """ValueError where one of these files is not as it was written, or any file is missing."""
+    try:
+        lines = (checkpoint / SUMS).read_text(encoding="utf-8").splitlines()
+        sums = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+        for name in sums:
+            if not (checkpoint / name).is_file():
+                raise ValueError(f"{name} is missing")
+        for name in names:
+            if sums.get(name) != sha256(checkpoint / name):
+                raise ValueError(f"{name} is not as it was written, its SHA-256 is another")
+    except (OSError, ValueError) as error:
         raise _damaged(checkpoint, error) from error
 
 

@@ -375,22 +375,24 @@ class Engine:
 
     def _restore(self, checkpoint: Path, optimizer: torch.optim.Optimizer) -> None:
         saved = read_progress(checkpoint)
-        if saved["train_images"] != len(self.train_set):
+        model, moments = read_tensors(checkpoint, "model"), read_tensors(checkpoint, "optimizer")
+        average = {} if self.ema is None else read_tensors(checkpoint, "ema")
+        if saved.get("train_images") != len(self.train_set):
             raise ValueError(
-                f"the data must be those of {checkpoint}, {saved['train_images']} training images, got "
+                f"the data must be those of {checkpoint}, {saved.get('train_images')} training images, got "
                 f"{len(self.train_set)}"
             )
         try:
             self.progress = Progress(**saved["progress"])
-            self.inner.load_state_dict(read_tensors(checkpoint, "model"))
-            load_optimizer_(optimizer, read_tensors(checkpoint, "optimizer"), saved["optimizer"])
+            self.inner.load_state_dict(model)
+            load_optimizer_(optimizer, moments, saved["optimizer"])
             self.schedule.load_state_dict(saved["schedule"])
             if self.ema is not None:
-                self.ema.module.load_state_dict(read_tensors(checkpoint, "ema"))
+                self.ema.module.load_state_dict(average)
                 self.ema.n_averaged.fill_(saved["optimizer"]["averaged"])
             if self.accelerator.scaler is not None:
                 self.accelerator.scaler.load_state_dict(saved["scaler"])
-        except (KeyError, TypeError, RuntimeError) as error:  # RuntimeError: of load_state_dict
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise ValueError(f"{checkpoint} is not of this run: {error}") from error
 
 

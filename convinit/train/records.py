@@ -38,6 +38,18 @@ class Records:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The records of a file, oldest first; a line that a killed process left unfinished is dropped."""
-    lines = path.read_bytes().split(b"\n")
-    return [json.loads(line) for line in lines[:-1]]
+    """The records of a file, oldest first; a line that a killed process left unfinished is dropped.
+
+    Raises:
+        ValueError: a line is no record.
+    """
+    records = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
+        try:
+            record = json.loads(line)
+            if not isinstance(record, dict):
+                raise ValueError("it is no record")
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}, is damaged ({error}); remove that line") from error
+        records.append(record)
+    return records

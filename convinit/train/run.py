@@ -221,7 +221,7 @@ class _Drive:
             raise FloatingPointError(f"{error}; {kept}") from error
         last = files.checkpoints(self.out)[-1]
         if not self.figures and self.main:  # finished before
-            tested = [each for each in read_records(self.out / METRICS) if each["kind"] == "epoch"]
+            tested = [each for each in read_records(self.out / METRICS) if each.get("kind") == "epoch"]
             if not tested:
                 raise ValueError(
                     f"the run is finished and its weights are in {last}, but {self.out / METRICS}, which "

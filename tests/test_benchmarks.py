@@ -452,7 +452,9 @@ def test_the_gpu_suite_says_what_it_lacks(tmp_path):
 
 def test_a_file_out_of_time_is_interrupted_once(tmp_path, capsys):
     child = (
-        "import time, pathlib\nprint('started', flush=True)\n"
+        # A child of a job in the background ignores SIGINT, unless it says otherwise.
+        "import time, pathlib, signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "print('started', flush=True)\n"
         "try: time.sleep(60)\n"
         "except KeyboardInterrupt: pathlib.Path('kept').write_text('rows'); raise SystemExit(2)"
     )

@@ -59,6 +59,26 @@ def test_without_the_extra_one_sentence_says_what_to_do():
     )
 
 
+def test_a_terminal_without_utf_8(tmp_path):
+    """What was computed is written, and what the terminal cannot show is spelt."""
+    done = subprocess.run(
+        [executable(), "fit", *SMALL_FIT, "--out", str(tmp_path)],
+        env={**os.environ, "PYTHONIOENCODING": "ascii"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0 and r"3 \xd7 2 heads" in done.stdout, done.stderr
+    assert (tmp_path / "weights.safetensors").exists() and (tmp_path / "filters.png").exists()
+
+
+def test_a_reader_that_goes_away_costs_nothing(tmp_path):
+    """`convinit fit … | head -1`."""
+    command = [executable(), "fit", *SMALL_FIT, "--out", str(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    process.stderr.read()
+    process.wait()
+    assert (tmp_path / "fit.json").exists() and (tmp_path / "filters.png").exists()
+
+
 @pytest.mark.parametrize("command", [[], ["demo"], ["fit"], ["plot"], ["train"], ["info"]])
 def test_help_teaches(command):
     result = invoke(*command, "--help")
@@ -140,15 +160,15 @@ def test_files_that_hold_code_are_not_run(tmp_path):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["fit", "--grid", "3x"], "grid must be HxW or one number, such as 16x16 or 16, got '3x'"),
-        (["fit", "--heads", "3"], "dim must be divisible by heads, got 512 and 3"),
-        (["fit", "--heads", "0"], "heads must be at least 1, got 0"),
-        (["fit", "-f", "4"], "kernel_size must be odd"),
-        (["fit", "--peak", "0.5", "--weight-norm", "3"], "weight_norm or peak, not both"),
+        (["fit", "--grid", "3x"], "--grid must be HxW or one number, such as 16x16 or 16, got '3x'"),
+        (["fit", "--heads", "3"], "--dim must be divisible by heads, got 512 and 3"),
+        (["fit", "--heads", "0"], "--heads must be at least 1, got 0"),
+        (["fit", "-f", "4"], "--kernel-size must be odd"),
+        (["fit", "--peak", "0.5", "--weight-norm", "3"], "--weight-norm or --peak, not both"),
         (["fit", "--steps", "5"], "steps belongs to method adam, got method newton"),
         (["fit", "--pos-embed", "nothing.pt"], "'nothing.pt', which is no file"),
         (["fit", "--pos-embed", __file__], "not a .npy, .safetensors, .pt or .pth file"),
-        (["demo", "--arm", "nix"], "arms must be among default, mimetic-vo, "),
+        (["demo", "--arm", "nix"], "--arm must be among default, mimetic-vo, "),
         (["plot"], "give --model with a name of timm, or --fit with a folder"),
         (
             ["plot", "--fit", "nothing"],
@@ -157,7 +177,7 @@ def test_files_that_hold_code_are_not_run(tmp_path):
         (["plot", "--fit", "nothing", "--option", "depth=2"], "belong to --model, not to --fit"),
         (["demo", "--epochs", "0"], "epochs must be at least 1, got 0"),
         (["demo", "--jobs", "0"], "jobs must be at least 1, got 0"),
-        (["demo", "--train-images", "2000"], "num_train must be below 1797"),
+        (["demo", "--train-images", "2000"], "--train-images must be below 1797"),
     ],
 )
 def test_errors_are_one_line_and_code_2(arguments, message, tmp_path, monkeypatch):

@@ -89,7 +89,7 @@ def test_subset_refuses():
     with pytest.raises(ValueError, match="train_count must be at least 1"):
         subset_indices(labels, count=0)
     for bad in (0.0, 1.5, float("nan")):
-        with pytest.raises(ValueError, match="train_fraction must be above 0 and at most 1"):
+        with pytest.raises(ValueError, match="train_fraction must be (above 0 and at most 1|finite)"):
             subset_indices(labels, fraction=bad)
     with pytest.raises(TypeError, match="train_fraction must be a number"):
         subset_indices(labels, fraction="0.5")
@@ -552,8 +552,14 @@ def test_augment_options_refuse():
         {"scale": (0.5, 0.2)},
         {"erasing": 1.5},
         {"num_ops": -1},
+        {"flip": 1},
+        {"erasing": "0.1"},
+        {"erasing": True},
+        {"scale": 0.5},
+        {"scale": ("a", 1)},
+        {"magnitude": 2.5},
     ):
-        with pytest.raises(ValueError, match=f"{next(iter(bad))} must be"):
+        with pytest.raises((ValueError, TypeError), match=f"{next(iter(bad))} must be"):
             AugmentOptions(**bad)
     with pytest.raises(ValueError, match="augmentation must be AugmentOptions or one of none, "):
         augmentation("strong", load_data("digits"))

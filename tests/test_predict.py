@@ -256,8 +256,10 @@ def test_a_hostile_checkpoint_is_not_built(tmp_path):
         ({"mean": (0.5, 0.5)}, "1 or 3 channels"),
         ({"std": (0.2,)}, "1 or 3 channels"),
         ({"std": (0.2, 0.2, 0)}, "std must be positive"),
-        ({"mean": (0.2, 0.2, float("nan"))}, "finite"),
-        ({"mean": (0.2, 0.2, "0.2")}, "finite numbers"),
+        ({"mean": (0.2, 0.2, float("nan"))}, "mean must be finite"),
+        ({"std": (0.2, 0.2, "0.2")}, "std must be a number, got '0.2'"),
+        ({"image_size": ("6", 9)}, "image_size must be an int"),
+        ({"image_size": (2**13, 2**13)}, "image_size must have at most 16,777,216 pixels"),
         ({"class_names": ()}, "class_names must be texts"),
         ({"class_names": "cat"}, "class_names must be a list"),
     ],
@@ -326,6 +328,9 @@ def test_wrong_arguments_and_models(tmp_path):
     for wrong in ({"top_k": 0}, {"batch_size": 0}, {"device": "tpu9"}, {"device": "cuda:99"}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             predict(trained, [path], **wrong)
+    for call in (lambda: image_files(path), lambda: predict(trained, str(path))):
+        with pytest.raises(TypeError, match="must be a list of paths, got the single one '.*a.png'"):
+            call()
     few = dataclasses.replace(SPEC, class_names=("a", "b"))
     with pytest.raises(ValueError, match=r"must give \[1, 2\] logits"):
         list(predict(TrainedModel(vit(), few), [path]))

@@ -115,7 +115,7 @@ def test_train_repeats_itself():
 def test_train_refuses():
     with pytest.raises(ValueError, match="epochs must be at least 1"):
         run(epochs=0)
-    with pytest.raises(ValueError, match="lr must be positive and finite, got -1"):
+    with pytest.raises(ValueError, match="lr must be above 0, got -1"):
         run(lr=-1)
     images, labels = linear_problem()
     with pytest.raises(FloatingPointError, match="loss became nan in epoch 1; lower lr"):

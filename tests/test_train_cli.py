@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from convinit.cli.app import app
 from convinit.cli.train_progress import Bar
-from convinit.train.config import SECTIONS, Config
+from convinit.train.config import SECTIONS, Config, kind_of
 from convinit.train.config_files import read_toml
 from convinit.train.run import run_training
 
@@ -47,7 +47,7 @@ def test_a_run_from_the_command_line(tmp_path):
     assert [r["epoch"] for r in records(tmp_path / "o") if r["kind"] == "epoch"] == [1, 2]
     assert "the run was finished already" in invoke(*SMALL_RUN, "--out", tmp_path / "o", "--ema", 0.5).output
     other = invoke(*SMALL_RUN, "--out", tmp_path / "o", "--ema", 0.6)
-    assert other.exit_code == 2 and "other settings: recipe.ema: 0.6, not 0.5." in other.output
+    assert other.exit_code == 2 and "other settings: --ema: 0.6, not 0.5." in other.output
 
 
 def test_the_bar_shows_loss_accuracy_and_speed(tmp_path):
@@ -91,14 +91,21 @@ def test_dry_run(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--lr", "fast"], "error: lr must be a number, got 'fast'"),
-        (["--preset", "quik"], "error: preset must be one of paper, structured, quick, got 'quik'"),
-        (["--preset", "quick", "--heads", 3], "error: dim must be divisible by"),
-        (["--preset", "quick", "--variant", "IV"], "error: variant must be one of vanilla, I, II, III"),
-        (["--data", "cifar10"], "error: root must be the folder with the data set 'cifar10'"),
-        (["--preset", "quick", "--train-count", 5000], "error: train_count must be at most 1000"),
-        (["--preset", "quick", "--precision", "fp16"], "error: recipe.precision must be no or bf16"),
+        (["--lr", "fast"], "error: --lr must be a number, got 'fast'"),
+        (
+            ["--preset", "quik"],
+            "error: --preset must be one of paper, structured, quick, got 'quik'; did",
+        ),
+        (["--preset", "quick", "--heads", 3], "error: --dim must be divisible by --heads, got 64 and 3"),
+        (["--preset", "quick", "--variant", "IV"], "error: --variant must be one of vanilla, I, II, III"),
+        (["--data", "cifar10"], "error: --root must be the folder with the data set 'cifar10'"),
+        (["--preset", "quick", "--train-count", 5000], "error: --train-count must be at most 1000"),
+        (["--preset", "quick", "--precision", "fp16"], "error: --precision must be no or bf16"),
         (["--config", "nowhere.toml"], "nowhere.toml"),
+        (["--init", "implse"], "got 'implse'; did you mean impulse?"),
+        (["--model", "convmixer", "--offsets", "random"], "error: --offsets must not be set for model"),
+        (["--peak", 0.5, "--weight-norm", 3], "error: give --peak or --weight-norm, not both"),
+        (["--warmup-epochs", 300], "error: --warmup-epochs must be at most epochs = 200, got 300"),
     ],
 )
 def test_errors_in_one_line(arguments, message, tmp_path):
@@ -106,3 +113,25 @@ def test_errors_in_one_line(arguments, message, tmp_path):
     assert done.exit_code in (1, 2)
     assert message in done.output and "Traceback" not in done.output
     assert len([line for line in done.output.splitlines() if "error" in line]) == 1
+
+
+def test_every_option_is_named_as_it_was_typed():
+    wrong = {int: ["x", "1.5", "9" * 30], float: ["x", "nan", "-inf"], dict: ["x", "=1"]}
+    tried = 0
+    for section in SECTIONS.values():
+        for each in dataclasses.fields(section):
+            flag = "--" + (each.metadata["flag"] or each.name).replace("_", "-")
+            words = wrong.get(kind_of(section, each.name)[0], [])
+            for word in [*words, *(["nonsense"] if each.metadata["choices"] else [])]:
+                if word == "9" * 30 and each.name != "seed":  # the only whole numbers with a highest
+                    continue
+                done = invoke(flag, word, "--save-config", "/dev/null")
+                assert done.exit_code == 2 and done.output.startswith(f"error: {flag} must be "), done.output
+                tried += 1
+    assert tried > 80
+
+
+def test_settings_of_a_file_keep_their_names_there(tmp_path):
+    (tmp_path / "run.toml").write_text("[init]\nmethod = 'implse'\n[recipe]\nlr = 0.1\n")
+    done = invoke("--config", tmp_path / "run.toml", "--lr", "0.2")
+    assert "error: init.method must be one of" in done.output and "--init" not in done.output

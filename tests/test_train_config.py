@@ -1,10 +1,14 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
-from convinit.train.config import SECTIONS, Config, default_of, kind_of
+from convinit.train.config import SECTIONS, Config, DataConfig, ModelConfig, RecipeConfig, default_of, kind_of
 from convinit.train.config_files import PRESETS, parse, read_toml, resolve, to_toml
 
 
@@ -70,6 +74,38 @@ def test_presets_hold_for_every_kind_of_model():
 def test_errors_say_what_is_wrong(path, value, message):
     with pytest.raises((ValueError, TypeError), match=message):
         resolve(given={path: value})
+
+
+WRONG: dict[type, list[Any]] = {
+    int: ["3", 2.5, True, [1], -1, np.float32(2), np.arange(2), torch.ones(2)],
+    float: ["0.5", True, [1.0], float("nan"), -1.0, np.ones(1), 1j],
+    bool: ["yes", 1, 0.0, [True], np.int64(1)],
+    str: [3, ["a"], True, b"cifar10"],
+    dict: [3, "a=1", [1], {"a": object()}, {"a": 1j}],
+}
+
+
+def test_every_setting_of_a_wrong_kind_is_named():
+    tried = 0
+    for name, section in SECTIONS.items():
+        for each in dataclasses.fields(section):
+            for value in WRONG[kind_of(section, each.name)[0]]:
+                with pytest.raises((TypeError, ValueError), match=rf"^{name}\.{each.name}\b.* must .*, got "):
+                    section(**{each.name: value})
+                tried += 1
+    assert tried > 250
+
+
+def test_numbers_of_numpy_and_torch_and_paths_are_taken():
+    assert ModelConfig(dim=np.int64(32)).dim == 32 and type(ModelConfig(dim=np.int64(32)).dim) is int
+    recipe = RecipeConfig(lr=np.float32(0.5), epochs=torch.tensor(3), compile=np.bool_(False), clip=2)
+    assert (recipe.lr, recipe.epochs, recipe.compile, recipe.clip) == (0.5, 3, False, 2.0)
+    assert DataConfig(root=Path("a") / "b").root == str(Path("a") / "b")
+    assert ModelConfig(options={"depth": np.int64(2), "x": (np.float64(1.5),)}).options == {
+        "depth": 2,
+        "x": [1.5],
+    }
+    assert to_toml(Config(recipe=recipe)) == to_toml(Config(recipe=RecipeConfig(lr=0.5, epochs=3, clip=2.0)))
 
 
 def test_what_excludes_each_other():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 
 _EXTRA = ("accelerate", "matplotlib", "rich", "safetensors", "sklearn", "typer")
@@ -9,6 +10,9 @@ _EXTRA = ("accelerate", "matplotlib", "rich", "safetensors", "sklearn", "typer")
 
 def main() -> None:
     """Entry point of the command line."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a character that the terminal lacks is no error
+            stream.reconfigure(errors="backslashreplace")
     try:
         from convinit.cli.app import app
     except ModuleNotFoundError as error:

@@ -89,7 +89,7 @@ def fit(
     pos_embed_key: Annotated[
         str | None, typer.Option(help="Name of the tensor, in a file that holds several.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of all draws.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of all draws.")] = 0,
     steps: Annotated[int | None, typer.Option(help="Steps of --method adam.", show_default="10000")] = None,
     out: Annotated[
         Path | None,
@@ -153,18 +153,20 @@ def fit(
         padding_mode=padding_mode.value,
         generator=generator,
     )
-    console = Console()
-    console.print(_table(result, layers))
-    console.print(_summary(result, layers), highlight=False, soft_wrap=True)
-    if out is not None:
+    written: list[tuple[Path, str]] = []
+    if out is not None:  # before anything is printed, which may fail where nobody reads on
         settings = {
             "grid_size": list(grid_size), "dim": dim, "heads": heads, "layers": layers, "rank": rank,
             "scale": scale, "kernel_size": kernel_size, "method": method.value, "weight_norm": weight_norm,
             "peak": peak, "padding_mode": padding_mode.value, "pos_embed": pos_embed, "seed": seed,
             "steps": options.steps if isinstance(options, Adam) else None,
         }  # fmt: skip
-        for path, what in _write(out, result, layers, grid_size, settings):
-            console.print(f"{path}: {what}", highlight=False, soft_wrap=True, markup=False)
+        written = _write(out, result, layers, grid_size, settings)
+    console = Console()
+    console.print(_table(result, layers))
+    console.print(_summary(result, layers), highlight=False, soft_wrap=True)
+    for path, what in written:
+        console.print(f"{path}: {what}", highlight=False, soft_wrap=True, markup=False)
 
 
 def _grid_size(text: str) -> tuple[int, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import difflib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 import convinit
 from convinit.adapters.request import UNFITTED
+from convinit.cli.tensors import reason
 from convinit.fit.api import METHODS
 from convinit.fit.result import attention_maps
 
@@ -46,7 +48,7 @@ def plot(
         float | None,
         typer.Option(help="Multiplies the position embedding, see init_vit_.", show_default="none"),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of all draws.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of all draws.")] = 0,
     before: Annotated[
         Path | None,
         typer.Option(
@@ -88,6 +90,7 @@ def plot(
 
     out.mkdir(parents=True, exist_ok=True)
     console = Console()
+    summary = ""
     if fit is not None:
         if before or after or option:
             raise ValueError("before, after and option belong to --model, not to --fit")
@@ -99,7 +102,7 @@ def plot(
             network, method=init, kernel_size=kernel_size, peak=peak, pos_embed_gain=pos_embed_gain,
             values="keep", generator=torch.Generator().manual_seed(seed),
         )  # fmt: skip
-        console.print(report.summary(), highlight=False, soft_wrap=True, markup=False)
+        summary = report.summary()
         start = None
         if before is not None:
             network.load_state_dict(weights[before])
@@ -114,6 +117,8 @@ def plot(
         }
     for name, figure in figures.items():
         figure.savefig(out / name, dpi=150)
+    if summary:
+        console.print(summary, highlight=False, soft_wrap=True, markup=False)
     written = ", ".join(str(out / name) for name in figures)
     console.print(f"Written: {written}", highlight=False, soft_wrap=True, markup=False)
 
@@ -135,7 +140,7 @@ def _create(name: str, options: list[str], seed: int) -> nn.Module:
         except (ValueError, SyntaxError):
             arguments[key] = value
     if not timm.is_model(name):
-        near = timm.list_models(f"*{name.split('_')[0]}*")[:5]
+        near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)
         hint = f", such as {', '.join(near)}" if near else "; timm.list_models() has them all"
         raise ValueError(f"model must be a name that timm knows{hint}; got {name!r}")
     torch.manual_seed(seed)
@@ -154,8 +159,7 @@ def _weights(network: nn.Module, path: Path) -> dict[str, Tensor]:
     except OSError:
         raise
     except Exception as error:  # a broken file breaks its reader in many ways
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{path} cannot be read as weights: {reason}") from error
+        raise ValueError(f"{path} cannot be read as weights: {reason(error)}") from error
     own = network.state_dict()
     wrong = [
         f"{name} {list(tensor.shape)}, got {list(weights[name].shape) if name in weights else 'none'}"
@@ -187,7 +191,7 @@ def _of_fit(folder: Path, radius: int | None) -> dict[str, Figure]:
             tensors = {name: file.get_tensor(name) for name in ("wq", "wk", "pos_embed", "offsets")}
             settings: dict[str, Any] = json.loads((file.metadata() or {})["settings"])
         (height, width), scale, method = (settings[name] for name in ("grid_size", "scale", "method"))
-    except (SafetensorError, KeyError) as error:
+    except (SafetensorError, KeyError, ValueError, TypeError) as error:
         raise ValueError(f"{path} was not written by convinit fit: {error}") from error
     filters, maps = [], []
     for wq, wk in zip(tensors["wq"], tensors["wk"], strict=True):  # a layer at a time: the maps can be large

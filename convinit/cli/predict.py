@@ -96,7 +96,8 @@ def _write(found: Sequence[Prediction], kind: str, out: Path | None) -> None:
     if out is None:
         typer.echo(content, nl=False)
         return
-    out.write_text(content, encoding="utf-8", newline="")
+    # Names of files may be no text; they are written as the bytes that they are.
+    out.write_text(content, encoding="utf-8", errors="surrogateescape", newline="")
 
 
 def as_json(found: Sequence[Prediction]) -> str:
@@ -106,7 +107,7 @@ def as_json(found: Sequence[Prediction]) -> str:
         {"file": each.path, "predictions": [dict(zip(names, row, strict=True)) for row in _rows(each)]}
         for each in found
     ]
-    return json.dumps(rows, indent=1, ensure_ascii=False) + "\n"
+    return json.dumps(rows, indent=1) + "\n"  # in ASCII, for any terminal
 
 
 def as_csv(found: Sequence[Prediction]) -> str:

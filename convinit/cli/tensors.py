@@ -27,8 +27,7 @@ def load_tensor(path: Path, key: str | None = None) -> Tensor:
     except OSError:
         raise
     except Exception as error:  # a broken file breaks its reader in many ways
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{path} cannot be read as {path.suffix}: {reason}") from error
+        raise ValueError(f"{path} cannot be read as {path.suffix}: {reason(error)}") from error
     if isinstance(content, Tensor):
         if key is not None:
             raise ValueError(f"{path} holds a single tensor without a name, got key {key!r}; leave it out")
@@ -42,6 +41,12 @@ def load_tensor(path: Path, key: str | None = None) -> Tensor:
             f"{path} has no tensor {key!r}; choose one with --pos-embed-key: {names or 'it has none'}"
         )
     return tensors[key].detach()
+
+
+def reason(error: Exception) -> str:
+    """An error of a reader as one line. pickle's are often a bare number, so its kind is said as well."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def _read(path: Path) -> Tensor | dict[str, object]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 import time
 from collections.abc import Callable, Sequence
@@ -192,14 +193,22 @@ def _run_one(arm_key: str, seed: int, settings: Settings, out: Path, on_epoch: O
 def _save_maps(out: Path, identity: dict[str, Any], maps: dict[str, Tensor]) -> None:
     from safetensors.torch import save_file
 
-    save_file(maps, _maps_path(out, identity))
+    path = _maps_path(out, identity)
+    part = path.with_suffix(".part")
+    save_file(maps, part)
+    os.replace(part, path)
 
 
 def load_maps(out: Path, run: Run) -> dict[str, Tensor]:
     """offsets [layers, heads, 2], and start and trained [layers, heads, N, N], of a run that kept them."""
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    return load_file(_maps_path(out, run["identity"]))
+    path = _maps_path(out, run["identity"])
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged ({error}); remove it and give the same command again") from error
 
 
 def load_runs(out: Path) -> list[Run]:

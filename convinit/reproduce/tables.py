@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from convinit.train.config import Config
+from convinit.train.config import Config, near
 from convinit.train.config_files import resolve
 
 Settings = Mapping[str, Any]  # "section.key" → value
@@ -420,7 +420,7 @@ def declared(name: str, data: str = "digits") -> Table:
         ValueError: there is no such table or data set.
     """
     if name not in TABLES:
-        raise ValueError(f"table must be one of {', '.join(TABLES)}, got {name!r}")
+        raise ValueError(f"table must be one of {', '.join(TABLES)}, got {name!r}{near(name, TABLES)}")
     if data not in DATA:
         raise ValueError(f"data must be one of {', '.join(DATA)}, got {data!r}")
     table = TABLES[name](data)

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from convinit.nn import ConvInitAttention
+from convinit.offsets import check_int
+from convinit.train.data.subsets import check_real
 
 __all__ = ["FORMATS", "export"]
 
@@ -55,6 +57,11 @@ def export(
             left, and one that was there before is as it was.
         OSError: the file cannot be written.
     """
+    if not 0 <= check_real("tolerance", tolerance):
+        raise ValueError(f"tolerance must be at least 0, got {tolerance}")
+    if not isinstance(image_shape, list | tuple) or len(image_shape) != 3:
+        raise TypeError(f"image_shape must be (C, H, W), got {image_shape!r}")
+    image_shape = [check_int("image_shape", each) for each in image_shape]
     if format not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
     write, reader = _WRITERS[format]

@@ -62,6 +62,7 @@ def image_files(paths: Sequence[str | Path]) -> tuple[list[str], list[Unreadable
     Raises:
         ImportError: Pillow is not installed.
     """
+    _check_paths("paths", paths)
     files: dict[str, None] = {}  # a set that keeps its order
     failed: list[Unreadable] = []
 
@@ -103,6 +104,7 @@ def predict(
         TypeError, ValueError: an argument is out of range, or there is no such device.
         FloatingPointError: the model's output for an image is NaN.
     """
+    _check_paths("files", files)
     check_int("top_k", top_k)
     check_int("batch_size", batch_size)
     require("PIL.Image", "reading image files")
@@ -170,6 +172,11 @@ def _read(path: str, spec: ImageSpec) -> Tensor | str:
         return f"cannot be decoded as an image ({str(error) or type(error).__name__})"
     mean, std = (torch.tensor(each, dtype=torch.float32).view(-1, 1, 1) for each in (spec.mean, spec.std))
     return normalise(fit(image, spec.image_size), mean, std)
+
+
+def _check_paths(name: str, paths: Sequence[str | Path]) -> None:
+    if isinstance(paths, str | os.PathLike):
+        raise TypeError(f"{name} must be a list of paths, got the single one {str(paths)!r}")
 
 
 def _device(device: torch.device | str) -> torch.device:

@@ -35,6 +35,7 @@ from convinit.train.build import build_model, timm_options
 from convinit.train.checkpoint import checkpoints, read_progress, verify
 from convinit.train.config import OWN_MODELS, Config, InitConfig
 from convinit.train.config_files import read_toml
+from convinit.train.data.subsets import check_real
 
 __all__ = ["ImageSpec", "TrainedModel", "load_trained", "save_trained"]
 
@@ -75,9 +76,9 @@ class ImageSpec:
         object.__setattr__(self, "image_size", sides)
         if self.channels not in (1, 3) or len(self.std) != self.channels:
             raise ValueError(f"mean and std must be for 1 or 3 channels, got {self.mean} and {self.std}")
-        numbers = (*self.mean, *self.std)
-        if not all(isinstance(each, int | float) and math.isfinite(each) for each in numbers):
-            raise ValueError(f"mean and std must be finite numbers, got {self.mean} and {self.std}")
+        for name in ("mean", "std"):
+            numbers = tuple(check_real(name, each) for each in getattr(self, name))
+            object.__setattr__(self, name, numbers)
         if not all(each > 0 for each in self.std):
             raise ValueError(f"std must be positive, got {self.std}")
         if not self.class_names or not all(isinstance(each, str) for each in self.class_names):

@@ -7,10 +7,12 @@ with their help, and what is compared when a run is resumed.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
+import os
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -56,8 +58,10 @@ class _Section:
     """Types and ranges of all fields are checked; a subclass adds what several fields must agree on."""
 
     def __post_init__(self) -> None:
+        section = next(name for name, kind in SECTIONS.items() if isinstance(self, kind))
         for each in dataclasses.fields(self):  # type: ignore[arg-type]
-            value = _checked(each.name, getattr(self, each.name), kind_of(type(self), each.name), each)
+            path, kind = f"{section}.{each.name}", kind_of(type(self), each.name)
+            value = _checked(path, getattr(self, each.name), kind, each)
             object.__setattr__(self, each.name, value)
         self.check()
 
@@ -185,7 +189,9 @@ class DataConfig(_Section):
     train_fraction: float | None = option(
         None, "Train on this share of the images.", above=0, high=1, unset="all"
     )
-    seed: int = option(0, "Of the choice of those images; the same for all runs.", low=0, flag="data-seed")
+    seed: int = option(
+        0, "Of the choice of those images; the same for all runs.", low=0, high=2**63 - 1, flag="data-seed"
+    )
     augment: str = option(
         "none", "Augmentation of the training images; paper: RandAugment(2, 14), flip, random resized crop.",
         choices=("none", "flip-crop", "paper", "paper-code"),
@@ -270,7 +276,7 @@ class RecipeConfig(_Section):
 class RunConfig(_Section):
     """What surrounds the training. But for the seed, nothing here changes more than rounding."""
 
-    seed: int = option(0, "Of initial weights, image order, augmentation and dropout.", low=0)
+    seed: int = option(0, "Of initial weights, image order, augmentation and dropout.", low=0, high=2**63 - 1)
     cpu: bool = option(False, "Train on the CPU even where there is a GPU.", fixed=False)
     threads: int | None = option(
         None, "CPU threads of each process; with another number sums round otherwise.", low=1, fixed=False,
@@ -324,7 +330,7 @@ class Config:
         if self.init.method not in kinds:
             raise ValueError(
                 f"init.method must be one of {', '.join(kinds)} for model {self.model.name!r}, got "
-                f"{self.init.method!r}"
+                f"{self.init.method!r}{near(self.init.method, kinds)}"
             )
         fields = {
             "convmixer": (
@@ -366,9 +372,13 @@ class Config:
         Raises:
             TypeError, ValueError: a section or key is unknown, or a value is wrong.
         """
+        if not isinstance(tree, Mapping):
+            raise TypeError(f"a config must be made of a mapping of tables, got {tree!r:.80}")
         for name, part in tree.items():
             if name not in SECTIONS:
-                raise ValueError(f"a config has the tables {', '.join(SECTIONS)}, got {name!r}")
+                raise ValueError(
+                    f"a config has the tables {', '.join(SECTIONS)}, got {name!r}{near(str(name), SECTIONS)}"
+                )
             if not isinstance(part, Mapping):
                 raise TypeError(f"{name} must be a table of keys, got {part!r}")
             for key in part:
@@ -388,7 +398,7 @@ def field_of(path: str) -> dataclasses.Field:
         raise ValueError(f"a setting is of one of {', '.join(SECTIONS)}, got {path!r}")
     fields = {each.name: each for each in dataclasses.fields(SECTIONS[section])}
     if key not in fields:
-        raise ValueError(f"[{section}] has no key {key!r}; it has {', '.join(fields)}")
+        raise ValueError(f"[{section}] has no key {key!r}; it has {', '.join(fields)}{near(key, fields)}")
     return fields[key]
 
 
@@ -408,7 +418,8 @@ def kind_of(section: type[Any], key: str) -> tuple[type, bool]:
 
 def _checked(name: str, value: Any, kind: tuple[type, bool], each: dataclasses.Field) -> Any:
     wanted, optional = kind
-    if optional and (value is None or value == NONE):
+    value = _plain_scalar(value)
+    if optional and (value is None or (isinstance(value, str) and value == NONE)):
         return None
     number = not isinstance(value, bool) and isinstance(value, int | float)
     if wanted is float and number:
@@ -428,7 +439,8 @@ def _checked(name: str, value: Any, kind: tuple[type, bool], each: dataclasses.F
         raise ValueError(f"{name} must be finite, got {value}")
     limits = each.metadata
     if limits["choices"] and value not in limits["choices"]:
-        raise ValueError(f"{name} must be one of {', '.join(limits['choices'])}, got {value!r}")
+        choices = limits["choices"]
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}{near(value, choices)}")
     bounds = (
         ("low", "at least", lambda limit: value >= limit),
         ("above", "above", lambda limit: value > limit),
@@ -442,8 +454,22 @@ def _checked(name: str, value: Any, kind: tuple[type, bool], each: dataclasses.F
     return value
 
 
+def near(word: str, words: Iterable[str]) -> str:
+    """The end of a message that suggests the nearest of some words, if one is near."""
+    found = difflib.get_close_matches(word, words, 1)
+    return f"; did you mean {found[0]}?" if found else ""
+
+
+def _plain_scalar(value: Any) -> Any:
+    """NumPy's and torch's numbers as Python's, paths as texts."""
+    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
+        return value.item()
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
 def _plain(path: str, value: Any) -> Any:
     """What a config file can hold; tuples come back from it as lists."""
+    value = _plain_scalar(value)
     if isinstance(value, Mapping):
         return {str(key): _plain(f"{path}.{key}", each) for key, each in value.items()}
     if isinstance(value, list | tuple):

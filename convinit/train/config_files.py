@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from convinit.train.config import NONE, OWN_MODELS, SECTIONS, Config, field_of, kind_of
+from convinit.train.config import NONE, OWN_MODELS, SECTIONS, Config, field_of, kind_of, near
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -70,7 +70,7 @@ def preset(name: str, model: str | None = None) -> Tree:
         if model != "convmixer":
             tree["init"] |= {"values": "mimetic"}
         return tree
-    raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
+    raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}{near(name, PRESETS)}")
 
 
 def resolve(
@@ -132,7 +132,7 @@ def parse(path: str, text: str | Iterable[str]) -> Any:
             return kind(text)
         except ValueError:
             words = "a whole number" if kind is int else "a number"
-            raise ValueError(f"{key} must be {words}{' or none' * optional}, got {text!r}") from None
+            raise ValueError(f"{path} must be {words}{' or none' * optional}, got {text!r}") from None
     return text
 
 

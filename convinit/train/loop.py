@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from convinit._checks import check_int
 from convinit.train.accelerator import check_accelerator, plain_accelerator
+from convinit.train.data.subsets import check_real
 
 
 @dataclass(frozen=True)
@@ -66,10 +67,11 @@ def train(
         FloatingPointError: the loss became NaN or infinite.
     """
     check_int("epochs", epochs)
-    if not (lr > 0 and math.isfinite(lr)):
-        raise ValueError(f"lr must be positive and finite, got {lr}")
-    if not (weight_decay >= 0 and math.isfinite(weight_decay)):
-        raise ValueError(f"weight_decay must be at least 0 and finite, got {weight_decay}")
+    lr, weight_decay = check_real("lr", lr), check_real("weight_decay", weight_decay)
+    if not lr > 0:
+        raise ValueError(f"lr must be above 0, got {lr}")
+    if not weight_decay >= 0:
+        raise ValueError(f"weight_decay must be at least 0, got {weight_decay}")
     if len(train_batches) == 0:
         raise ValueError("train_batches must hold at least one batch, got none")
     chosen = plain_accelerator() if accelerator is None else check_accelerator(accelerator)

@@ -78,7 +78,7 @@ class Result:
 
 def run_training(
     config: Config,
-    out: Path,
+    out: str | Path,
     *,
     resume: bool = True,
     overwrite: bool = False,
@@ -104,6 +104,11 @@ def run_training(
         FloatingPointError: the loss became NaN or infinite. Earlier checkpoints are kept.
         ValueError: the config does not fit the data, or the run in `out`. OSError: `out` or the data.
     """
+    if not isinstance(config, Config):
+        raise TypeError(
+            f"config must be a Config, such as Config.of(a dict) makes, got {type(config).__name__}"
+        )
+    out = Path(out)
     config_text = to_toml(config)
     tracker = _tracker(config.run.tracker)
     accelerator = make_accelerator(config, log_with=tracker, project_dir=str(out))

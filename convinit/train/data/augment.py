@@ -16,6 +16,7 @@ from convinit._checks import check_int
 from convinit.train.data.draws import derived_seed
 from convinit.train.data.images import require
 from convinit.train.data.sources import ImageData
+from convinit.train.data.subsets import check_real
 
 
 @dataclass(frozen=True)
@@ -42,16 +43,21 @@ class AugmentOptions:
     erasing: float = 0.0
 
     def __post_init__(self) -> None:
-        check_int("num_ops", self.num_ops, minimum=0)
-        if check_int("magnitude", self.magnitude, minimum=0) > 30:
+        for name in ("num_ops", "magnitude", "padding"):  # NumPy's integers become Python's
+            number = check_int(name, getattr(self, name), minimum=1 if name == "padding" else 0)
+            object.__setattr__(self, name, number)
+        if not isinstance(self.flip, bool):
+            raise TypeError(f"flip must be True or False, got {self.flip!r}")
+        if self.magnitude > 30:
             raise ValueError(f"magnitude must be 0 to 30, got {self.magnitude}")
         if self.crop not in ("none", "pad", "resized"):
             raise ValueError(f"crop must be none, pad or resized, got {self.crop!r}")
-        check_int("padding", self.padding)
-        object.__setattr__(self, "scale", tuple(self.scale))  # a configuration file gives a list
-        if len(self.scale) != 2 or not 0 < self.scale[0] <= self.scale[1] <= 1:
+        if not isinstance(self.scale, list | tuple) or len(self.scale) != 2:  # a config file gives a list
+            raise TypeError(f"scale must be (smallest, largest), got {self.scale!r}")
+        object.__setattr__(self, "scale", tuple(check_real("scale", each) for each in self.scale))
+        if not 0 < self.scale[0] <= self.scale[1] <= 1:
             raise ValueError(f"scale must be (smallest, largest), above 0 and at most 1, got {self.scale}")
-        if not 0 <= self.erasing <= 1:
+        if not 0 <= check_real("erasing", self.erasing) <= 1:
             raise ValueError(f"erasing must be a probability, 0 to 1, got {self.erasing}")
 
     @property

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from convinit._checks import check_int
+from convinit.train.config import near
 from convinit.train.data.folders import read_folder, read_tiny_imagenet
 from convinit.train.data.images import ImageFiles, ImageTensors
 from convinit.train.data.in_memory import load_digits_split
@@ -89,7 +90,9 @@ def load_data(
     Source: the mean and std of CIFAR and SVHN are those of arXiv 2401.12511, of other photographs ImageNet's.
     """
     if name not in DATA_SETS:
-        raise ValueError(f"name must be one of {', '.join(DATA_SETS)}, got {name!r}")
+        raise ValueError(
+            f"name must be one of {', '.join(DATA_SETS)}, got {name!r}{near(str(name), DATA_SETS)}"
+        )
     check_int("seed", seed, minimum=0)
     check_int("split_seed", split_seed, minimum=0)
     size = _check_size(image_size)

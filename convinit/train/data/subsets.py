@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import numbers
+
 import numpy as np
 from torch import Tensor
 
@@ -62,8 +65,16 @@ def subset_indices(
 
 def check_fraction(name: str, value: float) -> float:
     """`value` as a float above 0, at most 1; TypeError or ValueError otherwise."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
+    value = check_real(name, value)
     if not 0 < value <= 1:
         raise ValueError(f"{name} must be above 0 and at most 1, got {value}")
+    return value
+
+
+def check_real(name: str, value: object) -> float:
+    """`value`, NumPy's numbers among them, as a finite float; TypeError or ValueError otherwise."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}")
     return float(value)

@@ -6,8 +6,7 @@
 "adam, well ordered" is the same loop with the products in the best order. A hundred of the 10,000 steps are
 timed and multiplied; what the papers' own code ended with on this case is in tests/data/official_fit.json.
 
-On a machine with a GPU, rows of "qk_solver" and "qk_adam" compare the ops on it with the CPU and with the
-papers' loop on the same GPU, of which 500 steps are timed.
+On a machine with a GPU, rows of "qk_solver" compare the op on it with the CPU.
 """
 
 from __future__ import annotations
@@ -26,12 +25,10 @@ from convinit import QKFit, fit_qk, impulse_matrix, impulse_targets, sample_offs
 from convinit.fit.api import grid_symmetries
 from convinit.fit.newton import distinct_problems, reduced_bases, ridge_starts, true_symmetries
 from convinit.nn.position import sincos_2d
-from convinit.ops.qk_adam import qk_adam
 from convinit.ops.qk_solver import DIAGNOSTICS, qk_solver
 
 OFFICIAL = json.loads((Path(__file__).parent.parent / "tests" / "data" / "official_fit.json").read_text())
 ADAM_STEPS = 100
-ADAM_STEPS_CUDA = 500
 
 
 def learned(tokens: int, dim: int) -> Tensor:
@@ -170,55 +167,6 @@ def bench_solver_on_cuda(compare, case):
         )  # fmt: skip
     finally:
         torch.set_num_threads(threads)
-
-
-@pytest.mark.gpu
-def bench_adam_on_cuda(compare):
-    """One layer of the papers' own fit, 500 of its 10,000 steps: their loop in eager PyTorch, and the op."""
-    P, grid_size, heads, rank, scale = sincos_2d((16, 16), 512).cuda(), (16, 16), 8, 64, 0.1
-    offsets = sample_offsets(heads, 5, generator=seeded())
-    M, targets = impulse_matrix(offsets, grid_size, device="cuda"), impulse_targets(offsets, grid_size).cuda()
-    start = P, M, *papers.adam_weights(P, heads, rank, seeded())
-    U, S, Vh = torch.linalg.svd(P.double(), full_matrices=False)
-    kept = S > torch.finfo(P.dtype).eps * S[0]
-    tokens, directions = (U[:, kept] * S[kept]).float(), Vh[kept].T.float().contiguous()
-    found = {}
-
-    def fused() -> tuple[Tensor, Tensor]:
-        wq, wk = start[2].clone(), start[3].mT.contiguous()
-        norm = wq.norm(dim=1).mean()
-        moments = wq.new_zeros(2, 2, *wq.shape)
-        for step in range(0, ADAM_STEPS_CUDA, 100):
-            wq *= norm / wq.norm(dim=1, keepdim=True)
-            wk *= norm / wk.norm(dim=2, keepdim=True)
-            qk_adam(
-                tokens, directions, targets, wq, wk, moments, scale=scale, heads=heads, lr=1e-4,
-                first_step=step, steps=100,
-            )  # fmt: skip
-        return wq, wk
-
-    def check(name: str, weights: tuple[Tensor, Tensor]) -> dict[str, float]:
-        wq, wk = weights
-        attention = torch.softmax(scale * (P @ wq) @ (P @ wk).mT, dim=-1)
-        found[name] = (attention - M).square().mean().item()
-        assert abs(found[name] / found["papers' adam"] - 1) < 1e-3
-        return {"steps_timed": ADAM_STEPS_CUDA, "mse": float(f"{found[name]:.4g}")}
-
-    times = OFFICIAL["case"]["steps"] / ADAM_STEPS_CUDA
-    compare(
-        "qk_adam",
-        "one layer of 8 heads, 16x16, D=512, r=64, f=5, scale 0.1, 10,000 steps",
-        {
-            "papers' adam": lambda: papers.adam_fit(*start, scale=scale, steps=ADAM_STEPS_CUDA),
-            "adam, well ordered": lambda: papers.adam_fit(
-                *start, scale=scale, steps=ADAM_STEPS_CUDA, well_ordered=True
-            ),
-            "convinit": fused,
-        },
-        baseline="papers' adam",
-        check=check,
-        extrapolate=dict.fromkeys(("papers' adam", "adam, well ordered", "convinit"), times),
-    )
 
 
 def bench_each_offset(compare):

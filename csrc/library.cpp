@@ -54,9 +54,6 @@ STABLE_TORCH_LIBRARY(convinit, m) {
       "Tensor(a!)? dq, Tensor(b!)? dk, Tensor(c!)? dv, Tensor(d!)? dq_pos, Tensor(e!)? dk_pos, float scale, "
       "float alpha) -> ()");
   m.def(
-      "qk_adam(Tensor tokens, Tensor directions, Tensor targets, Tensor(a!) wq, Tensor(b!) wk, Tensor(c!) moments, "
-      "float scale, int heads, float lr, int first_step, int steps) -> Tensor");
-  m.def(
       "qk_solver(Tensor xq, Tensor xk, Tensor targets, Tensor wq_starts, Tensor wk_starts, float scale, "
       "Tensor? weight_norm, float peak, int max_iterations, float tolerance, Tensor(a!)? monitor=None) -> "
       "(Tensor, Tensor, Tensor)");

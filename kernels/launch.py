@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import triton
@@ -25,6 +25,7 @@ from convinit.kernels.positional_attention import (
 )
 from convinit.kernels.shared_attention import apply_kernel, map_gradient_kernel
 
+T = TypeVar("T", Tensor, Tensor | None)
 Strides = tuple[int, ...]
 Chosen = Mapping[str, Config]  # {kernel: configuration}, in place of the table's
 NO_STRIDES: Strides = (0, 0, 0, 0)
@@ -57,7 +58,8 @@ def positional_forward(
     programs = triton.cdiv(tokens, config.BM)
     if all_keys:  # one program a head, unless images and heads alone leave multiprocessors idle
         programs = max(1, min(programs, multiprocessors(q) * config.programs // (batch * heads)))
-    q, k, v, q_pos, k_pos = (reachable(x) for x in (q, k, v, q_pos, k_pos))
+    q, k, v = reachable(q), reachable(k), reachable(v)
+    q_pos, k_pos = reachable(q_pos), reachable(k_pos)
     forward_kernel[(batch * heads * programs,)](
         q,
         k,
@@ -116,10 +118,11 @@ def positional_backward(
     factor = float(alpha) if abs(alpha) >= SMALL_ALPHA else 1.0  # a sum of α dQ with α = 0 says nothing of dQ
     dq_scale = folded * (factor if q_pos is not None else 1.0)
     dk_scale = folded * (factor if k_pos is not None else 1.0)
-    q, k, v, q_pos_, k_pos_ = (reachable(x) for x in (q, k, v, q_pos, k_pos))
+    q, k, v = reachable(q), reachable(k), reachable(v)
+    q_pos, k_pos = reachable(q_pos), reachable(k_pos)
     dout_heads = split_heads(dout, heads)
-    sources = (q, k, v, q_pos_, k_pos_)
-    source_strides = (q.stride(), k.stride(), v.stride(), position_strides(q_pos_), position_strides(k_pos_))
+    sources = (q, k, v, q_pos, k_pos)
+    source_strides = (q.stride(), k.stride(), v.stride(), position_strides(q_pos), position_strides(k_pos))
     out_strides = split_heads(out, heads).stride()
     common = (heads, tokens, folded, float(alpha))
     at_once = configs.find("backward", q, chosen)
@@ -275,7 +278,7 @@ def multiprocessors(x: Tensor) -> int:
     return torch.cuda.get_device_properties(x.device).multi_processor_count
 
 
-def reachable(x: Tensor | None) -> Tensor | None:
+def reachable(x: T) -> T:
     """x; a copy of a view whose heads are spread over 2³¹ elements, for the kernels reach no further."""
     if x is None or sum((n - 1) * s for n, s in zip(x.shape[-2:], x.stride()[-2:], strict=True)) < 2**31:
         return x

@@ -15,15 +15,12 @@ from test_impulse_conv import SHAPES as CONV_SHAPES
 from test_impulse_conv import problem as conv_problem
 from test_impulse_conv import tolerances
 from test_impulse_matrix import DTYPES, EXTREMES
-from test_qk_adam import ARGUMENTS, check_as_close_as_eager
-from test_qk_adam import problem as qk_adam_problem
 from test_qk_solver import metrics_in_float64, norms, problem
 from torch import Tensor
 
 from convinit._checks import PADDING_MODES
 from convinit.ops.impulse_conv import impulse_conv_reference
 from convinit.ops.impulse_matrix import impulse_matrix_reference
-from convinit.ops.qk_adam import qk_adam_reference
 from convinit.ops.qk_solver import DIAGNOSTICS, qk_solver
 
 ROOT = Path(__file__).parent.parent
@@ -136,43 +133,6 @@ def test_targets_that_do_not_fit_give_nan(kernels):
         assert result[[0, 2]].isfinite().all()
     assert all(result[1].isnan().all() for result in results[:2])
     assert results[2][1, :4].isnan().all()
-
-
-def adam(kernels, device, inputs, first_step, steps):
-    """`qk_adam` by the CUDA kernel."""
-    tokens, _, _, wq, _, _ = inputs
-    heads, dim, rank = wq.shape
-    scale, mean_over, lr = ARGUMENTS.values()
-    loss = torch.full((heads,), 7.0)
-    kernels.set_device(*device)
-    kernels.qk_adam(
-        *tokens.shape, dim, rank, ctypes.c_double(scale), heads, ctypes.c_double(mean_over),
-        ctypes.c_double(lr), ctypes.c_int64(first_step), ctypes.c_int64(steps),
-        *map(pointer, inputs), pointer(loss),
-    )  # fmt: skip
-    return loss
-
-
-@devices
-def test_adam_matches_float64(kernels, device):
-    exact, eager, ours = qk_adam_problem(dtype=torch.float64), qk_adam_problem(), qk_adam_problem()
-    for first_step, steps in ((0, 1), (1, 4)):
-        loss = adam(kernels, device, ours, first_step, steps)
-        expected = qk_adam_reference(*exact, *ARGUMENTS.values(), first_step, steps)
-        qk_adam_reference(*eager, *ARGUMENTS.values(), first_step, steps)
-        torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
-    check_as_close_as_eager(ours, eager, exact)
-
-
-@pytest.mark.parametrize("target", [-2, 35, 2**32])
-def test_adam_gives_nan_for_targets_that_do_not_fit(kernels, target):
-    bad, good = qk_adam_problem(), qk_adam_problem()
-    bad[2][1, 5] = target
-    device = (4, 96 * 1024, False)  # all heads by one group of blocks, one after the other
-    loss, expected = adam(kernels, device, bad, 0, 2), adam(kernels, device, good, 0, 2)
-    for result, other in zip((loss, bad[3], bad[4]), (expected, good[3], good[4]), strict=True):
-        assert result[1].isnan().all()
-        assert torch.equal(result[[0, 2]], other[[0, 2]])
 
 
 @pytest.mark.parametrize("backwards", [False, True])

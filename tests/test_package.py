@@ -46,7 +46,7 @@ def test_build_info():
 def test_cuda_ops_are_registered_without_a_gpu():
     if not convinit.build_info()["cuda_ops"]:
         pytest.skip("needs a CUDA build of torch and the CUDA library")
-    for op in ("impulse_conv", "impulse_matrix", "qk_solver", "qk_adam"):
+    for op in ("impulse_conv", "impulse_matrix", "qk_solver"):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"convinit::{op}", "CUDA"), op
     info = convinit.build_info()
     assert re.fullmatch(r"\d+\.\d+", info["cuda_compiled"])

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from convinit._checks import check_int, check_number, check_real
 from convinit._progress import progress
-from convinit.ops.qk_adam import qk_adam
+from convinit.fit.adam import adam_steps_
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,6 @@ def fit_adam(
     # P in a basis of its row space, which leaves rounding alone to tell the fits apart.
     U, S, Vh = torch.linalg.svd(P.double(), full_matrices=False)
     kept = S > torch.finfo(P.dtype).eps * S[0]
-    device = device if P.dtype == torch.float32 else P.device  # the CUDA kernel's dtype
     tokens, directions, targets, wq, wk = (
         x.to(device).contiguous()
         for x in ((U[:, kept] * S[kept]).to(P), Vh[kept].T.to(P), targets, wq, wk_t.mT)
@@ -97,7 +96,7 @@ def fit_adam(
     for step in progress(range(0, method.steps, method.norm_interval), "fitting with Adam", unit="interval"):
         wq *= norm / wq.norm(dim=1, keepdim=True)
         wk *= norm / wk.norm(dim=2, keepdim=True)
-        qk_adam(
+        adam_steps_(
             tokens, directions, targets, wq, wk, moments, scale=scale, heads=heads, lr=method.lr,
             first_step=step, steps=min(method.norm_interval, method.steps - step),
         )  # fmt: skip

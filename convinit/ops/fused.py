@@ -4,7 +4,7 @@
     convinit::apply_map              map · v for every image                          and its backward
 
 On CUDA they run `convinit.kernels`, which imports Triton, so the import waits for the first call. On a CPU
-they run the compiled kernels of `convinit.ops.native`; float64 and dropout run plain PyTorch, for tests and
+they run the compiled kernels of `convinit.ops.native`; float64 runs plain PyTorch, for tests and
 tracing.
 """
 
@@ -74,13 +74,16 @@ def takes_kernels(op: str, backend: str, x: Tensor, dropout_p: float = 0.0) -> b
         op: "positional_attention" or "shared_attention".
         dropout_p: inside the op. The shared map is dropped from before it gets there.
     """
-    if backend == "triton":
-        _check_triton(x)
-    elif backend == "native":
-        native.check_native(x, dropout_p)
-    elif backend == "auto":
-        return _prefers_triton(op, x) or native.prefers_native(op, x, dropout_p)
-    return backend in ("triton", "native")
+    if backend in ("sdpa", "eager"):
+        return False
+    if backend == "auto":
+        return dropout_p == 0 and (_prefers_triton(op, x) or native.prefers_native(op, x))
+    if dropout_p > 0:
+        raise ValueError(
+            f'backend="{backend}" has no dropout, got dropout_p = {dropout_p}; use backend="auto"'
+        )
+    (_check_triton if backend == "triton" else native.check_native)(x)
+    return True
 
 
 def fused_positional_attention(
@@ -91,14 +94,11 @@ def fused_positional_attention(
     k_pos: Tensor | None,
     scale: float,
     alpha: float,
-    dropout_p: float,
 ) -> Tensor:
     """Positional attention as one op, [B, N, heads·r]; q, k, v are cast under autocast, as for SDPA."""
     refuse_transforms("positional attention's op", _EAGER, q, k, v, q_pos, k_pos)
     q, k, v = _autocast(q), _autocast(k), _autocast(v)
-    # On the device: a seed from the CPU would be a constant of a captured CUDA graph.
-    seed = torch.randint(2**31 - 1, (), device=q.device) if dropout_p > 0 else None
-    return _positional(q, k, v, q_pos, k_pos, seed, scale, alpha, dropout_p)[0]
+    return _positional(q, k, v, q_pos, k_pos, scale, alpha)[0]
 
 
 def fused_packed_attention(
@@ -108,13 +108,11 @@ def fused_packed_attention(
     k_pos: Tensor | None,
     scale: float,
     alpha: float,
-    dropout_p: float,
 ) -> Tensor:
     """The same of one packed product qkv [B, N, 3·heads·r], whose gradient is written packed, uncopied."""
     refuse_transforms("positional attention's op", _EAGER, qkv, q_pos, k_pos)
     qkv = _autocast(qkv)
-    seed = torch.randint(2**31 - 1, (), device=qkv.device) if dropout_p > 0 else None
-    return _packed(qkv, heads, q_pos, k_pos, seed, scale, alpha, dropout_p)[0]
+    return _packed(qkv, heads, q_pos, k_pos, scale, alpha)[0]
 
 
 def apply_map(attention: Tensor, v: Tensor) -> Tensor:
@@ -139,19 +137,17 @@ def _positional(
     v: Tensor,
     q_pos: Tensor | None,
     k_pos: Tensor | None,
-    seed: Tensor | None,
     scale: float,
     alpha: float,
-    dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
-    if native.serves(q, seed):
+    if native.serves(q):
         return native.forward(q, k, v, q_pos, k_pos, scale, alpha)
     q_mixed, k_mixed, values = (
         _mixed(x, pos, alpha if mix else 1.0) for x, pos, mix in ((q, q_pos, 1), (k, k_pos, 1), (v, None, 0))
     )
     logits = scale * q_mixed @ k_mixed.mT  # [B, heads, N, N]
     lse = logits.logsumexp(-1)
-    weights = (logits - lse.unsqueeze(-1)).exp() * _dropout_factor(logits, seed, dropout_p)
+    weights = (logits - lse.unsqueeze(-1)).exp()
     out = (weights @ values).transpose(1, 2).flatten(2)
     return out.to(q.dtype).contiguous(), (lse / math.log(2)).float().contiguous()
 
@@ -166,24 +162,21 @@ def _positional_backward(
     k_pos: Tensor | None,
     out: Tensor,
     lse: Tensor,
-    seed: Tensor | None,
     scale: float,
     alpha: float,
-    dropout_p: float,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, q_pos, k_pos; an empty tensor where needs says False."""
-    if native.serves(q, seed):
+    if native.serves(q):
         inputs = (q, k, v, q_pos, k_pos)
         return _filled(q, native.backward(dout, inputs, scale, alpha, needs))
     heads = q.shape[1]
     q_mixed, k_mixed, values = _mixed(q, q_pos, alpha), _mixed(k, k_pos, alpha), _mixed(v, None, 1.0)
     dout, out = (split_heads(x, heads).to(values.dtype) for x in (dout, out))  # [B, heads, N, r]
     weights = (scale * q_mixed @ k_mixed.mT).softmax(-1)  # [B, heads, N, N]
-    factor = _dropout_factor(weights, seed, dropout_p)
     delta = (dout * out).sum(-1, keepdim=True)
-    dlogits = scale * weights * (dout @ values.mT * factor - delta)
-    dq, dk, dv = dlogits @ k_mixed, dlogits.mT @ q_mixed, (weights * factor).mT @ dout
+    dlogits = scale * weights * (dout @ values.mT - delta)
+    dq, dk, dv = dlogits @ k_mixed, dlogits.mT @ q_mixed, weights.mT @ dout
     full = (alpha * dq, alpha * dk, dv, dq.sum(0), dk.sum(0))
     results = _empty_gradients((q, k, v, q_pos, k_pos), needs)
     for result, gradient, need in zip(results, full, needs, strict=True):
@@ -198,14 +191,6 @@ def _mixed(x: Tensor, pos: Tensor | None, alpha: float) -> Tensor:
     return x if pos is None else x + pos.to(x.dtype)
 
 
-def _dropout_factor(weights: Tensor, seed: Tensor | None, dropout_p: float) -> Tensor | float:
-    if seed is None:
-        return 1.0
-    generator = torch.Generator().manual_seed(int(seed))
-    kept = torch.rand(weights.shape, generator=generator, dtype=weights.dtype) >= dropout_p
-    return kept / (1 - dropout_p)
-
-
 def _filled(
     like: Tensor, gradients: Sequence[Tensor | None]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -218,7 +203,6 @@ def _differentiable_gradients(
     dout: Tensor,
     inputs: Sequence[Tensor | None],
     split: Callable[..., tuple[Tensor, ...]],
-    seed: Tensor | None,
     scale: float,
     alpha: float,
 ) -> tuple[Tensor | None, ...]:
@@ -226,8 +210,6 @@ def _differentiable_gradients(
 
     split: q, k, v, q_pos, k_pos of the inputs. Those that need no gradient get None.
     """
-    if seed is not None:
-        raise NotImplementedError(f"second derivatives of attention with dropout need {_EAGER}")
     q, k, v, q_pos, k_pos = split(*inputs)
     q_mixed, k_mixed, values = _mixed(q, q_pos, alpha), _mixed(k, k_pos, alpha), _mixed(v, None, 1.0)
     out = ((scale * q_mixed @ k_mixed.mT).softmax(-1) @ values).transpose(1, 2).flatten(2).to(q.dtype)
@@ -251,19 +233,19 @@ def _empty_gradients(
 
 
 @_positional.register_fake
-def _(q, k, v, q_pos, k_pos, seed, scale, alpha, dropout_p):
+def _(q, k, v, q_pos, k_pos, scale, alpha):
     batch, heads, tokens, rank = q.shape
     lse_dtype = torch.float32
     return q.new_empty(batch, tokens, heads * rank), q.new_empty(batch, heads, tokens, dtype=lse_dtype)
 
 
 @_positional_backward.register_fake
-def _(dout, q, k, v, q_pos, k_pos, out, lse, seed, scale, alpha, dropout_p, needs):
+def _(dout, q, k, v, q_pos, k_pos, out, lse, scale, alpha, needs):
     return _empty_gradients((q, k, v, q_pos, k_pos), needs)
 
 
 @_positional.register_kernel("cuda")
-def _(q, k, v, q_pos, k_pos, seed, scale, alpha, dropout_p):
+def _(q, k, v, q_pos, k_pos, scale, alpha):
     from convinit.kernels import launch
 
     with torch.cuda.device(q.device):
@@ -271,7 +253,7 @@ def _(q, k, v, q_pos, k_pos, seed, scale, alpha, dropout_p):
 
 
 @_positional_backward.register_kernel("cuda")
-def _(dout, q, k, v, q_pos, k_pos, out, lse, seed, scale, alpha, dropout_p, needs):
+def _(dout, q, k, v, q_pos, k_pos, out, lse, scale, alpha, needs):
     from convinit.kernels import launch
 
     with torch.cuda.device(q.device):
@@ -280,7 +262,7 @@ def _(dout, q, k, v, q_pos, k_pos, out, lse, seed, scale, alpha, dropout_p, need
 
 
 def _setup_positional(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.scale, ctx.alpha, ctx.dropout_p = inputs
+    *tensors, ctx.scale, ctx.alpha = inputs
     ctx.save_for_backward(*tensors, *output)
     ctx.set_materialize_grads(False)
 
@@ -288,16 +270,14 @@ def _setup_positional(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, T
 def _backward_positional(ctx: Any, dout: Tensor | None, _dlse: Tensor | None) -> tuple[Tensor | None, ...]:
     needs = list(ctx.needs_input_grad[:5])
     if dout is None or not any(needs):
-        return (None,) * 9
-    q, k, v, q_pos, k_pos, seed, out, lse = ctx.saved_tensors
+        return (None,) * 7
+    q, k, v, q_pos, k_pos, out, lse = ctx.saved_tensors
     if torch.is_grad_enabled():
         inputs = (q, k, v, q_pos, k_pos)
-        made = _differentiable_gradients(dout, inputs, lambda *all: all, seed, ctx.scale, ctx.alpha)
-        return *made, None, None, None, None
-    gradients = _positional_backward(
-        dout, q, k, v, q_pos, k_pos, out, lse, seed, ctx.scale, ctx.alpha, ctx.dropout_p, needs
-    )
-    return *(x if need else None for x, need in zip(gradients, needs, strict=True)), None, None, None, None
+        made = _differentiable_gradients(dout, inputs, lambda *all: all, ctx.scale, ctx.alpha)
+        return *made, None, None
+    gradients = _positional_backward(dout, q, k, v, q_pos, k_pos, out, lse, ctx.scale, ctx.alpha, needs)
+    return *(x if need else None for x, need in zip(gradients, needs, strict=True)), None, None
 
 
 _positional.register_autograd(_backward_positional, setup_context=_setup_positional)
@@ -312,15 +292,13 @@ def _packed(
     heads: int,
     q_pos: Tensor | None,
     k_pos: Tensor | None,
-    seed: Tensor | None,
     scale: float,
     alpha: float,
-    dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
-    if native.serves(qkv, seed):  # without the price of a second op
+    if native.serves(qkv):  # without the price of a second op
         q, k, v = split_packed(qkv, heads)
         return native.forward(q, k, v, q_pos, k_pos, scale, alpha)
-    return _positional(*split_packed(qkv, heads), q_pos, k_pos, seed, scale, alpha, dropout_p)
+    return _positional(*split_packed(qkv, heads), q_pos, k_pos, scale, alpha)
 
 
 @torch.library.custom_op("convinit::packed_attention_backward", mutates_args=(), device_types="cpu")
@@ -332,10 +310,8 @@ def _packed_backward(
     k_pos: Tensor | None,
     out: Tensor,
     lse: Tensor,
-    seed: Tensor | None,
     scale: float,
     alpha: float,
-    dropout_p: float,
     need_q_pos: bool,
     need_k_pos: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -343,12 +319,12 @@ def _packed_backward(
     needs = [True, True, True, need_q_pos, need_k_pos]
     dqkv = qkv.new_empty(qkv.shape)
     parts = split_packed(dqkv, heads)
-    if native.serves(qkv, seed):
+    if native.serves(qkv):
         inputs = (*split_packed(qkv, heads), q_pos, k_pos)
         *_, dq_pos, dk_pos = _filled(qkv, native.backward(dout, inputs, scale, alpha, needs, parts))
         return dqkv, dq_pos, dk_pos
     *gradients, dq_pos, dk_pos = _positional_backward(
-        dout, *split_packed(qkv, heads), q_pos, k_pos, out, lse, seed, scale, alpha, dropout_p, needs
+        dout, *split_packed(qkv, heads), q_pos, k_pos, out, lse, scale, alpha, needs
     )
     for part, gradient in zip(parts, gradients, strict=True):
         part.copy_(gradient)
@@ -356,20 +332,20 @@ def _packed_backward(
 
 
 @_packed.register_fake
-def _(qkv, heads, q_pos, k_pos, seed, scale, alpha, dropout_p):
+def _(qkv, heads, q_pos, k_pos, scale, alpha):
     batch, tokens, width = qkv.shape
     return qkv.new_empty(batch, tokens, width // 3), qkv.new_empty(batch, heads, tokens, dtype=torch.float32)
 
 
 @_packed_backward.register_fake
-def _(dout, qkv, heads, q_pos, k_pos, out, lse, seed, scale, alpha, dropout_p, need_q_pos, need_k_pos):
+def _(dout, qkv, heads, q_pos, k_pos, out, lse, scale, alpha, need_q_pos, need_k_pos):
     positions = ((q_pos, need_q_pos), (k_pos, need_k_pos))
     dq_pos, dk_pos = (x.new_empty(x.shape) if need else qkv.new_empty(0) for x, need in positions)
     return qkv.new_empty(qkv.shape), dq_pos, dk_pos
 
 
 @_packed_backward.register_kernel("cuda")
-def _(dout, qkv, heads, q_pos, k_pos, out, lse, seed, scale, alpha, dropout_p, need_q_pos, need_k_pos):
+def _(dout, qkv, heads, q_pos, k_pos, out, lse, scale, alpha, need_q_pos, need_k_pos):
     from convinit.kernels import launch
 
     dqkv = qkv.new_empty(qkv.shape)
@@ -383,34 +359,34 @@ def _(dout, qkv, heads, q_pos, k_pos, out, lse, seed, scale, alpha, dropout_p, n
 
 
 def _setup_packed(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    qkv, ctx.heads, q_pos, k_pos, seed, ctx.scale, ctx.alpha, ctx.dropout_p = inputs
-    ctx.save_for_backward(qkv, q_pos, k_pos, seed, *output)
+    qkv, ctx.heads, q_pos, k_pos, ctx.scale, ctx.alpha = inputs
+    ctx.save_for_backward(qkv, q_pos, k_pos, *output)
     ctx.set_materialize_grads(False)
 
 
 def _backward_packed(ctx: Any, dout: Tensor | None, _dlse: Tensor | None) -> tuple[Tensor | None, ...]:
     need_qkv, _, need_q_pos, need_k_pos, *_ = ctx.needs_input_grad
     if dout is None or not (need_qkv or need_q_pos or need_k_pos):
-        return (None,) * 8
-    qkv, q_pos, k_pos, seed, out, lse = ctx.saved_tensors
-    options = (ctx.scale, ctx.alpha, ctx.dropout_p)
+        return (None,) * 6
+    qkv, q_pos, k_pos, out, lse = ctx.saved_tensors
+    options = (ctx.scale, ctx.alpha)
     if torch.is_grad_enabled():
         dqkv, dq_pos, dk_pos = _differentiable_gradients(
             dout, (qkv, q_pos, k_pos), lambda x, *given: (*split_packed(x, ctx.heads), *given),
-            seed, ctx.scale, ctx.alpha,
+            ctx.scale, ctx.alpha,
         )  # fmt: skip
-        return dqkv, None, dq_pos, dk_pos, None, None, None, None
+        return dqkv, None, dq_pos, dk_pos, None, None
     if need_qkv:
         dqkv, dq_pos, dk_pos = _packed_backward(
-            dout, qkv, ctx.heads, q_pos, k_pos, out, lse, seed, *options, need_q_pos, need_k_pos
+            dout, qkv, ctx.heads, q_pos, k_pos, out, lse, *options, need_q_pos, need_k_pos
         )
     else:
         needs = [False, False, False, need_q_pos, need_k_pos]
         parts = split_packed(qkv, ctx.heads)
-        *_, dq_pos, dk_pos = _positional_backward(dout, *parts, q_pos, k_pos, out, lse, seed, *options, needs)
+        *_, dq_pos, dk_pos = _positional_backward(dout, *parts, q_pos, k_pos, out, lse, *options, needs)
         dqkv = None
     positions = (dq_pos if need_q_pos else None, dk_pos if need_k_pos else None)
-    return dqkv, None, *positions, None, None, None, None
+    return dqkv, None, *positions, None, None
 
 
 _packed.register_autograd(_backward_packed, setup_context=_setup_packed)
@@ -421,7 +397,7 @@ _packed.register_autograd(_backward_packed, setup_context=_setup_packed)
 
 @torch.library.custom_op("convinit::apply_map", mutates_args=(), device_types="cpu")
 def _apply_map(attention: Tensor, v: Tensor) -> Tensor:
-    if native.serves(v, None):
+    if native.serves(v):
         return native.apply_map(attention, v)
     return (attention @ v).transpose(1, 2).flatten(2).contiguous()
 
@@ -429,7 +405,7 @@ def _apply_map(attention: Tensor, v: Tensor) -> Tensor:
 @torch.library.custom_op("convinit::map_gradient", mutates_args=(), device_types="cpu")
 def _map_gradient(dout: Tensor, v: Tensor) -> Tensor:
     """Σ over images of dout · vᵀ, [heads, N, N]."""
-    if native.serves(v, None):
+    if native.serves(v):
         return native.map_gradient(dout, v)
     return torch.einsum("bnhr,bhmr->hnm", dout.unflatten(-1, (v.shape[1], -1)), v).contiguous()
 

@@ -30,18 +30,16 @@ _AMX = torch.cpu._is_amx_tile_supported()
 _WORTHWHILE = 2**20  # B·heads·N²·r; below it an op's price in Python, 20 µs, outweighs what a kernel saves
 
 
-def check_native(x: Tensor, dropout_p: float) -> None:
+def check_native(x: Tensor) -> None:
     """Raise if backend="native" cannot serve x [B, heads, N, r]: an explicit request never falls back."""
     if x.device.type != "cpu":
         raise ValueError(f'backend="native" needs tensors on the CPU, got {x.device}; use backend="auto"')
     dtype = _dtype(x)
     if dtype not in _DTYPES:
         raise TypeError(f'backend="native" takes float32, bfloat16 or float16, got {dtype}')
-    if dropout_p > 0:
-        raise ValueError(f'backend="native" has no dropout, got dropout_p = {dropout_p}; use backend="auto"')
 
 
-def prefers_native(op: str, x: Tensor, dropout_p: float) -> bool:
+def prefers_native(op: str, x: Tensor) -> bool:
     """Whether backend="auto" takes the kernels of `op` for x [B, heads, N, r].
 
     "positional_attention": next to SDPA they measured as fast or faster in every shape from N = 64 to 2304
@@ -62,7 +60,6 @@ def prefers_native(op: str, x: Tensor, dropout_p: float) -> bool:
         faster = dtype in _DTYPES
     return (
         x.device.type == "cpu"
-        and dropout_p == 0
         and _VECTORS
         and faster
         and (dtype == torch.float32 or not _AMX)
@@ -77,9 +74,9 @@ def worthwhile(x: Tensor) -> bool:
     return x.shape[2] * x.numel() >= _WORTHWHILE
 
 
-def serves(q: Tensor, seed: Tensor | None) -> bool:
+def serves(q: Tensor) -> bool:
     """Whether the kernels can be the CPU's part of the fused ops; plain PyTorch is the rest."""
-    return q.device.type == "cpu" and q.dtype in _DTYPES and seed is None
+    return q.device.type == "cpu" and q.dtype in _DTYPES
 
 
 def forward(

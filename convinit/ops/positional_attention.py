@@ -39,15 +39,16 @@ def positional_attention(
         scale: softmax temperature, a number; None means r**-0.5. One to be learnt is multiplied into q.
         alpha: content share α of queries and keys, a number. One to be learnt is multiplied into q and k.
         dropout_p: probability that an attention weight is dropped. Pass 0 in evaluation.
-        backend: "triton" (the kernels of `convinit.kernels`: CUDA, r up to 128), "native" (compiled kernels
-            of the CPU: float32, and bfloat16 and float16 computed in float32, but that CPUs with AVX512-BF16
-            multiply bfloat16 as it is, numbers below 1.2e-38 being 0 to them; no dropout), "sdpa" (mixed q
-            and k go to :func:`torch.nn.functional.scaled_dot_product_attention`), "eager" (the formula), or
-            "auto", which is kernels where measurements say that they are faster, else "sdpa". On a CPU with
-            AVX2 or AVX-512 that is "native" in all it serves, if B·heads·N²·r is 2²⁰ or more, except for
-            bfloat16 and float16 where the CPU has AMX; what is smaller, or float64, is "eager" where it needs
-            a gradient. While a model is exported or traced it is "sdpa". On CUDA no measurement has been
-            committed yet, so "auto" is "sdpa". An explicit choice never falls back.
+        backend: "triton": the kernels of `convinit.kernels`, on CUDA, r up to 128, no dropout. "native":
+            compiled kernels of the CPU, for float32, and for bfloat16 and float16 computed in float32, but
+            that CPUs with AVX512-BF16 multiply bfloat16 as it is, numbers below 1.2e-38 being 0 to them; no
+            dropout. "sdpa": mixed q and k go to :func:`torch.nn.functional.scaled_dot_product_attention`.
+            "eager": the formula. "auto": kernels where measurements say that they are faster, else "sdpa".
+            On CUDA that is "triton" on Hopper in bfloat16 and float16 for N up to 576 and r up to 64. On a
+            CPU with AVX2 or AVX-512 it is "native" in all it serves, if B·heads·N²·r is 2²⁰ or more, except
+            for bfloat16 and float16 where the CPU has AMX; what is smaller, or float64, is "eager" where it
+            needs a gradient. While a model is exported or traced it is "sdpa". An explicit choice never
+            falls back.
 
     Derivatives: under torch.func and forward-mode AD "auto" is "eager". Second derivatives are those of the
     formula, which keeps its [B, heads, N, N] map; in "sdpa" PyTorch's fused kernels have none.
@@ -69,7 +70,7 @@ def positional_attention(
             q, k, v, q_pos, k_pos, scale=scale, alpha=alpha, dropout_p=dropout_p
         )
     if fused.takes_kernels("positional_attention", backend, q, dropout_p):
-        return fused.fused_positional_attention(q, k, v, q_pos, k_pos, scale, alpha, dropout_p)
+        return fused.fused_positional_attention(q, k, v, q_pos, k_pos, scale, alpha)
     if backend == "auto" and _may_be_differentiated_twice(q, k, v, q_pos, k_pos, dropout_p=dropout_p):
         return positional_attention_reference(q, k, v, q_pos, k_pos, scale=scale, alpha=alpha)
     q, k = _mix(q, q_pos, alpha), _mix(k, k_pos, alpha)
@@ -113,7 +114,7 @@ def packed_attention(
     scale, alpha, dropout_p = _check(q, k, v, q_pos, k_pos, scale, alpha, dropout_p)
     fused.check_backend(backend)
     if fused.takes_kernels("positional_attention", backend, q, dropout_p):
-        return fused.fused_packed_attention(qkv, num_heads, q_pos, k_pos, scale, alpha, dropout_p)
+        return fused.fused_packed_attention(qkv, num_heads, q_pos, k_pos, scale, alpha)
     return positional_attention(
         q, k, v, q_pos, k_pos, scale=scale, alpha=alpha, dropout_p=dropout_p, backend=backend
     )

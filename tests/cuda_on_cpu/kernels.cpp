@@ -5,7 +5,6 @@
 
 #include "impulse_conv_kernel.cuh"
 #include "impulse_matrix_kernel.cuh"
-#include "qk_adam_kernel.cuh"
 #include "qk_solver_kernel.cuh"
 
 namespace convinit {
@@ -95,28 +94,4 @@ extern "C" int qk_solver(int n, int dq, int dk, int rank, double scale, int star
   args.wk = wk;
   args.diagnostics = diagnostics;
   return run(args, plan_qk_solver, launch_qk_solver);
-}
-
-extern "C" int qk_adam(int n, int basis, int dim, int rank, double scale, int problems, double heads, double lr, int64_t first_step, int64_t steps,
-                       const float* tokens, const float* directions, const int64_t* targets, float* wq, float* wk,
-                       float* moments, float* loss) {
-  QKAdamArgs args{};
-  args.shape = {n, basis, basis, rank, static_cast<float>(scale)};
-  args.problems = problems;
-  args.dim = dim;
-  args.first_step = first_step;
-  args.steps = steps;
-  args.lr = lr;
-  args.beta1 = 0.9;
-  args.beta2 = 0.999;
-  args.eps = 1e-8;
-  args.heads = heads;
-  args.tokens = tokens;
-  args.directions = directions;
-  args.targets = targets;
-  args.wq = wq;
-  args.wk = wk;
-  args.moments = moments;
-  args.loss = loss;
-  return run(args, plan_qk_adam, launch_qk_adam);
 }

@@ -7,12 +7,10 @@ import math
 import torch
 from torch import Tensor
 
-from convinit import _library  # noqa: F401  registers torch.ops.convinit
-
 BETAS, EPS = (0.9, 0.999), 1e-8  # PyTorch's defaults, which the papers keep
 
 
-def qk_adam(
+def adam_steps_(
     tokens: Tensor,
     directions: Tensor,
     targets: Tensor,
@@ -33,16 +31,15 @@ def qk_adam(
 
         (A − M).square().mean(dim=(1, 2)).sum() / heads
 
-    On CUDA all steps are made in one launch, and no [N, N] map is stored; elsewhere this is eager PyTorch.
+    The gradient is made by hand, which takes half the time and memory of autograd.
 
     Args:
-        tokens: X [N, ρ], float32 (or float64 where there is no CUDA kernel), as all that follow: the tokens
-            in a basis of the row space of P.
+        tokens: X [N, ρ], floating, as all that follow: the tokens in a basis of the row space of P.
         directions: V [D, ρ], orthonormal columns: the basis.
         targets: [B, N] int64: the column that row n is to look at, or −1 for none.
-        wq, wk: [B, D, r], contiguous; updated.
-        moments: [2, 2, B, D, r], contiguous: Adam's first and second moments of wq and wk; updated. Zeros at
-            the first step.
+        wq, wk: [B, D, r]; updated.
+        moments: [2, 2, B, D, r]: Adam's first and second moments of wq and wk; updated. Zeros at the first
+            step.
         scale: softmax temperature.
         heads: the number of heads over which the loss is a mean.
         lr: learning rate.
@@ -53,22 +50,11 @@ def qk_adam(
         [B]: each head's mse before the last of these steps; zeros where there was none.
 
     Raises:
-        RuntimeError: shapes, dtypes or devices do not fit (`convinit.fit_qk` checks its arguments).
-        ValueError: a target lies outside [−1, N); on CUDA that makes its head's loss and weights NaN instead.
+        ValueError: a target lies outside [−1, N).
 
     Source: loss, optimiser and constants are those of arXiv 2401.12511 and 2404.01139; the basis is ours and
     changes rounding alone.
     """
-    return torch.ops.convinit.qk_adam(
-        tokens, directions, targets, wq, wk, moments, scale, heads, lr, first_step, steps
-    )
-
-
-def qk_adam_reference(
-    tokens: Tensor, directions: Tensor, targets: Tensor, wq: Tensor, wk: Tensor, moments: Tensor,
-    scale: float, heads: int, lr: float, first_step: int, steps: int,
-) -> Tensor:  # fmt: skip
-    """`qk_adam` in plain PyTorch; the gradient by hand, which takes half the time and memory of autograd."""
     X, V, n = tokens, directions, tokens.shape[0]
     if ((targets < -1) | (targets >= n)).any():
         raise ValueError(f"targets must lie in [-1, {n}), the number of tokens")
@@ -89,12 +75,3 @@ def qk_adam_reference(
             spread = v.sqrt().div_(math.sqrt(1 - BETAS[1] ** step)).add_(EPS)
             w.addcdiv_(m, spread, value=-lr / (1 - BETAS[0] ** step))
     return loss
-
-
-# None: devices without a compiled kernel.
-torch.library.register_kernel("convinit::qk_adam", None, qk_adam_reference)
-
-
-@torch.library.register_fake("convinit::qk_adam")
-def _(tokens, directions, targets, wq, wk, moments, scale, heads, lr, first_step, steps):
-    return tokens.new_empty((targets.shape[0],))

@@ -23,9 +23,9 @@ import papers
 import pytest
 import torch
 import torch.nn.functional as F
-from timing import Absent, compiled
 from torch import Tensor, nn
 
+from convinit._timing import Absent, compiled
 from convinit.models import ConvMixer, SimpleViT
 from convinit.nn import Linear, SpatialConv
 from convinit.ops.products import HALVED_MKL

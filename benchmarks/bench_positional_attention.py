@@ -14,10 +14,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from timing import compiled
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from convinit._timing import compiled
 from convinit.ops.fused import HAS_TRITON
 from convinit.ops.positional_attention import positional_attention, positional_attention_reference
 

@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 import torch
-from timing import compiled
 from torch import Tensor
 
+from convinit._timing import compiled
 from convinit.ops.fused import HAS_TRITON
 from convinit.ops.shared_attention import shared_attention, shared_attention_reference
 

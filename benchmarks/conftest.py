@@ -2,7 +2,7 @@
 
     python -m pytest benchmarks/bench_impulse_matrix.py -s --benchmark-json impulse_matrix.json
 
-timing.py takes the times, results.py makes rows of them, machine.py describes the machine.
+convinit/_timing.py takes the times, results.py makes rows of them, machine.py describes the machine.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import machine
 import pytest
 import results
 import torch
-from timing import Absent, Outcome, measure, settle_allocator, try_out, without_gc
+
+from convinit._timing import Absent, Outcome, measure, settle_allocator, try_out, without_gc
 
 FAILURES = pytest.StashKey[list[str]]()
 CEILINGS = pytest.StashKey[dict[str, Any]]()

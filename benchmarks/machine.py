@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timing import between_events
 
 import convinit
+from convinit._timing import between_events
 
 ROOT = Path(__file__).parent.parent
 COMPETITORS = ("triton", "torchvision", "timm", "transformers", "vit-pytorch")  # whose versions matter

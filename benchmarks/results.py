@@ -11,7 +11,8 @@ import numpy as np
 
 if TYPE_CHECKING:
     import pandas as pd
-    from timing import Outcome
+
+    from convinit._timing import Outcome
 
 KEY = [
     "op",

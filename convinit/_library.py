@@ -117,9 +117,11 @@ def build_info() -> dict[str, Any]:
         cpu_count, num_threads: CPUs of the machine, and threads that ops use;
         gpu: name of the current CUDA device with its architecture, or None;
         gpu_problem: why the CUDA ops do not run on it, or None;
+        tuned: when `convinit tune` measured attention for this GPU and these versions, or None;
         python, platform: the interpreter's version and the operating system.
     """
     from convinit import __version__
+    from convinit.kernels import tuned
 
     config = _read(torch.ops.convinit.build_config())
     cuda = _cuda_config() if _HAS_CUDA_OPS else None
@@ -141,6 +143,7 @@ def build_info() -> dict[str, Any]:
         "num_threads": torch.get_num_threads(),
         "gpu": capability and f"{torch.cuda.get_device_name()} (sm_{capability[0]}{capability[1]})",
         "gpu_problem": _cuda_problem(cuda, capability) if cuda and capability else None,
+        "tuned": (str(tuned.of(torch.cuda.current_device())) or None) if capability else None,
         "python": platform.python_version(),
         "platform": platform.platform(),
     }

@@ -8,11 +8,9 @@ generations are what compiles for them within their shared memory and without lo
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 MAX_RANK = 128
 MAX_TOKENS = 1 << 15
@@ -99,30 +97,10 @@ TABLE = {
 # Where a generation has other limits: {(generation, key): configuration}; None: it goes without this kernel.
 OVERRIDES: dict[tuple[int, Key], Config | None] = {}
 
-# Where the kernels measured faster than PyTorch's: {generation: ((op, itemsize, r up to, N up to), ...)}.
-# backend="auto" goes by it; the rows are under benchmarks/results.
-MEASURED_FASTER: dict[int, tuple[tuple[str, int, int, int], ...]] = {
-    90: (("positional_attention", 2, 64, 576), ("shared_attention", 2, 64, 576)),
-}
-
-
-def choose(kernel: str, x: Tensor, chosen: Mapping[str, Config] | None = None) -> Config:
-    """The configuration for tensors like x [B, heads, N, r]: of `chosen`, or the table's."""
-    config = find(kernel, x, chosen)
-    if config is None:
-        raise ValueError(f"no launch configuration of {kernel} for {list(x.shape)} and {x.dtype}")
-    return config
-
-
-def find(kernel: str, x: Tensor, chosen: Mapping[str, Config] | None = None) -> Config | None:
-    """The same, or None where the kernel does not serve the problem."""
-    if chosen is not None:
-        return chosen.get(kernel)
-    return lookup(kernel, generation(x.device), x.element_size(), x.shape[2], x.shape[3])
-
 
 @functools.cache
 def lookup(kernel: str, generation: int, itemsize: int, tokens: int, rank: int) -> Config | None:
+    """The table's configuration of a kernel, or None where it does not serve the problem."""
     for key, common in TABLE.items():  # small r before large r, small N before large N
         fits = rank <= key.rank and (key.tokens is None or tokens <= key.tokens)
         if fits and (key.kernel, key.itemsize) == (kernel, itemsize):
@@ -141,16 +119,3 @@ def generation(device: torch.device) -> int:
     if major < 8:
         raise ValueError(f"the kernels need a GPU of compute capability 8.0 or newer, got {major}.{minor}")
     return max(g for g in GENERATIONS if g <= 10 * major)
-
-
-def measured_faster(op: str, x: Tensor) -> bool:
-    """Whether committed measurements have the kernels of op ahead of PyTorch's for x [B, heads, N, r]."""
-    tokens, rank = x.shape[2:]
-    return any(
-        (op, x.element_size()) == row[:2]
-        and rank <= row[2]
-        and tokens <= row[3]
-        and key == generation(x.device)
-        for key, rows in MEASURED_FASTER.items()
-        for row in rows
-    )

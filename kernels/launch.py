@@ -13,7 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
-from convinit.kernels import configs
+from convinit.kernels import tuned
 from convinit.kernels.configs import Config
 from convinit.kernels.layout import image_gradient, split_heads
 from convinit.kernels.positional_attention import (
@@ -50,7 +50,7 @@ def positional_forward(
     lse = q.new_empty(batch, heads, tokens, dtype=torch.float32)
     if lse.numel() == 0 or rank == 0:
         return out, lse
-    config = configs.choose("forward", q, chosen)
+    config = tuned.choose("forward", q, chosen)
     scale = folded_scale(scale, alpha, q_pos, k_pos)
     if scale < 0:  # the kernel takes a row's maximum before it multiplies by the scale
         q, q_pos, scale = -q, None if q_pos is None else -q_pos, -scale
@@ -125,7 +125,7 @@ def positional_backward(
     source_strides = (q.stride(), k.stride(), v.stride(), position_strides(q_pos), position_strides(k_pos))
     out_strides = split_heads(out, heads).stride()
     common = (heads, tokens, folded, float(alpha))
-    at_once = configs.find("backward", q, chosen)
+    at_once = tuned.find("backward", q, chosen)
     if at_once is not None:
         backward_kernel[(batch * heads,)](
             *sources, out, dout, lse, dq, dk, dv,
@@ -135,14 +135,14 @@ def positional_backward(
     else:
         delta = torch.empty_like(lse)
         if dq is not None or dk is not None:
-            config = configs.choose("backward_queries", q, chosen)
+            config = tuned.choose("backward_queries", q, chosen)
             backward_queries_kernel[(batch * heads * triton.cdiv(tokens, config.BM),)](
                 *sources, out, dout, lse, delta, dq,
                 *source_strides, out_strides, dout_heads.stride(), strides(dq),
                 *common, dq_scale, **tiles(config, q),
             )  # fmt: skip
         if dk is not None or dv is not None:
-            config = configs.choose("backward_keys", q, chosen)
+            config = tuned.choose("backward_keys", q, chosen)
             backward_keys_kernel[(batch * heads * triton.cdiv(tokens, config.BN),)](
                 *sources, dout, lse, delta, dk, dv,
                 *source_strides, dout_heads.stride(), strides(dk), strides(dv),
@@ -171,7 +171,7 @@ def apply_map(attention: Tensor, v: Tensor, chosen: Chosen | None = None) -> Ten
     out = v.new_empty(batch, tokens, heads * rank)
     if out.numel() == 0:
         return out
-    config = configs.find("apply", v, chosen)
+    config = tuned.find("apply", v, chosen)
     if config is None:  # a map that is too large to stay on chip: cuBLAS, head by head, without copies
         for h, result in enumerate(split_heads(out, heads).unbind(1)):
             torch.bmm(attention[h].expand(batch, -1, -1), v[:, h], out=result)
@@ -199,7 +199,7 @@ def map_gradient(dout: Tensor, v: Tensor, chosen: Chosen | None = None) -> Tenso
     batch, heads, tokens, rank = v.shape
     if v.numel() == 0:
         return v.new_zeros(heads, tokens, tokens)
-    config = configs.choose("map_gradient", v, chosen)
+    config = tuned.choose("map_gradient", v, chosen)
     rows, columns = triton.cdiv(tokens, config.BM), triton.cdiv(tokens, config.BN)
     splits = shares(batch, heads * rows * columns, config, v)
     parts = v.new_empty(splits, heads, tokens, tokens, dtype=torch.float32)

@@ -28,8 +28,9 @@ import report  # noqa: E402
 import results  # noqa: E402
 import run as suites  # noqa: E402
 import scaling  # noqa: E402
-import timing  # noqa: E402
-from timing import Absent, Outcome, WrongResultError  # noqa: E402
+
+from convinit import _timing as timing  # noqa: E402
+from convinit._timing import Absent, Outcome, WrongResultError  # noqa: E402
 
 
 def right(name: str, result: object) -> dict[str, object]:
@@ -243,7 +244,7 @@ def test_commands_name_no_directories():
 TINY = """
 import pytest
 import torch
-from timing import Absent
+from convinit._timing import Absent
 
 def check(name, result):
     assert result.sum() == 64, f"{name} is off by {abs(result.sum() - 64):.0f}"

@@ -16,6 +16,7 @@ from convinit.cli.plot import plot
 from convinit.cli.predict import predict_command
 from convinit.cli.reproduce import reproduce
 from convinit.cli.train import train
+from convinit.cli.tune import tune
 
 app = typer.Typer(
     name="convinit",
@@ -56,4 +57,5 @@ app.command()(errors.explained(train))
 app.command()(errors.explained(reproduce))
 app.command("predict")(errors.explained(predict_command))
 app.command("export")(errors.explained(export_command))
+app.command()(errors.explained(tune))
 app.command()(errors.explained(info))

@@ -16,21 +16,24 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from convinit._checks import check_choice
-from convinit.kernels import configs
+from convinit.kernels import configs, tuned
 from convinit.kernels.layout import image_gradient, split_heads, split_packed
 from convinit.ops import native
-from convinit.ops.transforms import refuse_transforms
+from convinit.ops.transforms import refuse_transforms, transforms_active
 
 __all__ = [
     "BACKENDS",
     "apply_map",
+    "attention_by",
     "check_backend",
     "fused_packed_attention",
     "fused_positional_attention",
     "takes_kernels",
+    "tuned_choice",
 ]
 
 _EAGER = 'backend="eager"'
@@ -51,8 +54,7 @@ def _check_triton(x: Tensor) -> None:
         raise ValueError(
             f'backend="triton" needs tensors on a CUDA device, got {x.device}; use backend="auto"'
         )
-    casts = torch.is_autocast_enabled("cuda") and x.dtype != torch.float64  # which autocast leaves alone
-    dtype = torch.get_autocast_dtype("cuda") if casts else x.dtype
+    dtype = _autocast_dtype(x)
     if dtype not in _DTYPES:
         raise TypeError(f'backend="triton" takes bfloat16, float16 or float32, got {dtype}')
     if x.shape[2] > configs.MAX_TOKENS or x.shape[3] > configs.MAX_RANK:
@@ -62,22 +64,54 @@ def _check_triton(x: Tensor) -> None:
         )
 
 
-def _prefers_triton(op: str, x: Tensor) -> bool:
-    """Whether backend="auto" takes the kernels: where committed measurements say that they are faster."""
-    return HAS_TRITON and x.is_cuda and x.dtype in _DTYPES and configs.measured_faster(op, x)
+def tuned_choice(op: str, x: Tensor, dropout_p: float, *others: Tensor | None) -> str:
+    """What backend="auto" takes on CUDA for x [B, heads, N, r]: one of `tuned.CHOICES`.
+
+    others: the further inputs, positions last (two for "positional_attention").
+    "torch" is PyTorch's choice by itself. It serves dropout, whatever is exported or traced, the transforms
+    of torch.func, forward-mode AD, and sizes that torch.compile keeps open; compiled, its back ends are not
+    chosen by name.
+    """
+    if (
+        not x.is_cuda
+        or dropout_p > 0
+        or torch.compiler.is_exporting()
+        or torch.jit.is_tracing()
+        or transforms_active()
+        or not _static(x.shape[1:])
+    ):
+        return "torch"
+    batch, heads, tokens, rank = x.shape
+    positions = op == "positional_attention" and any(position is not None for position in others[-2:])
+    training = torch.is_grad_enabled() and any(y is not None and y.requires_grad for y in (x, *others))
+    choice, least = tuned.choice(x.device.index, op, _autocast_dtype(x), tokens, rank, positions, training)
+    if batch * heads < least or (choice not in ("torch", "triton") and torch.compiler.is_compiling()):
+        return "torch"
+    return choice
 
 
-def takes_kernels(op: str, backend: str, x: Tensor, dropout_p: float = 0.0) -> bool:
+def _static(sizes: Sequence[int]) -> bool:
+    if not torch.compiler.is_compiling():
+        return all(type(size) is int for size in sizes)
+    from torch.fx.experimental.symbolic_shapes import has_static_value  # takes a second to import
+
+    return all(has_static_value(size) for size in sizes)
+
+
+def takes_kernels(op: str, backend: str, x: Tensor, dropout_p: float = 0.0, *others: Tensor | None) -> bool:
     """Whether an attention over x [B, heads, N, r] is one of the fused ops; raises if it cannot be.
 
     Args:
         op: "positional_attention" or "shared_attention".
         dropout_p: inside the op. The shared map is dropped from before it gets there.
+        others: the further inputs, positions last, of which a choice by measurements depends.
     """
     if backend in ("sdpa", "eager"):
         return False
     if backend == "auto":
-        return dropout_p == 0 and (_prefers_triton(op, x) or native.prefers_native(op, x))
+        if tuned_choice(op, x, dropout_p, *others) == "triton":
+            return True
+        return dropout_p == 0 and native.prefers_native(op, x)
     if dropout_p > 0:
         raise ValueError(
             f'backend="{backend}" has no dropout, got dropout_p = {dropout_p}; use backend="auto"'
@@ -122,9 +156,42 @@ def apply_map(attention: Tensor, v: Tensor) -> Tensor:
 
 
 def _autocast(x: Tensor) -> Tensor:
+    return x.to(_autocast_dtype(x))
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype:
     device = x.device.type
     casts = torch.is_autocast_enabled(device) and x.dtype != torch.float64  # as torch's own ops
-    return x.to(torch.get_autocast_dtype(device)) if casts else x
+    return torch.get_autocast_dtype(device) if casts else x.dtype
+
+
+def attention_by(choice: str, q: Tensor, k: Tensor, v: Tensor, dropout_p: float, scale: float) -> Tensor:
+    """PyTorch's attention, [B, heads, N, r], by one of its back ends where `choice` names one that serves.
+
+    The back ends' ops are called themselves: `sdpa_kernel` changes the state of the whole process, for all
+    its threads, and takes longer than a small attention.
+    """
+    if choice in _SERVES:
+        inputs = (_autocast(q), _autocast(k), _autocast(v))
+        if _SERVES[choice](torch.backends.cuda.SDPAParams(*inputs, None, 0.0, False, False)):
+            return _sdpa_op(choice, *inputs, scale)
+    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, scale=scale)
+
+
+_SERVES = {  # also: whether the user has it switched on
+    "cudnn": torch.backends.cuda.can_use_cudnn_attention,
+    "flash": torch.backends.cuda.can_use_flash_attention,
+    "efficient": torch.backends.cuda.can_use_efficient_attention,
+}
+
+
+def _sdpa_op(choice: str, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    if choice == "flash":
+        return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, scale=scale)[0]
+    keep = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    if choice == "cudnn":
+        return torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, keep, scale=scale)[0]
+    return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, keep, scale=scale)[0]
 
 
 # --- positional attention ---------------------------------------------------------------------------------

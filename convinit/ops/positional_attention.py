@@ -44,11 +44,12 @@ def positional_attention(
             that CPUs with AVX512-BF16 multiply bfloat16 as it is, numbers below 1.2e-38 being 0 to them; no
             dropout. "sdpa": mixed q and k go to :func:`torch.nn.functional.scaled_dot_product_attention`.
             "eager": the formula. "auto": kernels where measurements say that they are faster, else "sdpa".
-            On CUDA that is "triton" on Hopper in bfloat16 and float16 for N up to 576 and r up to 64. On a
-            CPU with AVX2 or AVX-512 it is "native" in all it serves, if B·heads·N²·r is 2²⁰ or more, except
-            for bfloat16 and float16 where the CPU has AMX; what is smaller, or float64, is "eager" where it
-            needs a gradient. While a model is exported or traced it is "sdpa". An explicit choice never
-            falls back.
+            On CUDA that is what `convinit tune` measured as fastest on this GPU, or what is known of GPUs of
+            its kind, for the dtype, N and r: "triton" or a back end of SDPA, if B·heads is at least half of
+            what it was then. On a CPU with AVX2 or AVX-512 it is "native" in all it serves, if B·heads·N²·r
+            is 2²⁰ or more, except for bfloat16 and float16 where the CPU has AMX; what is smaller, or
+            float64, is "eager" where it needs a gradient. With dropout, and while a model is exported or
+            traced, it is "sdpa". An explicit choice never falls back.
 
     Derivatives: under torch.func and forward-mode AD "auto" is "eager". Second derivatives are those of the
     formula, which keeps its [B, heads, N, N] map; in "sdpa" PyTorch's fused kernels have none.
@@ -69,12 +70,15 @@ def positional_attention(
         return positional_attention_reference(
             q, k, v, q_pos, k_pos, scale=scale, alpha=alpha, dropout_p=dropout_p
         )
-    if fused.takes_kernels("positional_attention", backend, q, dropout_p):
+    if fused.takes_kernels("positional_attention", backend, q, dropout_p, k, v, q_pos, k_pos):
         return fused.fused_positional_attention(q, k, v, q_pos, k_pos, scale, alpha)
     if backend == "auto" and _may_be_differentiated_twice(q, k, v, q_pos, k_pos, dropout_p=dropout_p):
         return positional_attention_reference(q, k, v, q_pos, k_pos, scale=scale, alpha=alpha)
+    choice = "torch"
+    if backend == "auto":
+        choice = fused.tuned_choice("positional_attention", q, dropout_p, k, v, q_pos, k_pos)
     q, k = _mix(q, q_pos, alpha), _mix(k, k_pos, alpha)
-    out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, scale=scale)
+    out = fused.attention_by(choice, q, k, v, dropout_p, scale)
     return out.transpose(1, 2).flatten(2)
 
 
@@ -113,7 +117,7 @@ def packed_attention(
     q, k, v = split_packed(qkv, num_heads)
     scale, alpha, dropout_p = _check(q, k, v, q_pos, k_pos, scale, alpha, dropout_p)
     fused.check_backend(backend)
-    if fused.takes_kernels("positional_attention", backend, q, dropout_p):
+    if fused.takes_kernels("positional_attention", backend, q, dropout_p, k, v, q_pos, k_pos):
         return fused.fused_packed_attention(qkv, num_heads, q_pos, k_pos, scale, alpha)
     return positional_attention(
         q, k, v, q_pos, k_pos, scale=scale, alpha=alpha, dropout_p=dropout_p, backend=backend

@@ -8,6 +8,7 @@ import torch
 from convinit.kernels import configs, launch
 from convinit.kernels.configs import Config
 from convinit.kernels.layout import split_packed
+from convinit.ops import tune
 from convinit.ops.positional_attention import positional_attention_reference
 from convinit.ops.shared_attention import shared_attention_reference
 
@@ -223,3 +224,29 @@ def test_shared_attention(batch, tokens, rank, dtype, tile_size, sharpness):
         *(x.double() for x in positions), v.double(), scale=sharpness * rank**-0.5
     )
     assert (out.double() - whole).norm() <= 4 * torch.finfo(dtype).eps * whole.norm()
+
+
+@pytest.mark.parametrize("case", [tune.CASES[0], tune.CASES[2]], ids=lambda case: case.op)
+@pytest.mark.parametrize("tokens", [32, 300])
+def test_tune_finds_configurations(monkeypatch, case, tokens):
+    """Every kernel's neighbours compute the same; the last of them is taken where it is the fastest."""
+    tried = []
+
+    def measure(calls, outcomes, **_):
+        tried.append(list(calls))
+        for i, name in enumerate(calls):
+            assert outcomes[name].status == "ok", outcomes[name]
+            outcomes[name].seconds = [1.0 / (1 + i)]
+
+    monkeypatch.setattr(tune, "DEVICE", "cpu")
+    monkeypatch.setattr(tune, "measure", measure)
+    found = tune.search(case, (1, 1, tokens, 16), torch.float16, 0.02, float("inf"), 1.0)
+    expected = {
+        ("positional_attention", 32): ["forward", "backward"],
+        ("positional_attention", 300): ["forward", "backward_queries", "backward_keys"],
+        ("shared_attention", 32): ["apply", "map_gradient"],
+        ("shared_attention", 300): ["map_gradient"],  # the map does not fit: cuBLAS, and nothing to choose
+    }[case.op, tokens]
+    assert list(found) == expected
+    assert [str(config) for config in found.values()] == [names[-1] for names in tried if len(names) > 1]
+    assert all(len(names) >= 4 for names in tried if len(names) > 1)

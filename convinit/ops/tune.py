@@ -369,7 +369,7 @@ def nan_where_unwritten() -> Iterator[None]:
 # --- launch configurations ----------------------------------------------------------------------------------
 
 
-def neighbours(kernel: str, config: Config, tokens: int) -> list[Config]:
+def neighbours(kernel: str, config: Config) -> list[Config]:
     """Configurations to try beside the table's, the most promising first."""
     BM, BN, warps, stages, programs = config
     fewer = max(1, programs // 2)
@@ -426,7 +426,7 @@ def search(
     for kernel, call in calls.items():
         config = table[kernel]
         tries: list[Config | None] = [config]
-        tries += neighbours(kernel, config, tokens) if config else []
+        tries += neighbours(kernel, config) if config else []
         tries += [None] if kernel == "apply" and config else []  # cuBLAS, head by head
 
         def chosen(other: Config | None, kernel: str = kernel) -> Chosen:

@@ -60,7 +60,7 @@ def _real(name: str, value: object) -> float:
 def check_real(name: str, value: object) -> float:
     """A finite float."""
     number = _real(name, value)
-    if not math.isfinite(number):
+    if not abs(number) < math.inf:
         raise ValueError(f"{name} must be finite, got {number}")
     return number
 
@@ -68,7 +68,7 @@ def check_real(name: str, value: object) -> float:
 def check_number(name: str, value: object) -> float:
     """A finite float above 0."""
     number = _real(name, value)
-    if not (number > 0 and math.isfinite(number)):
+    if not (0 < number < math.inf):
         raise ValueError(f"{name} must be positive and finite, got {number}")
     return number
 

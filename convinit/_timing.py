@@ -261,7 +261,8 @@ def captured(fn: Function, pool: Any) -> Function | None:
     side.wait_stream(home)
     mode = torch.cuda.get_sync_debug_mode()
     try:
-        with torch.cuda.stream(side):
+        with torch.cuda.stream(side), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Synchronization debug mode")  # of which it warns
             fn()
             torch.cuda.set_sync_debug_mode("error")
             fn()

@@ -2,7 +2,7 @@
 
 A file a GPU and software, $CONVINIT_CACHE_DIR (or ~/.cache/convinit)/tuned/<GPU>-<hash of `machine`>.json:
 
-    machine    GPU, torch, Triton, CUDA, driver and the kernels' source; read only where all are the same
+    machine    GPU, torch, Triton, CUDA and the kernels' source; read only where all are the same
     date       of the last measurement
     disabled   {op: why its kernels are not to be trusted here}
     choices    [{op, dtype, N, r, positions, training, least, choice, ...}]: from B·heads = least on
@@ -85,12 +85,16 @@ _loaded: dict[int, Tuned] = {}  # by the device's index
 # --- what runs with every attention -------------------------------------------------------------------------
 
 
-@torch.compiler.assume_constant_result
 def choice(
     device: int, op: str, dtype: torch.dtype, tokens: int, rank: int, positions: bool, training: bool
 ) -> tuple[str, int]:
     """One of CHOICES for a problem, and the B·heads from which on it holds."""
     return of(device).choices.get(Problem(op, dtype, tokens, rank, positions, training), ("torch", 0))
+
+
+# torch.compile asks once and keeps the answer. This is `torch.compiler.assume_constant_result`, which would
+# import the compiler with the package.
+choice._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def choose(kernel: str, x: Tensor, chosen: Mapping[str, Config] | None = None) -> Config:
@@ -146,7 +150,6 @@ def machine(device: int) -> dict[str, Any]:
         "torch": torch.__version__,
         "triton": triton,
         "cuda": torch.version.cuda,
-        "driver": torch._C._cuda_getDriverVersion() // 1000,  # type: ignore[attr-defined]  # CUDA that it knows
         "kernels": hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest(),
     }
 
@@ -210,7 +213,7 @@ def _load(device: int) -> Tuned:
         return Tuned()
     if any(path.parent.glob(f"{_slug(here['gpu'])}-????????????.json")):
         warnings.warn(
-            f"convinit was tuned for {here['gpu']}, but with another torch, Triton, CUDA, driver or "
+            f"convinit was tuned for {here['gpu']}, but with another torch, Triton, CUDA or "
             f"convinit: what was measured is ignored; measure again with: {COMMAND}",
             stacklevel=2,
         )

@@ -79,7 +79,7 @@ def test_a_reader_that_goes_away_costs_nothing(tmp_path):
     assert (tmp_path / "fit.json").exists() and (tmp_path / "filters.png").exists()
 
 
-@pytest.mark.parametrize("command", [[], ["demo"], ["fit"], ["plot"], ["train"], ["info"]])
+@pytest.mark.parametrize("command", [[], ["demo"], ["fit"], ["plot"], ["train"], ["tune"], ["info"]])
 def test_help_teaches(command):
     result = invoke(*command, "--help")
     assert result.exit_code == 0

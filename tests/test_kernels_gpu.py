@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 
+from convinit.kernels import tuned
+from convinit.kernels.tuned import Problem
 from convinit.nn.attention import ConvInitAttention
+from convinit.ops import tune
 from convinit.ops.positional_attention import positional_attention, positional_attention_reference
 from convinit.ops.shared_attention import shared_attention, shared_attention_reference
 
@@ -165,3 +170,26 @@ def test_module_trains_as_eager_does(variant):
     eager = run("eager")
     for name, gradient in run("triton").items():
         torch.testing.assert_close(gradient, eager[name], rtol=1e-3, atol=1e-5)
+
+
+def test_tune_a_tiny_shape_and_take_what_it_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("CONVINIT_CACHE_DIR", str(tmp_path))
+    monkeypatch.delenv("CONVINIT_TUNED", raising=False)
+    monkeypatch.setattr(tuned, "_loaded", {})
+    shape = (4, 2, 64, 32)
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "error", message="(?i).*please report"
+        )  # nothing is wrong, all of it compiles
+        rows = list(tune.tune([shape], minutes=0.1))
+    assert len(rows) == 6 and all("triton" in row["ms"] for row in rows), rows
+    device = torch.cuda.current_device()
+    tuned._loaded.clear()
+    choices = tuned.of(device).choices
+    assert [choice for choice, _ in choices.values()] == [row["choice"] for row in rows]
+    for case in tune.CASES:
+        leaves, dout = tune.draw(case, shape, torch.bfloat16)
+        eager = tune.results(case, 2, leaves, dout, "eager")
+        for name in tuned.CHOICES if case.op == "positional_attention" else ("triton", "torch"):
+            choices[Problem(case.op, torch.bfloat16, 64, 32, case.positions, True)] = (name, 0)
+            tune.compare(tune.results(case, 2, leaves, dout, "auto"), eager, [0.05] * 4)

@@ -199,8 +199,10 @@ class Session:
             leaves, dout = draw(case, shape, self.dtype)
             calls = {name: self._taking(name, problem, case, heads, leaves, dout) for name in names}
             expected = calls["torch"]()
-        except torch.OutOfMemoryError:
-            return self.nothing(case, shape, "out of memory")
+        except Exception as error:
+            _synchronize()  # raises where the GPU is lost
+            self.tuned.choices.pop(problem, None)
+            return self.nothing(case, shape, first_line(error))
 
         def check(name: str, results: list[Tensor]) -> None:
             if limits is not None:  # sums over the images round more often here than in four images
@@ -432,6 +434,8 @@ def search(
         def chosen(other: Config | None, kernel: str = kernel) -> Chosen:
             return {k: c for k, c in {**table, kernel: other}.items() if c is not None}
 
+        if len(tries) == 1:
+            continue
         best = fastest({c: functools.partial(call, chosen(c)) for c in tries}, limit, until, seconds)
         if best != config:
             found[kernel] = best

@@ -8,7 +8,7 @@ import torch
 from convinit.kernels import configs, launch
 from convinit.kernels.configs import Config
 from convinit.kernels.layout import split_packed
-from convinit.ops import tune
+from convinit.ops import tune, verify
 from convinit.ops.positional_attention import positional_attention_reference
 from convinit.ops.shared_attention import shared_attention_reference
 
@@ -226,7 +226,7 @@ def test_shared_attention(batch, tokens, rank, dtype, tile_size, sharpness):
     assert (out.double() - whole).norm() <= 4 * torch.finfo(dtype).eps * whole.norm()
 
 
-@pytest.mark.parametrize("case", [tune.CASES[0], tune.CASES[2]], ids=lambda case: case.op)
+@pytest.mark.parametrize("case", [verify.CASES[0], verify.CASES[2]], ids=lambda case: case.op)
 @pytest.mark.parametrize("tokens", [32, 300])
 def test_tune_finds_configurations(monkeypatch, case, tokens):
     """Every kernel's neighbours compute the same; the last of them is taken where it is the fastest."""
@@ -238,7 +238,7 @@ def test_tune_finds_configurations(monkeypatch, case, tokens):
             assert outcomes[name].status == "ok", outcomes[name]
             outcomes[name].seconds = [1.0 / (1 + i)]
 
-    monkeypatch.setattr(tune, "DEVICE", "cpu")
+    monkeypatch.setattr(verify, "DEVICE", "cpu")
     monkeypatch.setattr(tune, "measure", measure)
     found = tune.search(case, (1, 1, tokens, 16), torch.float16, 0.02, float("inf"), 1.0)
     expected = {

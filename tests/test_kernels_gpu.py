@@ -10,7 +10,7 @@ import torch
 from convinit.kernels import tuned
 from convinit.kernels.tuned import Problem
 from convinit.nn.attention import ConvInitAttention
-from convinit.ops import tune
+from convinit.ops import tune, verify
 from convinit.ops.positional_attention import positional_attention, positional_attention_reference
 from convinit.ops.shared_attention import shared_attention, shared_attention_reference
 
@@ -187,9 +187,9 @@ def test_tune_a_tiny_shape_and_take_what_it_found(tmp_path, monkeypatch):
     tuned._loaded.clear()
     choices = tuned.of(device).choices
     assert [choice for choice, _ in choices.values()] == [row["choice"] for row in rows]
-    for case in tune.CASES:
-        leaves, dout = tune.draw(case, shape, torch.bfloat16)
-        eager = tune.results(case, 2, leaves, dout, "eager")
+    for case in verify.CASES:
+        leaves, dout = verify.draw(case, shape, torch.bfloat16)
+        eager = verify.results(case, 2, leaves, dout, "eager")
         for name in tuned.CHOICES if case.op == "positional_attention" else ("triton", "torch"):
             choices[Problem(case.op, torch.bfloat16, 64, 32, case.positions, True)] = (name, 0)
-            tune.compare(tune.results(case, 2, leaves, dout, "auto"), eager, [0.05] * 4)
+            verify.compare(verify.results(case, 2, leaves, dout, "auto"), eager, [0.05] * 4)

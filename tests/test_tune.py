@@ -16,7 +16,7 @@ from convinit.cli.app import app
 from convinit.kernels import tuned
 from convinit.kernels.configs import Config
 from convinit.kernels.tuned import Launch, Problem, Tuned
-from convinit.ops import fused, tune
+from convinit.ops import fused, tune, verify
 from convinit.ops.positional_attention import packed_attention, positional_attention
 from convinit.ops.shared_attention import shared_attention
 
@@ -282,6 +282,24 @@ def test_a_back_end_by_name(monkeypatch, choice):
     assert len(asked) == 1
 
 
+@pytest.mark.parametrize("choice", ["cudnn", "flash", "efficient"])
+@pytest.mark.parametrize("grad", [False, True])
+def test_back_ends_take_what_they_are_given(fake_gpu, monkeypatch, choice, grad):
+    monkeypatch.setitem(fused._SERVES, choice, lambda params: True)
+    called, call = [], fused._sdpa_op
+    monkeypatch.setattr(fused, "_sdpa_op", lambda *given: called.append(given[0]) or call(*given))
+    for training in (False, True):
+        fake_gpu.choices[Problem("positional_attention", torch.bfloat16, 64, 16, False, training)] = (
+            choice,
+            1,
+        )
+    x = qkv(rank=16, grad=grad)
+    out = positional_attention(x, x, x)
+    assert out.shape == (8, 64, 32) and out.requires_grad == grad and called == [choice]
+    positional_attention(x, x, x, backend="sdpa")
+    assert called == [choice]
+
+
 def test_no_dropout_in_the_kernels(fake_gpu):
     with pytest.raises(ValueError, match='backend="triton" has no dropout, got dropout_p = 0.1'):
         positional_attention(qkv(), qkv(), qkv(), dropout_p=0.1, backend="triton")
@@ -311,8 +329,8 @@ def test_decisions(times, expected):
 @pytest.fixture
 def session(monkeypatch):
     """A session with kernels that are the formula, on the CPU, and times from a table."""
-    monkeypatch.setattr(tune, "DEVICE", "cpu")
-    real, state = tune.results, {"spoil": lambda result: result, "seconds": {"triton": 1.0}, "broken": None}
+    monkeypatch.setattr(verify, "DEVICE", "cpu")
+    real, state = verify.results, {"spoil": lambda result: result, "seconds": {"triton": 1.0}, "broken": None}
 
     def results(case, heads, leaves, dout, backend, training=True):
         if backend == "auto":
@@ -330,7 +348,7 @@ def session(monkeypatch):
                 seconds = state["seconds"].get(name, 2.0)
                 outcomes[name].seconds, outcomes[name].host_seconds = [seconds], [seconds]
 
-    monkeypatch.setattr(tune, "results", results)
+    monkeypatch.setattr(verify, "results", results)
     monkeypatch.setattr(tune, "measure", measure)
     monkeypatch.setattr(tune, "search", lambda *_: state.get("configs", {}))
     made = tune.Session(0, torch.bfloat16)
@@ -346,7 +364,7 @@ def test_session_chooses_and_writes(session):
     rows = list(made.tune(SHAPE, 10.0))
     assert [row["choice"] for row in rows] == ["triton"] * 6
     assert [(row["op"], row["positions"], row["training"]) for row in rows] == [
-        (*case, training) for case in tune.CASES for training in (False, True)
+        (*case, training) for case in verify.CASES for training in (False, True)
     ]
     assert {row["least"] for row in rows} == {6}
     assert rows[0]["ms"] == {
@@ -446,7 +464,7 @@ def test_fastest_configuration(monkeypatch):
                 outcomes[name].seconds = [seconds[name]]
 
     monkeypatch.setattr(tune, "measure", measure)
-    monkeypatch.setattr(tune, "DEVICE", "cpu")
+    monkeypatch.setattr(verify, "DEVICE", "cpu")
     right = torch.ones(4, 3)
     row_off = right.clone()
     row_off[1, 2] = 1.01

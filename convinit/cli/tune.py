@@ -14,6 +14,7 @@ from convinit.cli.errors import say
 from convinit.cli.progress import runs_progress
 from convinit.kernels import tuned
 from convinit.ops import tune as tuning
+from convinit.ops.verify import CASES
 
 
 class DType(str, Enum):
@@ -57,7 +58,7 @@ def tune(
     shapes = [_shape(text) for text in shape] if shape else list(tuning.SHAPES)
     console = Console()
     with runs_progress(Console(stderr=True), "rows") as progress:
-        task = progress.add_task("tune", total=2 * len(tuning.CASES) * len(shapes))
+        task = progress.add_task("tune", total=2 * len(CASES) * len(shapes))
         for row in tuning.tune(shapes, dtype=tuned.DTYPES[dtype.value], minutes=minutes):
             console.print(_line(row), soft_wrap=True, highlight=False, markup=False)
             progress.advance(task)

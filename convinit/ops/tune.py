@@ -8,8 +8,8 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from typing import Any, NamedTuple
+from contextlib import suppress
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,9 +19,9 @@ from convinit.kernels import configs, tuned
 from convinit.kernels.configs import Config
 from convinit.kernels.layout import split_packed
 from convinit.kernels.tuned import Launch, Problem
+from convinit.ops import verify
 from convinit.ops.fused import HAS_TRITON
-from convinit.ops.positional_attention import packed_attention
-from convinit.ops.shared_attention import shared_attention
+from convinit.ops.verify import ALPHA, CASES, Case, Shape
 
 __all__ = ["SHAPES", "check_shapes", "tune"]
 
@@ -32,30 +32,12 @@ SHAPES = (  # [B, heads, N, r]: the papers', ViT-Ti and ViT-B at 224 pixels, for
     (1024, 4, 64, 32),
     (128, 6, 576, 64),
 )
-DEVICE = "cuda"
-ALPHA = 0.4
-IMAGES = 4  # that are compared with float64
 CLEARLY = 0.93  # of the best other's time on the GPU
+SHARES = {CASES[0]: 0.35, CASES[2]: 0.6}  # of a shape's time, after which no configuration is tried
 NOISE = 0.97  # a configuration that does not take less than this of the table's time is not kept
 
-Shape = tuple[int, int, int, int]
 Chosen = Mapping[str, Config]
 Times = Mapping[str, tuple[float, float]]  # {choice: seconds on the GPU, seconds of an eager loop}
-
-
-class Case(NamedTuple):
-    """An op, with or without position terms."""
-
-    op: str
-    positions: bool
-
-
-CASES = (
-    Case("positional_attention", True),
-    Case("positional_attention", False),
-    Case("shared_attention", False),
-)
-SHARES = {CASES[0]: 0.35, CASES[2]: 0.6}  # of a shape's time, after which no configuration is tried
 
 
 def check_shapes(shapes: Sequence[Shape]) -> None:
@@ -103,7 +85,7 @@ def tune(
     if not HAS_TRITON:
         raise RuntimeError("convinit tune needs Triton, which is not installed")
     device = torch.cuda.current_device()
-    configs.generation(torch.device(DEVICE))  # raises on a GPU that is too old
+    configs.generation(torch.device(verify.DEVICE))  # raises on a GPU that is too old
     session = Session(device, dtype)
     end = time.monotonic() + 60 * minutes
     for i, shape in enumerate(shapes):
@@ -138,14 +120,14 @@ class Session:
                 yield from [self.nothing(case, shape, "out of memory")] * 2
                 continue
             except Exception as error:  # of a compiler, or no configuration: theirs may still be chosen
-                _synchronize()  # raises where the GPU is lost
+                verify.synchronize()  # raises where the GPU is lost
                 warnings.warn(
                     f"{case.op} {list(shape)}: {first_line(error)}; please report this", stacklevel=2
                 )
                 limits = None
             for training in (False, True):
                 yield self.choose(case, shape, training, limits, seconds / 25)
-        _synchronize()  # raises where a kernel has damaged something: nothing is written then
+        verify.synchronize()  # raises where a kernel has damaged something: nothing is written then
         self.tuned.date = self.content["date"] = datetime.date.today().isoformat()
         tuned.write(self.content)
 
@@ -157,7 +139,7 @@ class Session:
         if case.op in self.content["disabled"]:
             return None
         try:
-            return verify(case, shape, self.dtype)
+            return verify.verify(case, shape, self.dtype)
         except WrongResultError as error:
             self.disable(case.op, str(error))
             return None
@@ -196,17 +178,17 @@ class Session:
         names = ["torch"] + ["triton"] * (limits is not None and case.op not in self.content["disabled"])
         names += ["cudnn", "flash", "efficient"] * (case.op == "positional_attention")
         try:
-            leaves, dout = draw(case, shape, self.dtype)
+            leaves, dout = verify.draw(case, shape, self.dtype)
             calls = {name: self._taking(name, problem, case, heads, leaves, dout) for name in names}
             expected = calls["torch"]()
         except Exception as error:
-            _synchronize()  # raises where the GPU is lost
+            verify.synchronize()  # raises where the GPU is lost
             self.tuned.choices.pop(problem, None)
             return self.nothing(case, shape, first_line(error))
 
         def check(name: str, results: list[Tensor]) -> None:
             if limits is not None:  # sums over the images round more often here than in four images
-                compare(results, expected, [4 * limit for limit in limits])
+                verify.compare(results, expected, [4 * limit for limit in limits])
 
         outcomes = {name: try_out(name, call, check) for name, call in calls.items()}
         if "triton" in outcomes and outcomes["triton"].status == "wrong":
@@ -233,7 +215,7 @@ class Session:
     ) -> Callable[[], list[Tensor]]:
         def call() -> list[Tensor]:
             self.tuned.choices[problem] = (name, 0)
-            return results(case, heads, leaves, dout, "auto", problem.training)
+            return verify.results(case, heads, leaves, dout, "auto", problem.training)
 
         return call
 
@@ -267,105 +249,8 @@ def decide(times: Times) -> str:
     return best(ours, others) or best([name for name in others if name != "torch"], ["torch"]) or "torch"
 
 
-# --- problems -----------------------------------------------------------------------------------------------
-
-
-def draw(case: Case, shape: Shape, dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
-    """What gradients are taken of, and that of the output: packed products as layers make them."""
-    batch, heads, tokens, rank = shape
-    g = torch.Generator(DEVICE).manual_seed(0)
-
-    def normal(*size: int) -> Tensor:
-        return torch.randn(*size, generator=g, device=DEVICE, dtype=dtype)
-
-    columns = heads * rank * (3 if case.op == "positional_attention" else 1)
-    leaves = [normal(batch, tokens, columns)]
-    if case.positions or case.op == "shared_attention":
-        leaves += [normal(heads, tokens, rank), normal(heads, tokens, rank)]
-    return [x.requires_grad_() for x in leaves], normal(batch, tokens, heads * rank)
-
-
-def results(
-    case: Case, heads: int, leaves: Sequence[Tensor], dout: Tensor, backend: str, training: bool = True
-) -> list[Tensor]:
-    """The output, and in training the gradients."""
-    x, *others = leaves
-    with torch.set_grad_enabled(training):
-        if case.op == "shared_attention":
-            v = x.unflatten(-1, (heads, -1)).transpose(1, 2)
-            out = shared_attention(others[0], others[1], v, backend=backend)
-        else:
-            out = packed_attention(x, heads, *others, alpha=ALPHA if others else 1.0, backend=backend)
-        return [out.detach(), *(torch.autograd.grad(out, leaves, dout) if training else ())]
-
-
-def verify(case: Case, shape: Shape, dtype: torch.dtype) -> list[float]:
-    """Compares output and gradients of a few images with float64; WrongResultError where they are wrong.
-
-    Also with one token less, where tiles are not full; with NaN in memory that nobody wrote; and twice, for
-    two runs must give the same bits. Returned are the relative errors allowed: twice eager's and 4 eps.
-    """
-    batch, heads, tokens, rank = shape
-    eps = torch.finfo(dtype).eps
-    allowed: list[float] = []
-    for n in (tokens - 1, tokens) if tokens > 1 else (tokens,):
-        size = (min(batch, IMAGES), heads, n, rank)
-        leaves, dout = draw(case, size, dtype)
-        eager = results(case, heads, leaves, dout, "eager")
-        doubles = [x.detach().double().requires_grad_() for x in leaves]
-        exact = results(case, heads, doubles, dout.double(), "eager")
-        limits = [2 * _norm(a - c) + 4 * eps * max(_norm(c), 1.0) for a, c in zip(eager, exact, strict=True)]
-        allowed = [limit / max(_norm(c), 1.0) for limit, c in zip(limits, exact, strict=True)]
-        with nan_where_unwritten():
-            first, second = (results(case, heads, leaves, dout, "triton") for _ in range(2))
-        for i, (a, b, c, limit) in enumerate(zip(first, second, exact, limits, strict=True)):
-            name = f"gradient {i}" if i else "output"
-            error = _norm(a - c)
-            if not error <= limit:
-                raise WrongResultError(
-                    f"{name} of {list(size)} {dtype}: error {error:.2g}, limit {limit:.2g}"
-                )
-            if not torch.equal(a, b):
-                raise WrongResultError(f"{name} of {list(size)} {dtype}: two runs differ")
-    return allowed
-
-
-def compare(
-    found: Sequence[Tensor | None], expected: Sequence[Tensor | None], limits: Sequence[float]
-) -> None:
-    """WrongResultError where a relative error, in norm, is above its limit."""
-    for i, (a, b) in enumerate(zip(found, expected, strict=True)):
-        if a is None or b is None:
-            continue
-        error, norm = _norm(a.float() - b.float()), max(_norm(b), 1.0)
-        if not error <= limits[i] * norm:
-            raise WrongResultError(f"result {i}: error {error / norm:.2g} of its norm, limit {limits[i]:.2g}")
-
-
-def _synchronize() -> None:
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
-
-
-def _norm(x: Tensor) -> float:
-    return torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, torch.float32)).item()
-
-
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-@contextmanager
-def nan_where_unwritten() -> Iterator[None]:
-    """New memory is full of NaN, so that results nobody wrote are seen."""
-    was = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about others' ops
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        try:
-            yield
-        finally:
-            torch.use_deterministic_algorithms(was[0], warn_only=was[1])
 
 
 # --- launch configurations ----------------------------------------------------------------------------------
@@ -394,7 +279,7 @@ def launches(case: Case, shape: Shape, dtype: torch.dtype) -> dict[str, Callable
     from convinit.kernels import launch
 
     heads, tokens, rank = shape[1:]
-    leaves, dout = draw(case, shape, dtype)
+    leaves, dout = verify.draw(case, shape, dtype)
     x, *others = (leaf.detach() for leaf in leaves)
     if case.op == "shared_attention":
         v = x.unflatten(-1, (heads, -1)).transpose(1, 2)
@@ -428,8 +313,8 @@ def search(
     for kernel, call in calls.items():
         config = table[kernel]
         tries: list[Config | None] = [config]
-        tries += neighbours(kernel, config) if config else []
         tries += [None] if kernel == "apply" and config else []  # cuBLAS, head by head
+        tries += neighbours(kernel, config) if config else []
 
         def chosen(other: Config | None, kernel: str = kernel) -> Chosen:
             return {k: c for k, c in {**table, kernel: other}.items() if c is not None}
@@ -454,12 +339,12 @@ def fastest(
     expected = calls[first]()
 
     def check(name: str, results: Sequence[Any]) -> None:
-        compare(results, expected, [limit] * len(expected))
+        verify.compare(results, expected, [limit] * len(expected))
         for a, b in zip(results, expected, strict=True):
             if a is not None:
                 rows = b.float().norm(dim=-1)
                 off = (a.float() - b.float()).norm(dim=-1) / (rows + rows.mean())
-                if not off.max() <= 32 * torch.finfo(a.dtype).eps:
+                if not off.max() <= 32 * torch.finfo(expected[0].dtype).eps:
                     raise WrongResultError(f"a row is off by {off.max():.2g} of its norm")
 
     names = {str(config): config for config in calls}
@@ -467,9 +352,9 @@ def fastest(
     for name, config in names.items():
         if len(outcomes) > 1 and time.monotonic() > until:
             break
-        with nan_where_unwritten():
+        with verify.nan_where_unwritten():
             outcomes[name] = try_out(name, calls[config], check)
-        _synchronize()  # raises where a launch has damaged the GPU's context
+        verify.synchronize()  # raises where a launch has damaged the GPU's context
     measure({name: calls[names[name]] for name in outcomes}, outcomes, seconds=seconds, min_rounds=5)
     times = {name: statistics.median(o.seconds) for name, o in outcomes.items() if o.status == "ok"}
     best = min(times, key=lambda name: times[name])
@@ -477,4 +362,4 @@ def fastest(
 
 
 def _key(dtype: torch.dtype, tokens: int, rank: int) -> tuple[int, int, int, int]:
-    return configs.generation(torch.device(DEVICE)), dtype.itemsize, tokens, rank
+    return configs.generation(torch.device(verify.DEVICE)), dtype.itemsize, tokens, rank

@@ -6,7 +6,9 @@
 #pragma once
 
 #include <algorithm>
+#include <limits>
 #include <memory>
+#include <vector>
 
 #include "bfloat16_pairs.h"
 #include "elements.h"
@@ -50,6 +52,11 @@ class Scratch {
   }
 
   float* take(int64_t floats) {
+#if defined(__SANITIZE_ADDRESS__)  // pieces of their own, beyond which a step is seen, without what the last task left
+    pieces_.emplace_back(new float[floats]);
+    std::fill_n(pieces_.back().get(), floats, std::numeric_limits<float>::quiet_NaN());
+    return pieces_.back().get();
+#endif
     float* taken = next_;
     next_ += floats;
     return taken;
@@ -69,6 +76,9 @@ class Scratch {
   }
 
   float* next_;
+#if defined(__SANITIZE_ADDRESS__)
+  std::vector<std::unique_ptr<float[]>> pieces_;
+#endif
 };
 
 // --- matrix products --------------------------------------------------------------------------------------------

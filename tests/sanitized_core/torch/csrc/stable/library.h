@@ -1,0 +1,2 @@
+// Ops are called by their C++ names here, and registered nowhere.
+#pragma once

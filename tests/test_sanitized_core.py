@@ -1,0 +1,100 @@
+"""csrc under the address and the undefined-behaviour sanitizer, driven by random calls.
+
+A few hundred cases here; before a release  python tests/test_sanitized_core.py --cases 10000
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+HERE = ROOT / "tests" / "sanitized_core"
+COMPILER = shutil.which("g++")
+CAPABILITIES = ("avx512", "avx2", "default")  # the widest vectors that are tried, as in csrc/cpu.h
+
+
+def build() -> Path:
+    """The module, made anew (a minute) where its sources have changed."""
+    pybind11 = pytest.importorskip("pybind11")
+    if COMPILER is None or sys.platform != "linux":
+        pytest.skip("needs Linux and g++ on PATH")
+    sources = [*sorted((ROOT / "csrc").glob("*.cpp")), HERE / "module.cpp"]
+    sources.remove(ROOT / "csrc" / "library.cpp")  # registers the ops with torch
+    headers = [*(ROOT / "csrc").glob("*.h"), *HERE.rglob("*.h")]
+    sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    flags = ["-std=c++20", "-O1", "-g1", "-fPIC", "-w", "-ffp-contract=fast", *sanitizers]
+    flags += ["-DTORCH_TARGET_VERSION=0x020a000000000000", f"-I{HERE}", f"-I{ROOT / 'csrc'}"]
+    for path in (
+        Path(torch.__file__).parent / "include",
+        pybind11.get_include(),
+        sysconfig.get_path("include"),
+    ):
+        flags += ["-isystem", str(path)]
+    text = b"".join(path.read_bytes() for path in sorted([*sources, *headers]))
+    folder = ROOT / "build" / "sanitized" / hashlib.sha256(text + " ".join(flags).encode()).hexdigest()[:16]
+    module = folder / "sanitized_core.so"
+    if module.exists():
+        return module
+    folder.mkdir(parents=True, exist_ok=True)
+    objects = [folder / f"{source.stem}.{os.getpid()}.o" for source in sources]
+
+    def compile_one(source: Path, to: Path) -> None:
+        subprocess.run([str(COMPILER), *flags, "-c", str(source), "-o", str(to)], check=True)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(compile_one, sources, objects))
+    new = folder / f"new.{os.getpid()}.so"
+    link = ["-shared", *sanitizers, *map(str, objects), "-o", str(new)]
+    subprocess.run([str(COMPILER), *link], check=True)
+    for path in objects:
+        path.unlink()
+    new.rename(module)
+    return module
+
+
+def drive(module: Path, cases: int, capability: str) -> subprocess.CompletedProcess:
+    def library(name: str) -> str:
+        command = [str(COMPILER), f"-print-file-name={name}"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    environment = {
+        **os.environ,
+        "LD_PRELOAD": f"{library('libasan.so')} {library('libstdc++.so')}",  # before Python's own
+        "ASAN_OPTIONS": "detect_leaks=0",  # Python's
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+        "ATEN_CPU_CAPABILITY": capability,
+        "OMP_NUM_THREADS": "1",
+        "OPENBLAS_NUM_THREADS": "1",
+    }
+    command = [sys.executable, str(HERE / "drive.py"), str(module), "--cases", str(cases)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_random_calls(capability):
+    pytest.importorskip("hypothesis")
+    done = drive(build(), 120, capability)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    assert done.stdout.endswith("cases\n")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--cases", type=int, default=10_000, help="of all vector widths together")
+    each = -(-parser.parse_args().cases // len(CAPABILITIES))
+    for capability in CAPABILITIES:
+        done = drive(build(), each, capability)
+        print(f"{capability}: {done.stdout}{done.stderr}", flush=True)
+        if done.returncode:
+            sys.exit(1)

@@ -30,7 +30,7 @@ def interruptible(call: Callable[[], T], monitor: Tensor, description: str) -> T
             the second counts problems solved, the third evaluations.
     """
     tqdm = _tqdm()
-    bar = None if tqdm is None else tqdm(desc=description, unit="evaluation")
+    bar = None if tqdm is None else tqdm(desc=description, unit=" evaluations")
     with ThreadPoolExecutor(1, "convinit") as pool:
         result = pool.submit(call)
         try:

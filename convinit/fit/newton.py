@@ -233,9 +233,13 @@ def _solve(Xq, Xk, targets, wq_starts, wk_starts, scale, weight_norm, peak, meth
         monitor = torch.zeros(3, dtype=torch.int64)  # see QKMonitor in csrc/qk_objective.h
     call = partial(
         qk_solver, *inputs, scale=scale, weight_norm=None if weight_norm is None else weight_norm.to(device),
-        peak=peak, max_iterations=method.max_iterations, tolerance=method.tolerance, monitor=monitor,
+        peak=peak, max_iterations=method.max_iterations, tolerance=method.tolerance,
     )  # fmt: skip
-    wq, wk, diagnostics = (x.cpu() for x in interruptible(call, monitor, "fitting queries and keys"))
+    if device.type == "cpu":
+        found = interruptible(partial(call, monitor=monitor), monitor, "fitting queries and keys")
+    else:  # another thread would be on another stream
+        found = call()
+    wq, wk, diagnostics = (x.cpu() for x in found)
     if not diagnostics[:, : DIAGNOSTICS.index("iterations")].isfinite().all():
         raise ValueError(
             "weight_norm makes logits beyond the range of float32 with this scale and pos_embed, "

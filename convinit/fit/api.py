@@ -261,15 +261,10 @@ def _rounded(
 
 def _measure(wq: Tensor, wk: Tensor, P: Tensor, targets: Tensor, scale: float) -> dict[str, Tensor]:
     """The figures of given weights in float64, head by head: N² entries each are enough to hold."""
-    rows = [
-        map_metrics(
-            attention_maps(wq[b : b + 1].double(), wk[b : b + 1].double(), P.double(), scale),
-            targets[b : b + 1],
-        )
-        for b in range(len(targets))
-    ]
+    P, heads = P.double(), zip(*(x.split(1) for x in (wq, wk, targets)), strict=True)
+    rows = [map_metrics(attention_maps(q.double(), k.double(), P, scale), target) for q, k, target in heads]
     mse, peak, hit_rate = (
-        torch.cat([torch.stack(row) for row in rows], dim=1) if rows else torch.empty(3, 0).double()
+        torch.cat([torch.stack(row) for row in rows], dim=1) if len(targets) else torch.empty(3, 0).double()
     )
     weight_norm = norms_of(wq).sqrt() * norms_of(wk).sqrt()
     return {"mse": mse, "peak": peak, "hit_rate": hit_rate, "weight_norm": weight_norm}

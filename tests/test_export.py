@@ -177,10 +177,9 @@ def test_wrong_arguments(tmp_path):
     model = vit(depth=0)
     with pytest.raises(ValueError, match="format must be one of torch-export, onnx, got 'tf'"):
         export(model, tmp_path / "m", SHAPE, format="tf")
-    with pytest.raises(ValueError, match=r"images must be \[B, \d, 8, 8\]"):
-        export(model, tmp_path / "m", (3, 8, 9), format="torch-export")
-    with pytest.raises(ValueError, match=r"does not take images of image_shape \[1, 8, 8\]"):
-        export(model, tmp_path / "m", (1, 8, 8), format="torch-export")
+    for shape in ((3, 8, 9), (1, 8, 8)):
+        with pytest.raises(ValueError, match=r"images must be \[B, 3, 8, 8\]"):
+            export(model, tmp_path / "m", shape, format="torch-export")
     with pytest.raises(ValueError, match="metadata must hold what JSON can"):
         export(model, tmp_path / "m", SHAPE, format="torch-export", metadata={"a": float("inf")})
     (tmp_path / "folder").mkdir()

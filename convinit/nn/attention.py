@@ -158,12 +158,12 @@ class ConvInitAttention(nn.Module):
         head_dim = _head_dim(dim, num_heads, head_dim if attn_head_dim is None else attn_head_dim)
         check_choice("variant", variant, VARIANTS)
         check_choice("init", init, _INITS)
-        drawn_and_fitted = offsets is None and init in _FITTED
-        kernel_size = check_kernel_size(kernel_size, (height, width) if drawn_and_fitted else None)
-        offsets = None if offsets is None else check_offsets(offsets, num_heads, values=True)
         check_choice("values", values, _VALUES)
         check_choice("backend", backend, BACKENDS)
         check_padding_mode(padding_mode)
+        drawn_and_fitted = offsets is None and init in _FITTED
+        kernel_size = check_kernel_size(kernel_size, (height, width) if drawn_and_fitted else None)
+        offsets = None if offsets is None else check_offsets(offsets, num_heads, values=True)
         flags = {"qkv_bias": qkv_bias, "value": value, "proj": proj, "proj_bias": proj_bias}
         for name, flag in (flags | {"trainable_mixing": trainable_mixing}).items():
             check_flag(name, flag)

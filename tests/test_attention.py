@@ -10,7 +10,7 @@ from torch import nn
 
 from convinit import impulse_targets
 from convinit.fit import Adam
-from convinit.nn import ConvInitAttention, sincos_2d
+from convinit.nn import ConvInitAttention, Linear, sincos_2d
 from convinit.nn.attention import reset_mixing_
 
 DIM, HEADS, GRID, TOKENS = 32, 4, (4, 5), 20
@@ -400,3 +400,16 @@ def test_sincos_of_dim_four_has_frequency_one():
 def test_sincos_bad_input(grid, dim, message):
     with pytest.raises(ValueError, match=message):
         sincos_2d(grid, dim)
+
+
+def test_tensors_on_the_meta_device_beside_real_ones_are_refused(generator):
+    """PyTorch multiplies with them and returns memory that nobody wrote."""
+    x = torch.randn(1, 9, 8, generator=generator)
+    for variant in ("I", "II"):
+        layer = ConvInitAttention(8, 2, (3, 3), kernel_size=3, variant=variant, generator=generator)
+        layer.pos_embed = layer.pos_embed.to("meta")
+        with pytest.raises(ValueError, match="pos_embed must be on the device of the layer's weights, cpu"):
+            layer(x)
+    with pytest.raises(ValueError, match="x must be on the device of the weight, meta, got cpu"):
+        Linear(8, 4, device="meta")(x)
+    assert ConvInitAttention(8, 2, (3, 3), kernel_size=3, device="meta")(x.to("meta")).shape == x.shape

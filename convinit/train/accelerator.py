@@ -7,7 +7,7 @@ from typing import Any
 
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import GradientAccumulationPlugin, TorchDynamoPlugin
+from accelerate.utils import GradientAccumulationPlugin
 
 # They would shard the model or hand it to another engine.
 _OTHER_ENGINES = ("USE_DEEPSPEED", "USE_FSDP", "USE_MEGATRON_LM", "USE_PARALLELISM_CONFIG", "USE_SAGEMAKER")
@@ -39,7 +39,7 @@ def plain_accelerator(*, precision: str = "no", cpu: bool = False, **options: An
         mixed_precision=precision,
         cpu=cpu,
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-        dynamo_plugin=TorchDynamoPlugin(backend="no"),
+        dynamo_backend="no",
         **options,
     )
 

@@ -239,13 +239,18 @@ def timm_tables():
         "pixels": layers.RotaryEmbeddingCat(64, in_pixels=True, feat_shape=[14, 10]).get_embed(),
         "DINOv3": layers.RotaryEmbeddingDinoV3(64, feat_shape=[14, 10]).get_embed(),
         "mixed": layers.RotaryEmbeddingMixed(256, 2, 4, feat_shape=[14, 10]).get_embed()[1].detach(),
-        "multimodal": layers.RotaryEmbeddingMRope(64).get_embed([14, 10]),
-    }
+    } | (
+        {"multimodal": layers.RotaryEmbeddingMRope(64).get_embed([14, 10])}
+        if hasattr(layers, "RotaryEmbeddingMRope")  # timm 1.0.28
+        else {}
+    )
 
 
 @pytest.mark.parametrize("name", ["EVA-02", "Perception Encoder", "pixels", "DINOv3", "mixed", "multimodal"])
 def test_timms_rotation_of_the_biases_gives_the_reported_map(name, generator):
-    table = timm_tables()[name]
+    table = timm_tables().get(name)
+    if table is None:
+        pytest.skip(f"this timm has no {name} embedding")
     half = name in ("DINOv3", "multimodal")
     layout = "half" if half else "interleaved"
     angles = init.rotary_angles(*table.chunk(2, dim=-1), layout=layout)

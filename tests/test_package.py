@@ -6,12 +6,16 @@ import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import convinit
 from convinit import _library
+from convinit.adapters.types import OLDEST, is_a
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def run_python(code: str, *, cwd: Path) -> str:
@@ -136,3 +140,26 @@ def test_import_leaves_the_compiler_alone():
     """torch._dynamo and sympy take a second, which every process and worker would wait."""
     code = "import sys, convinit; sys.exit('torch._dynamo' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_the_extras_ask_for_the_releases_that_the_adapters_know():
+    """`pip install convinit[...]` brings no library that init_vit_ would then refuse."""
+    floors = dict(
+        re.findall(r'"(timm|transformers|vit-pytorch)>=([\d.]+)"', (ROOT / "pyproject.toml").read_text())
+    )
+    known = {name.replace("_", "-"): ".".join(map(str, oldest)) for name, oldest in OLDEST.items()}
+    assert known == floors
+
+
+@pytest.mark.parametrize(
+    "library, kind", [("timm", "vision_transformer.VisionTransformer"), ("transformers", "x.Y")]
+)
+def test_an_older_release_is_named(library, kind, monkeypatch):
+    package, _, name = f"{library}.models.{kind}".rpartition(".")
+    module = type(name, (torch.nn.Module,), {"__module__": package})()
+    monkeypatch.setitem(sys.modules, library, SimpleNamespace(__version__="0.9.16"))
+    with pytest.raises(ValueError, match=f"convinit needs {library} .* or newer, found 0.9.16; pip install"):
+        is_a(module, f"{package}.{name}")
+    assert not is_a(module, "timm.other.Thing")
+    monkeypatch.setitem(sys.modules, library, SimpleNamespace(__version__="99.0.0.dev0"))
+    assert is_a(module, f"{package}.{name}")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 import hashlib
 import os
 import pickle
@@ -125,7 +126,7 @@ def test_load_data_refuses(tmp_path):
         load_data("cifar10")
     with pytest.raises(FileNotFoundError, match="nowhere is no folder"):
         load_data("svhn", tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="download=True is for cifar10, cifar100 and svhn"):
+    with pytest.raises(ValueError, match="download=True is for cifar10, cifar100, svhn and fashion-mnist"):
         load_data("tiny-imagenet", tmp_path, download=True)
     with pytest.raises(ValueError, match=r"image_size must be a side or \(H, W\)"):
         load_data("digits", image_size=(1, 2, 3))
@@ -278,6 +279,77 @@ def test_svhn_labels_of_the_wrong_number(tmp_path, monkeypatch):
     write_svhn(tmp_path, monkeypatch, labels=11)
     with pytest.raises(ValueError, match=r"train_32x32.mat must hold a label for each image, got 12 .* 11"):
         load_data("svhn", tmp_path)
+
+
+# ---- Fashion-MNIST
+
+
+def write_fashion_mnist(root: Path, suffix: str = "", counts: tuple[int, int] = (30, 12)) -> np.ndarray:
+    """Its four idx files, small."""
+    root.mkdir(parents=True, exist_ok=True)
+    images = np.random.default_rng(0).integers(0, 256, (sum(counts), 28, 28), dtype=np.uint8)
+    parts = {"train": images[: counts[0]], "t10k": images[counts[0] :]}
+    for part, own in parts.items():
+        labels = np.arange(len(own), dtype=np.uint8) % 10
+        for kind, array in (("images-idx3", own), ("labels-idx1", labels)):
+            header = bytes((0, 0, 8, array.ndim)) + struct.pack(f">{array.ndim}I", *array.shape)
+            content = header + array.tobytes()
+            path = root / f"{part}-{kind}-ubyte{suffix}"
+            path.write_bytes(gzip.compress(content) if suffix else content)
+    return images
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+@pytest.mark.parametrize("place", [".", "FashionMNIST/raw"])
+def test_fashion_mnist(place, suffix, tmp_path):
+    images = write_fashion_mnist(tmp_path / place, suffix)
+    before = tree(tmp_path)
+    data = load_data("fashion-mnist", tmp_path, train_fraction=0.5)
+    assert tree(tmp_path) == before
+    assert (len(data.train), len(data.test), data.image_size, data.channels) == (15, 12, (28, 28), 1)
+    assert data.class_names[9] == "Ankle boot" and data.num_classes == 10
+    assert np.array_equal(data.test.images[:, 0].numpy(), images[30:])
+    assert data.test.labels.tolist() == [*range(10), 0, 1]
+    image, label = load_data("fashion-mnist", tmp_path).train[13]
+    assert image.shape == (1, 28, 28) and np.array_equal(image[0].numpy(), images[13]) and label == 3
+
+
+@needs_torchvision
+def test_fashion_mnist_is_read_as_torchvision_reads_it(tmp_path):
+    write_fashion_mnist(tmp_path / "FashionMNIST" / "raw")
+    theirs, ours = (
+        torchvision.datasets.FashionMNIST(tmp_path, train=False),
+        load_data("fashion-mnist", tmp_path),
+    )
+    assert torch.equal(theirs.data, ours.test.images[:, 0]) and torch.equal(theirs.targets, ours.test.labels)
+    assert tuple(theirs.classes) == ours.class_names
+
+
+def test_fashion_mnist_damaged(tmp_path, monkeypatch):
+    with pytest.raises(FileNotFoundError, match="has no Fashion-MNIST; needed are .*dataset-fashion-mnist"):
+        load_data("fashion-mnist", tmp_path)
+    monkeypatch.setattr("convinit.train.data.sources.USUAL", tmp_path / "nowhere")
+    with pytest.raises(
+        ValueError, match="root must be the folder with the data set 'fashion-mnist', got None"
+    ):
+        load_data("fashion-mnist")
+    for suffix in ("", ".gz"):
+        root = tmp_path / f"x{suffix}"
+        write_fashion_mnist(root, suffix)
+        for name in ("train-images-idx3-ubyte", "t10k-labels-idx1-ubyte"):
+            path = root / f"{name}{suffix}"
+            content = path.read_bytes()
+            for damaged in (content[:-9], b"", content[:7], b"\0" * 50, content[:30] + b"x" + content[31:-1]):
+                path.write_bytes(damaged)
+                with pytest.raises(
+                    ValueError, match=f"{name}.*(is damaged|cannot be read|is no idx file).*needed"
+                ):
+                    load_data("fashion-mnist", root)
+            path.unlink()
+            with pytest.raises(FileNotFoundError, match="needed are the files"):
+                load_data("fashion-mnist", root)
+            path.write_bytes(content)
+        load_data("fashion-mnist", root)
 
 
 # ---- Folders

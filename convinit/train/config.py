@@ -175,8 +175,10 @@ class DataConfig(_Section):
     """The images."""
 
     name: str = option(
-        "cifar10", "Data set: cifar10, cifar100, svhn, tiny-imagenet, digits, or folder (see --root).",
-        flag="data", choices=("cifar10", "cifar100", "svhn", "tiny-imagenet", "digits", "folder"),
+        "cifar10",
+        "Data set: cifar10, cifar100, svhn, fashion-mnist, tiny-imagenet, digits, or folder (see --root).",
+        choices=("cifar10", "cifar100", "svhn", "fashion-mnist", "tiny-imagenet", "digits", "folder"),
+        flag="data",
     )  # fmt: skip
     root: str | None = option(
         None, "Folder of the data set; of your own images, one folder a class, with --data folder.",

@@ -10,13 +10,14 @@ import torch
 
 from convinit._checks import check_int
 from convinit.train.config import near
+from convinit.train.data.fashion_mnist import MEAN, STD, USUAL, read_fashion_mnist
 from convinit.train.data.folders import read_folder, read_tiny_imagenet
 from convinit.train.data.images import ImageFiles, ImageTensors
 from convinit.train.data.in_memory import load_digits_split
 from convinit.train.data.subsets import subset_indices
 from convinit.train.data.torchvision_sets import read_cifar, read_svhn
 
-DATA_SETS = ("cifar10", "cifar100", "svhn", "tiny-imagenet", "folder", "digits")
+DATA_SETS = ("cifar10", "cifar100", "svhn", "fashion-mnist", "tiny-imagenet", "folder", "digits")
 
 _CIFAR = (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)
 _SVHN = (0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970)
@@ -66,17 +67,18 @@ def load_data(
     Subsets are nested: with one seed, a smaller one lies within every larger one. The test set is never cut.
 
     Args:
-        name: "cifar10", "cifar100" or "svhn", by torchvision; "tiny-imagenet", in the layout of its archive
+        name: "cifar10", "cifar100" or "svhn", by torchvision; "fashion-mnist", 28×28 and grey, from its four
+            idx files; "tiny-imagenet", in the layout of its archive
             with the validation images as test set; "folder", images in a folder for each class, below train/
             and val/ or test/ or not split yet; "digits", the 8×8 digits of scikit-learn.
         root: folder with the data: of cifar-10-batches-py/ or cifar-100-python/, of train_32x32.mat and
             test_32x32.mat, of (or itself) tiny-imagenet-200/, of train/ or the class folders. "digits" need
-            none.
+            none, and "fashion-mnist" none where Debian's package dataset-fashion-mnist is installed.
         train_count: training images to keep, classes in proportion; or
         train_fraction: the share of them to keep, above 0 to 1. With neither, all of them.
         seed: of the subset, the same on every machine.
-        download: fetch what is missing (cifar10, cifar100, svhn) into root. Of several processes let one do
-            it first.
+        download: fetch what is missing (cifar10, cifar100, svhn, fashion-mnist) into root. Of several
+            processes let one do it first.
         image_size: side in pixels or (H, W) that `augmentation` resizes to. Default: as stored; folders have
             no default.
         test_fraction: share of a folder without train/ that becomes the test set, classes in proportion.
@@ -99,9 +101,15 @@ def load_data(
     train: ImageTensors | ImageFiles
     test: ImageTensors | ImageFiles
     if download and name in ("tiny-imagenet", "folder"):
-        raise ValueError(f"download=True is for cifar10, cifar100 and svhn, got name = {name!r}")
+        raise ValueError(
+            f"download=True is for cifar10, cifar100, svhn and fashion-mnist, got name = {name!r}"
+        )
     if name == "digits":
         train, test, names, mean, std = _digits()
+    elif name == "fashion-mnist":
+        folder = _check_root(name, USUAL if root is None and USUAL.is_dir() else root, may_be_made=download)
+        train, test, names = read_fashion_mnist(folder, download)
+        mean, std = MEAN, STD
     else:
         folder = _check_root(name, root, may_be_made=download)
         mean, std = _IMAGENET

@@ -259,7 +259,7 @@ def test_the_good_call_works(function):
     call(**arguments)
 
 
-@pytest.mark.parametrize("function, name, value, error", cases())
+@pytest.mark.parametrize("function, name, value, error", list(cases()))
 def test_an_error_names_the_argument(function, name, value, error):
     call, arguments, _ = TABLE[function]
     with pytest.raises((TypeError, ValueError)) as raised:

@@ -300,6 +300,25 @@ def test_images_of_all_kinds_are_prepared_as_for_the_test(channels, tmp_path):
         assert list(got.probabilities) == sorted(got.probabilities, reverse=True)
 
 
+def test_a_picture_is_the_same_in_every_depth_and_orientation(tmp_path):
+    grey = np.linspace(0, 255, 54).round().astype(np.uint8).reshape(6, 9)
+    files = {
+        "8.png": Image.fromarray(grey),
+        "16.png": Image.fromarray(grey.astype(np.uint16) * 257),
+        "float.tif": Image.fromarray(grey.astype(np.float32) / 255),
+        "turned.png": Image.fromarray(grey),
+    }
+    exif = files["turned.png"].getexif()
+    exif[0x0112] = 8  # stored clockwise by a quarter
+    files["turned.png"] = Image.fromarray(np.ascontiguousarray(np.rot90(grey, -1)))
+    for name, image in files.items():
+        image.save(tmp_path / name, **({"exif": exif} if name == "turned.png" else {}))
+    Image.fromarray(grey.astype(np.int32)).save(tmp_path / "int.tif")
+    *found, refused = predict(TrainedModel(vit(), SPEC), [tmp_path / name for name in (*files, "int.tif")])
+    assert len({(each.indices, each.probabilities) for each in found}) == 1
+    assert isinstance(refused, Unreadable) and "mode I in TIFF has no known white" in refused.reason
+
+
 def test_files_are_found_and_unreadable_ones_are_results(tmp_path):
     good = [picture(tmp_path / "b" / ".." / name) for name in ("b/z.PNG", "b/deep/er/1.png", "b/a.bmp")]
     (tmp_path / "b" / "notes.txt").write_text("no image")

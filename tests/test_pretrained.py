@@ -202,6 +202,8 @@ def test_what_cannot_be_loaded(tmp_path):
     fails(ValueError, "is not JSON")
     (tmp_path / "config.json").write_text("[1]")
     fails(ValueError, "must hold an object, got list")
+    edited(tmp_path, arguments=[1])
+    fails(ValueError, r"config.json must have a table of arguments, got \[1\]")
     edited(tmp_path, arguments={**arguments, "depht": 2})
     fails(ValueError, "does not describe a SimpleViT.*depht")
     edited(tmp_path, arguments={**arguments, "dim": 30})

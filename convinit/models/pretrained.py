@@ -120,6 +120,8 @@ class Pretrained:
         path = Path(folder)
         config = read_config(path)
         saved, arguments = config.get("class"), config.get("arguments")
+        if saved == cls.__name__ and not isinstance(arguments, dict):
+            raise ValueError(f"{path / CONFIG} must have a table of arguments, got {arguments!r:.50}")
         if saved != cls.__name__ or not isinstance(arguments, dict):
             kind = config.get("architecture") or saved or "something else"
             raise ValueError(f"{path / CONFIG} must describe a {cls.__name__}, got {kind!r}; load it as that")

@@ -50,12 +50,16 @@ def check(generation, key, config, precision):
     assert any(usage.loop[op] for op in report.TENSOR_CORES), f"no tensor cores: {dict(usage.loop)}"
     if key.kernel in ("apply", "map_gradient"):  # whose images are dealt out over config.programs
         assert config.programs <= fitting(generation, config, usage), usage
-    if generation == 90 and key.itemsize == 2:
+    if generation == 90 and key.itemsize == 2 and key.rank >= 64:  # dQᵀ has r rows, and wgmma wants 64
         assert usage.loop["HGMMA"] and not usage.loop["HMMA"], f"not Hopper's products: {dict(usage.loop)}"
 
 
-# Loads and stores of spilled registers in hot loops that measured fastest all the same.
-ALLOWED_LOCAL = {(90, Key("backward", 2, 64, 128)): 40}
+# Loads and stores of spilled registers in hot loops: measured fastest all the same (the first), or the fewest.
+ALLOWED_LOCAL = {
+    (90, Key("backward", 2, 64, 128)): 40,
+    (90, Key("backward_queries", 4, 128, None)): 10,
+    (100, Key("backward_keys", 4, 128, None)): 2,
+}
 
 
 @pytest.mark.parametrize("entry", FAST, ids=name)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
+from triton.runtime.interpreter import InterpreterBuilder
 
 from convinit.kernels import configs, launch
 from convinit.kernels.configs import Config
@@ -250,3 +252,88 @@ def test_tune_finds_configurations(monkeypatch, case, tokens):
     assert list(found) == expected
     assert [str(config) for config in found.values()] == [names[-1] for names in tried]
     assert all(len(names) >= 4 for names in tried)
+
+
+class Memory:
+    """Watches all addresses that kernels touch: in a tensor, written once a launch, not read in that launch.
+
+    Where that holds no order of programs or threads can change a result, and no barrier is needed.
+    """
+
+    def __init__(self, monkeypatch):
+        self.extents, self.written, self.faults = [], set(), set()
+        load, store, place = (
+            getattr(InterpreterBuilder, name)
+            for name in ("create_masked_load", "create_masked_store", "set_grid_idx")
+        )
+
+        def watched_load(builder, pointers, mask, *rest):
+            if not self.written.isdisjoint(self.addresses(pointers, mask)):
+                self.faults.add("read of what this launch writes")
+            return load(builder, pointers, mask, *rest)
+
+        def watched_store(builder, pointers, value, mask, *rest):
+            addresses = self.addresses(pointers, mask)
+            if not self.written.isdisjoint(addresses):
+                self.faults.add("written twice")
+            self.written.update(addresses)
+            return store(builder, pointers, value, mask, *rest)
+
+        def watched_place(builder, *index):
+            if not any(index):
+                self.written.clear()  # a launch begins
+            return place(builder, *index)
+
+        monkeypatch.setattr(InterpreterBuilder, "create_masked_load", watched_load)
+        monkeypatch.setattr(InterpreterBuilder, "create_masked_store", watched_store)
+        monkeypatch.setattr(InterpreterBuilder, "set_grid_idx", watched_place)
+        for owner, name in ((torch.Tensor, "new_empty"), (torch, "empty_like")):
+            monkeypatch.setattr(owner, name, self.known(getattr(owner, name)))
+
+    def known(self, make):
+        return lambda *args, **options: self.add(make(*args, **options))
+
+    def add(self, tensor):
+        storage = tensor.untyped_storage()
+        self.extents.append((storage.data_ptr(), storage.data_ptr() + storage.nbytes()))
+        return tensor
+
+    def addresses(self, pointers, mask):
+        active = np.broadcast_to(np.asarray(mask.data).astype(bool), np.asarray(pointers.data).shape)
+        found = np.unique(np.asarray(pointers.data)[active].astype(np.int64))
+        inside = np.zeros(found.shape, bool)
+        for start, end in self.extents:
+            inside |= (start <= found) & (found < end)
+        if not inside.all():
+            raise IndexError("outside of all tensors")
+        return found.tolist()
+
+
+def touch(memory, tokens, tile_size, image_gradients=None):
+    """One launch of each kernel; what was found."""
+    inputs, dout = problem(tokens, 16, torch.float32, heads=2)
+    for tensor in (*inputs, dout):
+        memory.add(tensor)
+    chosen = tiles(tile_size, tokens)
+    out, lse = launch.positional_forward(*inputs, 0.25, 0.5, chosen)
+    launch.positional_backward(dout, *inputs, out, lse, 0.25, 0.5, ALL, image_gradients, chosen)
+    launch.apply_map(memory.add(torch.rand(2, tokens, tokens)), inputs[2], chosen)
+    launch.map_gradient(dout, inputs[2], chosen)
+    return memory.faults
+
+
+@pytest.mark.parametrize(("tokens", "tile_size"), [(32, 32), (33, 16), (20, 32), (40, 16)])
+def test_memory(tokens, tile_size, monkeypatch):
+    assert not touch(Memory(monkeypatch), tokens, tile_size)
+
+
+@pytest.mark.parametrize("tile_size", [16, 64])
+def test_memory_sees_faults(tile_size, monkeypatch):
+    """The check above can fail: one tensor for two gradients, and rows that are not there."""
+    memory = Memory(monkeypatch)
+    dq = memory.add(torch.empty(2, 2, 33, 16))
+    assert touch(memory, 33, tile_size, (dq, dq, dq)) == {"written twice"}
+    whole = launch.tiles
+    monkeypatch.setattr(launch, "tiles", lambda config, x: whole(config, x) | {"WHOLE": True})
+    with pytest.raises(Exception, match="outside of all tensors"):
+        touch(memory, 33, tile_size)

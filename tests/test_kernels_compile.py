@@ -54,7 +54,7 @@ def check(generation, key, config, precision):
         assert usage.loop["HGMMA"] and not usage.loop["HMMA"], f"not Hopper's products: {dict(usage.loop)}"
 
 
-# Loads and stores of spilled registers in hot loops: measured fastest all the same (the first), or the fewest.
+# Spills in hot loops: of what measured fastest all the same (the first), or the fewest.
 ALLOWED_LOCAL = {
     (90, Key("backward", 2, 64, 128)): 40,
     (90, Key("backward_queries", 4, 128, None)): 10,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -29,6 +30,9 @@ CHOICE = {
     "choice": "triton", "least": 16,
 }  # fmt: skip
 CONFIG = {"kernel": "forward", "dtype": "bfloat16", "N": 64, "r": 32, "config": [64, 64, 4, 3, 2]}
+
+
+describe = tuned.machine  # before the fixture below puts a description in its place
 
 
 def content(**changes):
@@ -162,6 +166,14 @@ def test_shipped_files_are_whole():
         shipped = tuned.read(path)
         assert f"sm_{shipped['machine']['capability'].replace('.', '')}.json" == path.name
         assert {row["choice"] for row in shipped["choices"]} <= {"triton", "torch"}
+
+
+def test_a_machine_is_described_without_a_gpu_at_hand(monkeypatch):
+    """By what every torch has: a name that one release lacks would stop all attention on CUDA."""
+    gpu = SimpleNamespace(name="NVIDIA Test 3000", multi_processor_count=132, major=9, minor=9)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    found = describe.__wrapped__(0)
+    assert found.keys() == MACHINE.keys() and found["capability"] == "9.9" and len(found["kernels"]) == 64
 
 
 # --- what "auto" takes

@@ -117,7 +117,8 @@ def build_info() -> dict[str, Any]:
         cpu_count, num_threads: CPUs of the machine, and threads that ops use;
         gpu: name of the current CUDA device with its architecture, or None;
         gpu_problem: why the CUDA ops do not run on it, or None;
-        tuned: when `convinit tune` measured attention for this GPU and these versions, or None;
+        tuned: when and on which GPU the attention that "auto" takes was measured, by `convinit tune` or
+            "(shipped)", or None;
         python, platform: the interpreter's version and the operating system.
     """
     from convinit import __version__

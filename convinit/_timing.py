@@ -286,11 +286,15 @@ def captured(fn: Function, pool: Any) -> Function | None:
     return graph.replay
 
 
-@functools.cache
 def flush_buffer() -> torch.Tensor:
-    """Twice the L2 cache and 128 MB at least."""
-    size = getattr(torch.cuda.get_device_properties(), "L2_cache_size", 0)
-    return torch.empty(max(2 * size, 2**27), dtype=torch.uint8, device="cuda")
+    return _flush_buffer(torch.cuda.current_device())
+
+
+@functools.cache
+def _flush_buffer(device: int) -> torch.Tensor:
+    """Twice the L2 cache of a GPU and 128 MB at least."""
+    size = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0)
+    return torch.empty(max(2 * size, 2**27), dtype=torch.uint8, device=torch.device("cuda", device))
 
 
 def between_events(fn: Function, flushes_before: int, flushes_within: int = 0) -> float:

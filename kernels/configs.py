@@ -1,8 +1,9 @@
 """Launch configurations: tile sizes, warps and pipeline depth by GPU generation, dtype, r and N.
 
-Entries of generation 90 were timed on an H200 (README.md beside this file has the rows); those of the other
-generations are what compiles for them within their shared memory and without local memory in the hot loop
-(`python -m convinit.kernels.report` shows the figures). `convinit tune` times others on the GPU at hand.
+Entries of generation 90 in 16 bits go by times on an H200 (benchmarks/results/h200), their neighbours by
+analogy. Those of the other generations, and float32, are what compiles for them within their shared memory
+and without local memory in the hot loop; `python -m convinit.kernels.report` shows the figures. `convinit
+tune` times others on the GPU at hand.
 """
 
 from __future__ import annotations

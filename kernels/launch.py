@@ -24,11 +24,13 @@ from convinit.kernels.positional_attention import (
     sum_images_kernel,
 )
 from convinit.kernels.shared_attention import apply_kernel, map_gradient_kernel
+from convinit.kernels.tiles import nothing_kernel
 
 T = TypeVar("T", Tensor, Tensor | None)
 Strides = tuple[int, ...]
 Chosen = Mapping[str, Config]  # {kernel: configuration}, in place of the table's
 NO_STRIDES: Strides = (0, 0, 0, 0)
+TINY = torch.finfo(torch.float32).tiny
 SMALL_ALPHA = 2**-6  # below it α dQ is not kept in 16 bits in place of dQ
 IMAGES, ELEMENTS = 32, 256  # tile of the sum over images
 WAVES = 3  # at most, of programs that keep something on chip from image to image
@@ -54,6 +56,7 @@ def positional_forward(
     scale = folded_scale(scale, alpha, q_pos, k_pos)
     if scale < 0:  # the kernel takes a row's maximum before it multiplies by the scale
         q, q_pos, scale = -q, None if q_pos is None else -q_pos, -scale
+    scale = max(scale, TINY)  # the kernel multiplies masked logits by it, and 0 · −∞ is no number
     all_keys = config.BN >= tokens
     programs = triton.cdiv(tokens, config.BM)
     if all_keys:  # one program a head, unless images and heads alone leave multiprocessors idle
@@ -109,7 +112,12 @@ def positional_backward(
     if lse.numel() == 0 or rank == 0 or not any(needs):
         dq, dk, dv = image_gradients or (image_gradient(q) if need else None for need in needs[:3])
         positions = ((q_pos, need_q_pos), (k_pos, need_k_pos))
-        return dq, dk, dv, *(torch.zeros_like(x) if need and x is not None else None for x, need in positions)
+        return (
+            dq,
+            dk,
+            dv,
+            *(x.new_zeros(x.shape) if need and x is not None else None for x, need in positions),
+        )
     # The position terms' gradients are sums of dq and dk, so these are written for them, too.
     written = (need_q or need_q_pos, need_k or need_k_pos, need_v)
     dq, dk, dv = image_gradients or (image_gradient(q) if need else None for need in written)
@@ -120,7 +128,7 @@ def positional_backward(
     dk_scale = folded * (factor if k_pos is not None else 1.0)
     q, k, v = reachable(q), reachable(k), reachable(v)
     q_pos, k_pos = reachable(q_pos), reachable(k_pos)
-    dout_heads = split_heads(dout, heads)
+    dout = reachable(split_heads(dout, heads))
     sources = (q, k, v, q_pos, k_pos)
     source_strides = (q.stride(), k.stride(), v.stride(), position_strides(q_pos), position_strides(k_pos))
     out_strides = split_heads(out, heads).stride()
@@ -129,7 +137,7 @@ def positional_backward(
     if at_once is not None:
         backward_kernel[(batch * heads,)](
             *sources, out, dout, lse, dq, dk, dv,
-            *source_strides, out_strides, dout_heads.stride(), strides(dq), strides(dk), strides(dv),
+            *source_strides, out_strides, dout.stride(), strides(dq), strides(dk), strides(dv),
             *common, dq_scale, dk_scale, **tiles(at_once, q),
         )  # fmt: skip
     else:
@@ -138,14 +146,14 @@ def positional_backward(
             config = tuned.choose("backward_queries", q, chosen)
             backward_queries_kernel[(batch * heads * triton.cdiv(tokens, config.BM),)](
                 *sources, out, dout, lse, delta, dq,
-                *source_strides, out_strides, dout_heads.stride(), strides(dq),
+                *source_strides, out_strides, dout.stride(), strides(dq),
                 *common, dq_scale, **tiles(config, q),
             )  # fmt: skip
         if dk is not None or dv is not None:
             config = tuned.choose("backward_keys", q, chosen)
             backward_keys_kernel[(batch * heads * triton.cdiv(tokens, config.BN),)](
                 *sources, dout, lse, delta, dk, dv,
-                *source_strides, dout_heads.stride(), strides(dk), strides(dv),
+                *source_strides, dout.stride(), strides(dk), strides(dv),
                 *common, dk_scale, **tiles(config, q),
             )  # fmt: skip
 
@@ -203,12 +211,12 @@ def map_gradient(dout: Tensor, v: Tensor, chosen: Chosen | None = None) -> Tenso
     rows, columns = triton.cdiv(tokens, config.BM), triton.cdiv(tokens, config.BN)
     splits = shares(batch, heads * rows * columns, config, v)
     parts = v.new_empty(splits, heads, tokens, tokens, dtype=torch.float32)
-    v = reachable(v)
+    v, dout = reachable(v), reachable(split_heads(dout, heads))
     map_gradient_kernel[(heads * splits, rows, columns)](
         dout,
         v,
         parts,
-        split_heads(dout, heads).stride(),
+        dout.stride(),
         v.stride(),
         parts.stride(),
         batch,
@@ -217,6 +225,11 @@ def map_gradient(dout: Tensor, v: Tensor, chosen: Chosen | None = None) -> Tenso
         **tiles(config, v),
     )
     return parts.sum(0).to(v.dtype)
+
+
+def try_triton() -> None:
+    """Compiles and runs a kernel that does nothing; raises where Triton cannot."""
+    nothing_kernel[(1,)](num_warps=1)
 
 
 def tiles(config: Config, x: Tensor) -> dict[str, Any]:

@@ -12,6 +12,11 @@ import triton.language as tl
 
 
 @triton.jit
+def nothing_kernel():
+    pass
+
+
+@triton.jit
 def head(p_x, stride, i_b, i_h):
     """Pointer to head i_h of image i_b. 64 bits: B·heads·N·R passes 2³¹ well before memory is full."""
     return p_x + tl.cast(i_b, tl.int64) * stride[0] + tl.cast(i_h, tl.int64) * stride[1]

@@ -8,8 +8,9 @@ A file a GPU and software, $CONVINIT_CACHE_DIR (or ~/.cache/convinit)/tuned/<GPU
     choices    [{op, dtype, N, r, positions, training, least, choice, ...}]: from B·heads = least on
     configs    [{kernel, dtype, N, r, config}]: config is a `Config` as a list, or null: without this kernel
 
-Where there is none, `sm_<capability>.json` beside this module is read, the same file as one GPU of that
-capability wrote it; its machine is not compared. The first attention on a GPU reads the file, once.
+Where there is none, `sm_<capability>.json` beside this module is read: choices of the same form for GPUs of
+that capability, put together from the rows in benchmarks/results; its machine is not compared. The first
+attention on a GPU reads the file, once.
 CONVINIT_TUNED=0 switches both off: PyTorch's choice, and the configurations of `configs.TABLE`.
 """
 
@@ -22,7 +23,7 @@ import os
 import re
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -119,19 +120,42 @@ def find(kernel: str, x: Tensor, chosen: Mapping[str, Config] | None = None) -> 
 
 
 def of(device: int) -> Tuned:
-    """What is known of a GPU; read at the first call."""
+    """What is known of a GPU; read at the first call. Nothing that fails in here may stop an attention."""
     found = _loaded.get(device)
     if found is None:
-        found = _loaded[device] = _load(device)
+        found = _load(device)
+        if any(name == "triton" for name, _ in found.choices.values()):
+            if torch.cuda.is_current_stream_capturing():
+                return Tuned()  # for now: no kernel can be compiled while a CUDA graph is captured
+            if not _triton_starts(device):
+                found = Tuned()
+        _loaded[device] = found
     return found
+
+
+def _triton_starts(device: int) -> bool:
+    """Whether Triton runs a kernel: it needs a C compiler, and a folder that it may write."""
+    try:
+        from convinit.kernels import launch
+
+        with torch.cuda.device(device):
+            launch.try_triton()
+    except Exception as error:
+        reason = str(error).strip().splitlines()[:1]
+        warnings.warn(
+            f"Triton does not start ({type(error).__name__}: {''.join(reason)}), so attention on this GPU is "
+            "PyTorch's; CONVINIT_TUNED=0 says that this is meant",
+            stacklevel=2,
+        )
+        return False
+    return True
 
 
 # --- files --------------------------------------------------------------------------------------------------
 
 
 def folder() -> Path:
-    cache = os.environ.get("CONVINIT_CACHE_DIR") or Path.home() / ".cache" / "convinit"
-    return Path(cache) / "tuned"
+    return Path(os.environ.get("CONVINIT_CACHE_DIR") or "~/.cache/convinit").expanduser() / "tuned"
 
 
 @functools.cache
@@ -197,28 +221,27 @@ def parse(content: Mapping[str, Any]) -> Tuned:
 
 
 def _load(device: int) -> Tuned:
-    if os.environ.get("CONVINIT_TUNED") == "0":
+    if os.environ.get("CONVINIT_TUNED") == "0" or torch.version.hip is not None:
         return Tuned()
-    here = machine(device)
-    path = path_of(here)
-    if path.exists():
-        try:
+    try:
+        here = machine(device)
+        path, problem = path_of(here), ""
+        if path.exists():
             content = read(path)
             if content["machine"] == here:
                 return parse(content)
             problem = f"{path} is for another machine"
-        except ValueError as error:
-            problem = str(error)
-        warnings.warn(f"{problem} and is ignored; measure again with: {COMMAND}", stacklevel=2)
-        return Tuned()
-    if any(path.parent.glob(f"{_slug(here['gpu'])}-????????????.json")):
-        warnings.warn(
-            f"convinit was tuned for {here['gpu']}, but with another torch, Triton, CUDA or "
-            f"convinit: what was measured is ignored; measure again with: {COMMAND}",
-            stacklevel=2,
-        )
+        elif any(path.parent.glob(f"{_slug(here['gpu'])}-????????????.json")):
+            problem = f"convinit was tuned for {here['gpu']}, but with other versions: what was measured"
+    except (OSError, RuntimeError, ValueError) as error:  # no home, none that may be read, a damaged file
+        here, problem = machine(device), str(error)
+    if problem:
+        warnings.warn(f"{problem} is ignored; measure again with: {COMMAND}", stacklevel=2)
     shipped = Path(__file__).parent / f"sm_{here['capability'].replace('.', '')}.json"
-    return parse(read(shipped)) if shipped.exists() and here["triton"] else Tuned()
+    if not (shipped.exists() and here["triton"]):
+        return Tuned()
+    known = parse(read(shipped))
+    return replace(known, gpu=f"{known.gpu} (shipped)")
 
 
 def _slug(name: str) -> str:

@@ -143,6 +143,31 @@ def test_gradient_of_a_packed_product_is_written_in_place(tile_size):
     assert not packed.isnan().any()
 
 
+@pytest.mark.parametrize(("scale", "alpha", "positions"), [(0.0, 0.5, True), (0.3, 0.0, False)])
+@pytest.mark.parametrize("tile_size", [16, 64])
+def test_logits_of_zero(tile_size, scale, alpha, positions):
+    """Padded keys stay masked: −∞ times 0 is no number."""
+    inputs, dout = problem(17, 16, torch.float32, q_pos=False, k_pos=positions)
+    check(inputs, dout, tiles(tile_size, 17), scale=scale, alpha=alpha)
+
+
+def test_views_beyond_32_bits_are_copied(monkeypatch):
+    """[N, B, C] memory of a large batch: the offsets of a head's tokens do not fit."""
+    far = torch.empty_strided((1, 1, 3, 16), (16, 16, 2**30, 1), device="meta")
+    assert launch.reachable(far).is_contiguous()
+    seen = set()
+    monkeypatch.setattr(launch, "reachable", lambda x: seen.add(None if x is None else x.data_ptr()) or x)
+    inputs, dout = problem(20, 16, torch.float32)
+    chosen = tiles(16)
+    out, lse = launch.positional_forward(*inputs, 0.25, 0.5, chosen)
+    assert seen == {x.data_ptr() for x in inputs}
+    launch.positional_backward(dout, *inputs, out, lse, 0.25, 0.5, ALL, chosen=chosen)
+    assert seen == {x.data_ptr() for x in (*inputs, dout)}
+    seen.clear()
+    launch.map_gradient(dout, inputs[2], chosen)
+    assert seen == {dout.data_ptr(), inputs[2].data_ptr()}
+
+
 @pytest.mark.parametrize("tile_size", [32, 64])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_sharp_logits(dtype, tile_size):

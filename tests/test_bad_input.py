@@ -285,13 +285,13 @@ def test_numpy_s_numbers_are_numbers(number):
 
 COMMANDS = {
     "--scale nan": "scale", "--scale 0": "scale", "--scale 1e-300": "scale",
-        "--weight-norm 1e300": "weight_norm",
-    "--weight-norm 1e30": "weight_norm", "--weight-norm -1": "weight_norm", "--peak 1": "peak",
+        "--weight-norm 1e300": "--weight-norm",
+    "--weight-norm 1e30": "--weight-norm", "--weight-norm -1": "--weight-norm", "--peak 1": "peak",
         "--peak nan": "peak",
-    "-f 4": "kernel_size", "-f 99": "kernel_size", "-f 9": "kernel_size", "--rank 17": "rank",
+    "-f 4": "--kernel-size", "-f 99": "--kernel-size", "-f 9": "--kernel-size", "--rank 17": "rank",
         "--rank 0": "rank",
     "--heads 0": "heads", "--layers -1": "layers", "--dim 15": "dim", "--grid 4x": "grid",
-    "--seed 99999999999999999999": "seed", "--method svd --weight-norm 1e300": "weight_norm",
+    "--seed 99999999999999999999": "seed", "--method svd --weight-norm 1e300": "--weight-norm",
         "--steps 3": "steps",
 }  # fmt: skip
 

@@ -153,9 +153,7 @@ def test_compiles_into_one_graph(convolves):
     dout = torch.randn(2, 5, 3)
     for a, b in zip(results(compiled, x, dout), results(layer, x, dout), strict=True):
         torch.testing.assert_close(a, b)
-    # Old Dynamos (torch 2.10) take every graph for an export.
-    exporting = torch.compile(lambda x: x + torch.compiler.is_exporting(), backend="eager")(torch.zeros(1))
-    assert len(graphs) == 1 and ("conv2d" in graphs[0]) != bool(exporting)
+    assert len(graphs) == 1 and "conv2d" in graphs[0]
 
 
 def test_it_is_an_nn_linear():

@@ -32,7 +32,7 @@ CHOICE = {
 CONFIG = {"kernel": "forward", "dtype": "bfloat16", "N": 64, "r": 32, "config": [64, 64, 4, 3, 2]}
 
 
-describe = tuned.machine  # before the fixture below puts a description in its place
+describe, TRITON_STARTS = tuned.machine, tuned._triton_starts  # before the fixture below takes their places
 
 
 def content(**changes):
@@ -50,6 +50,8 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setattr(tuned, "_loaded", {})
     if not torch.cuda.is_available():
         monkeypatch.setattr(tuned, "machine", lambda device: dict(MACHINE))
+        monkeypatch.setattr(tuned, "_triton_starts", lambda device: True)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     return tmp_path / "tuned"
 
 
@@ -135,6 +137,41 @@ def test_damaged_files(cache, text):
         assert tuned.of(0) == Tuned()
     result = CliRunner().invoke(app, ["tune", "--show"])
     assert result.exit_code == 2 and "cannot be read" in result.output
+
+
+def test_nothing_that_fails_stops_an_attention(cache, monkeypatch):
+    """No home folder, one that is closed, an AMD GPU, a Triton that does not start."""
+    tuned.write(content())
+
+    def fails(error):
+        def raising(*_):
+            raise error
+
+        return raising
+
+    for error in (
+        RuntimeError("Could not determine home directory."),
+        PermissionError(13, "denied", "/root"),
+    ):
+        with monkeypatch.context() as patch, pytest.warns(UserWarning, match="convinit tune"):
+            patch.setattr(tuned, "path_of", fails(error))
+            assert tuned.of(0) == Tuned()
+        tuned._loaded.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.version, "hip", "6.4")
+        assert tuned.of(0) == Tuned()
+    tuned._loaded.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(tuned, "_triton_starts", TRITON_STARTS)  # which has no GPU to start on
+        patch.setattr(torch.cuda, "device", fails(RuntimeError("Failed to find C compiler.")))
+        with pytest.warns(
+            UserWarning, match=r"Triton does not start \(RuntimeError: Failed to find C compiler"
+        ):
+            assert tuned.of(0) == Tuned()
+        assert tuned.of(0) == Tuned()  # and not asked again
+    tuned._loaded.clear()
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert tuned.of(0) == Tuned() and not tuned._loaded  # but asked again after the capture
 
 
 def test_switched_off(monkeypatch):
@@ -225,7 +262,7 @@ def test_auto_leaves_to_torch_what_the_kernels_do_not_know(fake_gpu):
     assert seen == ["torch"]
     assert taken(x) == "triton"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.compiler, "is_exporting", lambda: True)
+        patch.setattr(torch.compiler, "_is_exporting_flag", True)
         assert taken(x) == "torch"
 
 

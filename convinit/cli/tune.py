@@ -46,14 +46,20 @@ def tune(
     """
     if show or clear:
         paths = sorted(tuned.folder().glob("*.json"))
+        problems = []
         for path in paths:
             if show:
-                _show(tuned.read(path))
+                try:
+                    _show(tuned.read(path))
+                except ValueError as error:  # the others are shown all the same
+                    problems.append(str(error))
             if clear:
                 path.unlink()
             typer.echo(f"{'removed ' if clear else ''}{path}")
         if not paths:
             typer.echo(f"nothing measured yet in {tuned.folder()}")
+        if problems:
+            raise ValueError("; ".join(problems))
         return
     shapes = [_shape(text) for text in shape] if shape else list(tuning.SHAPES)
     console = Console()
@@ -92,5 +98,5 @@ def _line(row: dict[str, Any]) -> str:
         return f"{shape}: nothing chosen, {row['reason']}"
     kind = f"{'training' if row['training'] else 'inference'}{', positions' if row['positions'] else ''}"
     times = ", ".join(f"{name} {gpu:.3f} ({host:.3f})" for name, (gpu, host) in row["ms"].items())
-    absent = "".join(f"; {name}: {reason}" for name, reason in row["absent"].items())
+    absent = "".join(f"; {name}: {reason}" for name, reason in row.get("absent", {}).items())
     return f"{shape} {row['dtype']} {kind}: {row['choice']}   ms (with the host): {times}{absent}"

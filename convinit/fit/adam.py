@@ -31,7 +31,7 @@ def adam_steps_(
 
         (A − M).square().mean(dim=(1, 2)).sum() / heads
 
-    The gradient is made by hand, which takes half the time and memory of autograd.
+    The gradient is made by hand.
 
     Args:
         tokens: X [N, ρ], floating, as all that follow: the tokens in a basis of the row space of P.

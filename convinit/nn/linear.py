@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from convinit.ops.products import HALVED_MKL, full_precision
+from convinit.ops.transforms import exporting
 
 __all__ = ["Linear", "linear"]
 
@@ -67,7 +68,7 @@ def _prefers_convolution(x: Tensor, weight: Tensor) -> bool:
         and x.dim() > 0
         and x.shape[-1] == weight.shape[1]  # else F.linear says what is wrong
         and not torch.is_autocast_enabled("cpu")
-        and not (torch.compiler.is_exporting() or torch.jit.is_tracing())
+        and not exporting()
         and not torch._C._are_functorch_transforms_active()
         # Not asked in exports, whose batch may be any.
         and _worthwhile(x.numel() // max(x.shape[-1], 1), *weight.shape)

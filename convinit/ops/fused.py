@@ -23,7 +23,7 @@ from convinit._checks import check_choice
 from convinit.kernels import configs, tuned
 from convinit.kernels.layout import image_gradient, split_heads, split_packed
 from convinit.ops import native
-from convinit.ops.transforms import refuse_transforms, transforms_active
+from convinit.ops.transforms import exporting, refuse_transforms, transforms_active
 
 __all__ = [
     "BACKENDS",
@@ -32,7 +32,7 @@ __all__ = [
     "check_backend",
     "fused_packed_attention",
     "fused_positional_attention",
-    "takes_kernels",
+    "serving",
     "tuned_choice",
 ]
 
@@ -72,14 +72,7 @@ def tuned_choice(op: str, x: Tensor, dropout_p: float, *others: Tensor | None) -
     of torch.func, forward-mode AD, and sizes that torch.compile keeps open; compiled, its back ends are not
     chosen by name.
     """
-    if (
-        not x.is_cuda
-        or dropout_p > 0
-        or torch.compiler.is_exporting()
-        or torch.jit.is_tracing()
-        or transforms_active()
-        or not _static(x.shape[1:])
-    ):
+    if not x.is_cuda or dropout_p > 0 or exporting() or transforms_active() or not _static(x.shape[1:]):
         return "torch"
     batch, heads, tokens, rank = x.shape
     positions = op == "positional_attention" and any(position is not None for position in others[-2:])
@@ -98,8 +91,10 @@ def _static(sizes: Sequence[int]) -> bool:
     return all(has_static_value(size) for size in sizes)
 
 
-def takes_kernels(op: str, backend: str, x: Tensor, dropout_p: float = 0.0, *others: Tensor | None) -> bool:
-    """Whether an attention over x [B, heads, N, r] is one of the fused ops; raises if it cannot be.
+def serving(op: str, backend: str, x: Tensor, dropout_p: float = 0.0, *others: Tensor | None) -> str:
+    """Who makes an attention over x [B, heads, N, r]; raises if `backend` cannot.
+
+    "kernels" are the fused ops; else PyTorch, as one of `tuned.CHOICES` says.
 
     Args:
         op: "positional_attention" or "shared_attention".
@@ -107,17 +102,17 @@ def takes_kernels(op: str, backend: str, x: Tensor, dropout_p: float = 0.0, *oth
         others: the further inputs, positions last, of which a choice by measurements depends.
     """
     if backend in ("sdpa", "eager"):
-        return False
+        return "torch"
     if backend == "auto":
-        if tuned_choice(op, x, dropout_p, *others) == "triton":
-            return True
-        return dropout_p == 0 and native.prefers_native(op, x)
+        choice = tuned_choice(op, x, dropout_p, *others)
+        ours = choice == "triton" or (dropout_p == 0 and native.prefers_native(op, x))
+        return "kernels" if ours else choice
     if dropout_p > 0:
         raise ValueError(
             f'backend="{backend}" has no dropout, got dropout_p = {dropout_p}; use backend="auto"'
         )
     (_check_triton if backend == "triton" else native.check_native)(x)
-    return True
+    return "kernels"
 
 
 def fused_positional_attention(
@@ -277,6 +272,8 @@ def _differentiable_gradients(
 
     split: q, k, v, q_pos, k_pos of the inputs. Those that need no gradient get None.
     """
+    # Copies of the references: what the inputs were made of, and share, is the engine's to follow.
+    inputs = [x if x is None else x.view_as(x) for x in inputs]
     q, k, v, q_pos, k_pos = split(*inputs)
     q_mixed, k_mixed, values = _mixed(q, q_pos, alpha), _mixed(k, k_pos, alpha), _mixed(v, None, 1.0)
     out = ((scale * q_mixed @ k_mixed.mT).softmax(-1) @ values).transpose(1, 2).flatten(2).to(q.dtype)

@@ -10,7 +10,7 @@ from torch import Tensor
 from convinit import _library  # noqa: F401  registers torch.ops.convinit
 from convinit.kernels.layout import image_gradient
 from convinit.ops.products import HALVED_MKL, full_precision
-from convinit.ops.transforms import transforms_active
+from convinit.ops.transforms import exporting, transforms_active
 
 __all__ = [
     "apply_map",
@@ -63,7 +63,7 @@ def prefers_native(op: str, x: Tensor) -> bool:
         and _VECTORS
         and faster
         and (dtype == torch.float32 or not _AMX)
-        and not (torch.compiler.is_exporting() or torch.jit.is_tracing())
+        and not exporting()
         and not transforms_active()
         and worthwhile(x)
     )

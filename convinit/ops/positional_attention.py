@@ -70,15 +70,13 @@ def positional_attention(
         return positional_attention_reference(
             q, k, v, q_pos, k_pos, scale=scale, alpha=alpha, dropout_p=dropout_p
         )
-    if fused.takes_kernels("positional_attention", backend, q, dropout_p, k, v, q_pos, k_pos):
+    serving = fused.serving("positional_attention", backend, q, dropout_p, k, v, q_pos, k_pos)
+    if serving == "kernels":
         return fused.fused_positional_attention(q, k, v, q_pos, k_pos, scale, alpha)
     if backend == "auto" and _may_be_differentiated_twice(q, k, v, q_pos, k_pos, dropout_p=dropout_p):
         return positional_attention_reference(q, k, v, q_pos, k_pos, scale=scale, alpha=alpha)
-    choice = "torch"
-    if backend == "auto":
-        choice = fused.tuned_choice("positional_attention", q, dropout_p, k, v, q_pos, k_pos)
     q, k = _mix(q, q_pos, alpha), _mix(k, k_pos, alpha)
-    out = fused.attention_by(choice, q, k, v, dropout_p, scale)
+    out = fused.attention_by(serving, q, k, v, dropout_p, scale)
     return out.transpose(1, 2).flatten(2)
 
 
@@ -117,7 +115,8 @@ def packed_attention(
     q, k, v = split_packed(qkv, num_heads)
     scale, alpha, dropout_p = _check(q, k, v, q_pos, k_pos, scale, alpha, dropout_p)
     fused.check_backend(backend)
-    if fused.takes_kernels("positional_attention", backend, q, dropout_p, k, v, q_pos, k_pos):
+    serving = fused.serving("positional_attention", backend, q, dropout_p, k, v, q_pos, k_pos)
+    if serving == "kernels":
         return fused.fused_packed_attention(qkv, num_heads, q_pos, k_pos, scale, alpha)
     return positional_attention(
         q, k, v, q_pos, k_pos, scale=scale, alpha=alpha, dropout_p=dropout_p, backend=backend

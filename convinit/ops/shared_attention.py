@@ -36,7 +36,7 @@ def shared_attention(
             128); "native" (the CPU kernels of the compiled library: float32, bfloat16 and float16); "sdpa"
             (:func:`torch.nn.functional.scaled_dot_product_attention` with q_map and k_map expanded over the
             batch: a map, and a dropout mask, an image); "eager" (the formula); or "auto": "triton" where
-            `convinit tune` measured that it is faster on this GPU; "native" on a CPU with
+            it was measured faster, by `convinit tune` or on a GPU of the same kind; "native" on a CPU with
             AVX2 or AVX-512, unless the problem is tiny, in float16 (but with AMX) and in float32 where MKL
             uses half of the CPU's vectors (Zen 5); else PyTorch's product, one tall one a head. A single
             image's inference on a CPU, which has nothing to share, is
@@ -66,7 +66,7 @@ def shared_attention(
         q, k = (x.to(v.dtype).expand(v.shape[0], *x.shape) for x in (q_map, k_map))
         out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, scale=scale)
         return out.transpose(1, 2).flatten(2)
-    takes_kernels = fused.takes_kernels("shared_attention", backend, v, 0.0, q_map, k_map)
+    serving = fused.serving("shared_attention", backend, v, 0.0, q_map, k_map)
     if q_map.dtype == torch.float16 and q_map.device.type == "cpu":
         q_map, k_map = (
             q_map.float(),
@@ -75,7 +75,7 @@ def shared_attention(
     attention = (scale * q_map @ k_map.mT).softmax(dim=-1).to(v.dtype)  # [heads, N, N]
     if dropout_p > 0:
         attention = F.dropout(attention, dropout_p)
-    if takes_kernels:
+    if serving == "kernels":
         return fused.apply_map(attention, v)
     batch, heads, tokens, rank = v.shape
     # The images side by side make one tall product a head, and the gradient of the map sums over the batch

@@ -6,12 +6,20 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-__all__ = ["refuse_transforms", "transforms_active"]
+__all__ = ["exporting", "refuse_transforms", "transforms_active"]
 
 
 def transforms_active() -> bool:
     """Whether a transform of torch.func or a level of forward-mode AD is at work, in this thread."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def exporting() -> bool:
+    """Whether a graph is recorded that others are to read.
+
+    The flag behind `torch.compiler.is_exporting`, which is True in every graph of Dynamo before torch 2.12.
+    """
+    return torch.compiler._is_exporting_flag or torch.jit.is_tracing()
 
 
 def refuse_transforms(op: str, instead: str, *inputs: Tensor | None) -> None:

@@ -85,7 +85,10 @@ def tune(
     if not HAS_TRITON:
         raise RuntimeError("convinit tune needs Triton, which is not installed")
     device = torch.cuda.current_device()
-    configs.generation(torch.device(verify.DEVICE))  # raises on a GPU that is too old
+    if torch.version.hip is not None:
+        raise RuntimeError("convinit tune needs an NVIDIA GPU: the kernels are not made for AMD's")
+    configs.generation(torch.device("cuda", device))  # raises on a GPU that is too old
+    tuned.folder().mkdir(parents=True, exist_ok=True)  # raises now, not after a minute of measurements
     session = Session(device, dtype)
     end = time.monotonic() + 60 * minutes
     for i, shape in enumerate(shapes):
@@ -193,8 +196,10 @@ class Session:
         outcomes = {name: try_out(name, call, check) for name, call in calls.items()}
         if "triton" in outcomes and outcomes["triton"].status == "wrong":
             self.disable(case.op, f"{list(shape)}, training={training}: {outcomes['triton'].reason}")
-        times = self._times(calls, outcomes, seconds)
-        self.tuned.choices.pop(problem, None)
+        try:
+            times = self._times(calls, outcomes, seconds)
+        finally:  # an interrupt leaves nothing chosen
+            self.tuned.choices.pop(problem, None)
         if "torch" not in times:
             return self.nothing(case, shape, outcomes["torch"].reason)
         row = {
@@ -357,9 +362,10 @@ def fastest(
         verify.synchronize()  # raises where a launch has damaged the GPU's context
     measure({name: calls[names[name]] for name in outcomes}, outcomes, seconds=seconds, min_rounds=5)
     times = {name: statistics.median(o.seconds) for name, o in outcomes.items() if o.status == "ok"}
-    best = min(times, key=lambda name: times[name])
-    return names[best] if times[best] <= NOISE * times.get(str(first), float("inf")) else first
+    best = min(times, key=lambda name: times[name], default=str(first))
+    return names[best] if times.get(best, 0) <= NOISE * times.get(str(first), float("inf")) else first
 
 
 def _key(dtype: torch.dtype, tokens: int, rank: int) -> tuple[int, int, int, int]:
-    return configs.generation(torch.device(verify.DEVICE)), dtype.itemsize, tokens, rank
+    device = torch.device("cuda", torch.cuda.current_device())
+    return configs.generation(device), dtype.itemsize, tokens, rank

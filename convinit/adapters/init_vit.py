@@ -9,8 +9,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from convinit.adapters.additive import AdditiveLayout
 from convinit.adapters.find import find_layouts, unwrapped
-from convinit.adapters.layout import Layout, is_sharded
+from convinit.adapters.layout import Layout, is_sharded, reshard_
 from convinit.adapters.measure import measure_on_images_
 from convinit.adapters.report import InitReport, LayerRecord
 from convinit.adapters.request import Request
@@ -34,6 +35,7 @@ def init_vit_(
     layers: str | int | slice | Sequence[int] = "all",
     offsets: Tensor | str | None = None,
     padding_mode: str = "zeros",
+    position: str | None = None,
     pos_embed_gain: float | None = None,
     grid_size: Sequence[int] | None = None,
     pos_embed: Tensor | None = None,
@@ -102,12 +104,23 @@ def init_vit_(
     stratified over the layers are ours, and so are weights orthogonal to class tokens.
     """
     start = time.perf_counter()
-    request = Request(method, weight_norm, peak, alpha, pos_embed_gain, values, padding_mode, generator)
+    seed = torch.initial_seed() if generator is None else generator.initial_seed()
     inner = unwrapped(model)
-    _check_ranks(model, inner, generator)
+    reshard_(inner)  # after a forward pass of the caller's
+    shared = _on_several_processes(model, inner)
+    if shared and generator is None:
+        raise ValueError(
+            "generator must be given for a model on several processes: torch.Generator().manual_seed(seed), "
+            "with the same seed on each, so that all of them set the same weights"
+        )
+    default = "keep" if method in ("mimetic", "keep") or pos_embed_gain is not None else "subspace"
+    request = Request(
+        method, weight_norm, peak, alpha, default if position is None else position, pos_embed_gain,
+        values, padding_mode, generator, position is not None, inner, images, shared,
+    )  # fmt: skip
     if grid_size is not None:
         grid_size = check_grid_size(grid_size)
-    found = find_layouts(inner, grid_size=grid_size, pos_embed=pos_embed, adapter=adapter)
+    found = find_layouts(inner, grid_size=grid_size, pos_embed=pos_embed, adapter=adapter, images=images)
     every = [(layout, i) for layout in found for i in range(len(layout.attentions))]
     numbers = _chosen(layers, len(every))
     chosen = [every[number] for number in numbers]
@@ -122,32 +135,44 @@ def init_vit_(
         for j, record in zip(mine, own, strict=True):
             record.layer = numbers[j]
         records += own
+    options = {
+        "position": request.position, "pos_embed_gain": pos_embed_gain, "values": values,
+        "kernel_size": kernel_size, "peak": request.target_peak, "weight_norm": weight_norm, "alpha": alpha,
+        "padding_mode": padding_mode, "offsets": "given" if isinstance(offsets, Tensor) else offsets or "stratified",
+        "layers": str(layers), "seed": seed,
+    }  # fmt: skip
     report = InitReport(
         records,
         found[0].grid_size,
         method if isinstance(method, str) else repr(method),
         time.perf_counter() - start,
+        notes=[note for layout in found for note in getattr(layout, "notes", ())],
         places=chosen,
+        options={name: value for name, value in options.items() if value is not None},
+        images="yours" if images is not None else "synthetic",
     )
-    if images is not None:
+    if images is not None and any(not isinstance(layout, AdditiveLayout) for layout in found):
         try:
-            measure_on_images_(report, model, images)
-        except Exception as error:  # the model's own; what was done to it must not be lost for that
-            report.notes.append(f"images could not be run through the model: {error}")
-            warnings.warn(f"convinit: {report.notes[-1]}", stacklevel=3)
+            measure_on_images_(report, inner, images)
+        except ValueError as error:  # what was done to the model must not be lost for that
+            report.notes.append(str(error))
+            warnings.warn(f"convinit: {error}", stacklevel=3)
+    missed = report.missed()
+    if missed:
+        warnings.warn(missed, stacklevel=3)
     return report
 
 
-def _check_ranks(model: nn.Module, inner: nn.Module, generator: torch.Generator | None) -> None:
+def _on_several_processes(model: nn.Module, inner: nn.Module) -> bool:
     """Processes that draw for themselves would each get another model."""
-    shared = isinstance(model, nn.parallel.DistributedDataParallel) or any(
+    if any(type(module).__name__ == "FullyShardedDataParallel" for module in (model, *inner.modules())):
+        raise ValueError(
+            "model must not be wrapped in FullyShardedDataParallel (FSDP1), whose parameters are flat "
+            "shards; call init_vit_ before wrapping it, or use fully_shard (FSDP2)"
+        )
+    return isinstance(model, nn.parallel.DistributedDataParallel) or any(
         is_sharded(parameter) for parameter in inner.parameters()
     )
-    if shared and generator is None:
-        raise ValueError(
-            "generator must be given for a model on several processes: torch.Generator().manual_seed(seed), "
-            "with the same seed on each, so that all of them set the same weights"
-        )
 
 
 def _chosen(layers: str | int | slice | Sequence[int], count: int) -> list[int]:

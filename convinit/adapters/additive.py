@@ -19,6 +19,7 @@ from convinit.adapters.measure import output_of
 from convinit.adapters.report import LayerRecord, measured
 from convinit.adapters.request import Request
 from convinit.adapters.subspace import (
+    MIMETIC_CONTENT,
     MOST_OF_WIDTH,
     POSITION_TO_CONTENT,
     looks_drawn,
@@ -220,7 +221,10 @@ class AdditiveLayout(Layout):
                     content = output_of(self.content, *images).detach().float().cpu()
                 channels = 1 if content.dim() == 4 else -1
                 content = content - content.mean(dim=channels, keepdim=True)
-                size = POSITION_TO_CONTENT * float(content.square().mean().sqrt())
+                size = float(content.square().mean().sqrt())
+                if request.values == "mimetic":
+                    size = max(size, MIMETIC_CONTENT)
+                size *= POSITION_TO_CONTENT
             if constant and self.position.frozen:
                 self.notes.append("the position embedding was the same for all tokens: filled")
             generator = torch.Generator().manual_seed(seed)

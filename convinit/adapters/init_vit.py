@@ -45,7 +45,9 @@ def init_vit_(
 ) -> InitReport:
     """Sets every self-attention over a token grid so that its map starts as a random impulse convolution.
 
-    softmax(scale · (P W_q)(P W_k)ᵀ) ≈ impulse_matrix(offset of the head), P as the layer sees it
+    softmax(scale · q kᵀ) ≈ impulse_matrix(offset of the head), on images, in every layer
+
+    report = convinit.init_vit_(model, images=batch)
 
     In place, before training; the architecture stays. Known are timm's VisionTransformer family,
     torchvision's, Hugging Face's ViT, DeiT and ViTMAE, vit-pytorch's ViT and SimpleViT, convinit's own, ViTs
@@ -53,22 +55,23 @@ def init_vit_(
     larger model, behind torch.compile or DDP, and sharded by FSDP2. For others give `grid_size` and
     `pos_embed`, or an `adapter`.
 
-    A position embedding is fitted as it is: one that will be loaded or drawn later must be there first.
-    LayerNorm is applied to it where the model does. Class and register tokens keep their rows; the weights
-    are fitted orthogonal to them, so that they attend to everything alike.
+    Where a position embedding P is added to the tokens, it gets a subspace V of the residual stream for
+    itself: P = P V Vᵀ, W ← (I − V Vᵀ) W for all that writes to the stream (patch embedding, output layers,
+    the MLPs' second layers, class and register tokens). Queries and keys are fitted to P within V, so the
+    images do not disturb them, and each layer's are multiplied by the factor that gives its maps their peak
+    on images, found in one forward pass.
 
     Args:
         model: in place. Frozen queries and keys are left alone, and the report says so.
         kernel_size: offsets are drawn from the f×f window; odd.
         method: "newton", "adam", "svd" or options as in :func:`convinit.fit_qk`; "mimetic" (arXiv
-            2305.09828); or a control: "scrambled" (a random permutation of the tokens in place of a shift),
-            "norm_matched" (random directions), each with the weight norm of the impulse fit; "keep" leaves
-            queries and keys.
-        weight_norm, peak: how sharp, see :func:`convinit.fit_qk`; None means peak = 0.7. With qk_norm the
-            peak is set by the weights of those norms.
-        alpha: share of the content where it meets the position embedding: the patch embedding is multiplied
-            by alpha and P by 1 − alpha, once, in the weights. In convinit's own models the attribute `alpha`.
-            None leaves both as they are.
+            2305.09828); or a control: "position_only" (queries and keys stay as the library drew them, all
+            else is done), "scrambled" (a random permutation of the tokens in place of a shift), "norm_matched"
+            (random directions), the last two with the weight norm of the impulse fit and the factors that
+            impulses would need; "keep" leaves queries and keys.
+        weight_norm, peak: how sharp, see :func:`convinit.fit_qk`; None means peak = 0.7. With a weight norm
+            nothing is measured. With qk_norm the peak is set by the weights of those norms.
+        alpha: only for convinit's own models: their attribute, the content share of Model I.
         values: "mimetic" sets values and output layer so that their product is 0.4·Z − 0.4·I, biases 0 (arXiv
             2305.09828); "keep" leaves them.
         layers: "all", or the numbers of those to set: an int, a slice or several ints.
@@ -77,16 +80,21 @@ def init_vit_(
             layers); "random" draws each by itself, as :func:`convinit.sample_offsets`; "fixed" is the order
             of arXiv 2505.19985, the same in every layer (f = 3).
         padding_mode: where tokens look whose target is off the grid, see :func:`convinit.impulse_matrix`.
-        pos_embed_gain: multiplies P (the patches' rows) in place, for learned embeddings that are drawn too
-            small to be seen beside the content. arXiv 2505.19985 multiplies by 18 in the forward pass; here
-            it is done to the weights, so P also learns at its new size. None leaves P as it is. It is done
-            once, however often the function is called on one model object.
+        position: "subspace": P gets its subspace. One that is as libraries draw it, noise or the same for all
+            tokens, is replaced by the lowest cosines of the grid, turned into D at random, as large as the
+            content (rms). Any other is kept, and V is its row space: sin-cos, one that was loaded, what an
+            earlier call made. "new": P is replaced in any case. "keep": P and all that writes to the stream
+            stay; the image then blurs the maps, and a warning says how much. None means "subspace", but
+            "keep" for the methods "mimetic" and "keep".
+        pos_embed_gain: multiplies P (the patches' rows) in place, once, however often the function is called
+            on one model object; implies position="keep". arXiv 2505.19985 multiplies by 18 in the forward pass.
         grid_size: (H, W) of the tokens, for models that are not known, and for those that do not keep their
-            grid (vit-pytorch's, which are taken to be square otherwise).
+            grid (vit-pytorch's ViT; `images` show it as well).
         pos_embed: P [N, D] as it is added to the tokens, for models that are not known; row-major.
         adapter: ``adapter(module, name) -> Layout | None``, asked before the known ones; see
             :mod:`convinit.adapters.layout`.
-        images: a batch as the model takes it; the report then has each head's peak on real activations too.
+        images: a batch as the model takes it, 8 or more of those it will be trained on. None means synthetic
+            images with the contrasts of photographs.
         generator: CPU generator. One seed gives the same weights whenever and wherever it is called. On
             several processes (DDP, FSDP2) give one with the same seed on each.
 
@@ -94,14 +102,16 @@ def init_vit_(
         :class:`InitReport`: what every head got.
 
     Raises:
-        TypeError, ValueError: an argument is wrong, or no attention over a token grid was found; the message
-            lists what was.
+        TypeError, ValueError: an argument is wrong; no attention over a token grid was found (the message
+            lists what was); something that convinit does not know writes to V; the model looks trained: its
+            norms are not as drawn, or P is neither drawn nor of low rank. The model is then as before.
 
     Warns:
-        UserWarning: P is too small beside the content to carry the maps, or the peak is out of reach.
+        UserWarning: the mean attention on the target on images misses the peak by more than 0.1 in a layer.
 
-    Source: arXiv 2401.12511 (impulses), 2404.01139 (P behind LayerNorm), 2505.19985 (learned P). Offsets
-    stratified over the layers are ours, and so are weights orthogonal to class tokens.
+    Source: arXiv 2401.12511 (impulses), 2404.01139 (P behind LayerNorm), 2505.19985 (learned P). The
+    subspace, the factors, and offsets stratified over the layers are ours; that training makes such a subspace is
+    reported by arXiv 2310.04861. docs/init_vit has what each choice was measured to do.
     """
     start = time.perf_counter()
     seed = torch.initial_seed() if generator is None else generator.initial_seed()
@@ -138,8 +148,8 @@ def init_vit_(
     options = {
         "position": request.position, "pos_embed_gain": pos_embed_gain, "values": values,
         "kernel_size": kernel_size, "peak": request.target_peak, "weight_norm": weight_norm, "alpha": alpha,
-        "padding_mode": padding_mode, "offsets": "given" if isinstance(offsets, Tensor) else offsets or "stratified",
-        "layers": str(layers), "seed": seed,
+        "padding_mode": padding_mode, "layers": str(layers), "seed": seed,
+        "offsets": "given" if isinstance(offsets, Tensor) else offsets or "stratified",
     }  # fmt: skip
     report = InitReport(
         records,

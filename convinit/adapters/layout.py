@@ -120,8 +120,8 @@ class Linear:
         if not isinstance(layer, (nn.Linear, nn.Conv2d)):
             raise ValueError(
                 f"model must have nn.Linear layers where convinit sets weights, got "
-                f"{type(layer).__name__} of {type(layer).__module__}, whose output depends on more than its weight; call init_vit_ "
-                "before such layers are put in"
+                f"{type(layer).__name__} of {type(layer).__module__}, whose output "
+                "depends on more than its weight; call init_vit_ before such layers are put in"
             )
         index = () if rows is None else rows
         bias = getattr(layer, "bias", None)
@@ -158,8 +158,8 @@ class SelfAttention:
         norm: what tokens go through before `reads`: the layer's LayerNorm, or None.
         query_norm, key_norm: over the r numbers of each query and key, where the model has them (qk_norm).
         batch_first: False where the input of `reads` is [T, B, D].
-        share: of P in the norm of the tokens that the layer sees, as its queries and keys were made for, or None:
-            for P alone.
+        share: of P in the norm of the tokens that the layer sees, which its queries and keys were made for;
+            None: they were made for P alone.
     """
 
     name: str

@@ -18,6 +18,10 @@ from convinit.adapters.layout import Linear, Slot
 
 # rms of P / rms of the content, where P is made here. See docs/init_vit for the sweep.
 POSITION_TO_CONTENT = 1.0
+# rms that mimetic values give the content after a layer or two, however small the patch embedding makes it.
+# A ViT of Hugging Face ends 60 steps on 300 digits with a training loss of 2.1 where P is measured by its patch
+# embedding alone, and of 0.6, 0.5 and 0.8 with 0.2, 0.3 and 0.5 here.
+MIMETIC_CONTENT = 0.3
 # Directions of P; a map needs about half as many as there are tokens, and the content needs the others.
 _MOST_DIRECTIONS, _LARGEST_SHARE_OF_WIDTH = 48, 0.5
 MOST_OF_WIDTH = 0.75  # of D, that a P that is kept may take

@@ -32,6 +32,8 @@ from convinit.adapters.synthetic import synthetic_images
 from convinit.fit import fit_qk
 from convinit.offsets import impulse_targets
 
+_SMALLEST_POSITION = 0.1  # rms of a P that attention may see without a norm
+
 
 @dataclass(eq=False)
 class AdditiveLayout(Layout):
@@ -40,7 +42,7 @@ class AdditiveLayout(Layout):
     Attributes:
         position: P of the patch tokens, [N, D].
         prefix: class and register tokens, each [k, D], in their order before the patches.
-        prefix_position: what is added to them, [n, D]; None: nothing.
+        prefix_position: what is added to the first of them, [n, D]; None: nothing.
         entry: what all tokens go through before the first layer (CLIP's norm_pre), or None.
         content: the module whose output [B, N, D] or [B, D, H, W] is the content that P is added to: the last
             of the patch embedding. None: unknown.
@@ -156,7 +158,8 @@ class AdditiveLayout(Layout):
         P = self.position.read()
         prefix = torch.cat([P[:0], *(slot.read().to(P) for slot in self.prefix)])
         if self.prefix_position is not None:
-            prefix = prefix + self.prefix_position.read()
+            rows = self.prefix_position.read()
+            prefix[: len(rows)] += rows
         if self.unknown_prefix:
             prefix = P.new_zeros(self.unknown_prefix, P.shape[1])
         return apply_norm(self.entry, torch.cat([prefix, P])), len(prefix)
@@ -228,7 +231,8 @@ class AdditiveLayout(Layout):
             if constant and self.position.frozen:
                 self.notes.append("the position embedding was the same for all tokens: filled")
             generator = torch.Generator().manual_seed(seed)
-            self.position.write_(size * smooth_position(self.grid_size, P.shape[1], generator))
+            rank = min(attention.head_dim for attention in self.attentions)
+            self.position.write_(size * smooth_position(self.grid_size, P.shape[1], rank, generator))
         V = row_space(self.position.read())
         if V.shape[1] > MOST_OF_WIDTH * V.shape[0]:
             raise ValueError(
@@ -429,6 +433,15 @@ class AdditiveLayout(Layout):
             raise ValueError(
                 "model must have a position embedding that differs between tokens, but that of "
                 f'{type(self.root).__name__} is the same everywhere; position="new" fills it'
+            )
+        size = float(P.square().mean().sqrt()) * (request.pos_embed_gain or 1)
+        unknown = self.prefix_is_unknown and all(attention.norm is None for attention in self.attentions)
+        if request.fits and unknown and size < _SMALLEST_POSITION:
+            raise ValueError(
+                f"pos_embed must be as large as attention sees it, but its rms is {size:.2g}, for which "
+                "queries and keys would need weights of 100 and more. A norm in front of the attention would "
+                "enlarge it, and nothing says whether there is one; without position= and pos_embed_gain= that "
+                "does not matter"
             )
 
     def _check_finite(self) -> None:

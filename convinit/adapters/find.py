@@ -8,7 +8,18 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from convinit.adapters import mixer, own, rotary, swin, timm, torch_nn, torchvision, transformers, vit_pytorch
+from convinit.adapters import (
+    mixer,
+    own,
+    rotary,
+    swin,
+    timm,
+    torch_nn,
+    torchvision,
+    transformers,
+    transformers_towers,
+    vit_pytorch,
+)
 from convinit.adapters.additive import AdditiveLayout
 from convinit.adapters.by_hand import by_hand
 from convinit.adapters.layout import UNKNOWN_GRID, Layout, SelfAttention
@@ -21,6 +32,7 @@ MODELS: tuple[Adapter, ...] = (
     timm.layout,
     torchvision.layout,
     transformers.layout,
+    transformers_towers.layout,
     vit_pytorch.layout,
     rotary.layout,
     swin.layout,

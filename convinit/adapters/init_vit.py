@@ -66,8 +66,8 @@ def init_vit_(
         kernel_size: offsets are drawn from the f×f window; odd.
         method: "newton", "adam", "svd" or options as in :func:`convinit.fit_qk`; "mimetic" (arXiv
             2305.09828); or a control: "position_only" (queries and keys stay as the library drew them, all
-            else is done), "scrambled" (a random permutation of the tokens in place of a shift), "norm_matched"
-            (random directions), the last two with the weight norm of the impulse fit and the factors that
+            else is done), "scrambled" (a random permutation of the tokens in place of a shift),
+            "norm_matched" (random directions), the last two with the weight norm of the impulse fit and the factors that
             impulses would need; "keep" leaves queries and keys.
         weight_norm, peak: how sharp, see :func:`convinit.fit_qk`; None means peak = 0.7. With a weight norm
             nothing is measured. With qk_norm the peak is set by the weights of those norms.
@@ -87,7 +87,8 @@ def init_vit_(
             stay; the image then blurs the maps, and a warning says how much. None means "subspace", but
             "keep" for the methods "mimetic" and "keep".
         pos_embed_gain: multiplies P (the patches' rows) in place, once, however often the function is called
-            on one model object; implies position="keep". arXiv 2505.19985 multiplies by 18 in the forward pass.
+            on one model object; implies position="keep". arXiv 2505.19985 multiplies by 18 in the
+            forward pass.
         grid_size: (H, W) of the tokens, for models that are not known, and for those that do not keep their
             grid (vit-pytorch's ViT; `images` show it as well).
         pos_embed: P [N, D] as it is added to the tokens, for models that are not known; row-major.
@@ -110,8 +111,8 @@ def init_vit_(
         UserWarning: the mean attention on the target on images misses the peak by more than 0.1 in a layer.
 
     Source: arXiv 2401.12511 (impulses), 2404.01139 (P behind LayerNorm), 2505.19985 (learned P). The
-    subspace, the factors, and offsets stratified over the layers are ours; that training makes such a subspace is
-    reported by arXiv 2310.04861. docs/init_vit has what each choice was measured to do.
+    subspace, the factors, and offsets stratified over the layers are ours; that training makes such a
+    subspace is reported by arXiv 2310.04861. docs/init_vit has what each choice was measured to do.
     """
     start = time.perf_counter()
     seed = torch.initial_seed() if generator is None else generator.initial_seed()

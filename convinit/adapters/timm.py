@@ -26,6 +26,11 @@ __all__ = ["attention", "attn_layer", "create_model", "layout", "register"]
 def layout(module: Any, name: str) -> Layout | None:
     if not is_a(module, "timm.models.vision_transformer.VisionTransformer") or module.pos_embed is None:
         return None
+    kinds = {type(block).__name__ for block in module.blocks if not hasattr(block, "attn")}
+    if kinds:  # parallel ones
+        raise ValueError(
+            f"model must have blocks of one attention, then one MLP, got {', '.join(sorted(kinds))} of timm"
+        )
     attentions = [
         attention(child, child_name(name, f"blocks.{i}.attn"), norm=_norm_before(block))
         for i, block in enumerate(module.blocks)
@@ -40,7 +45,10 @@ def layout(module: Any, name: str) -> Layout | None:
             f"blocks of type {type(module.blocks[0]).__name__}"
         )
     prefix = 0 if module.no_embed_class else module.num_prefix_tokens
-    projection, patch_norm = getattr(module.patch_embed, "proj", None), learned_norm(module.patch_embed.norm)
+    projection, patch_norm = (
+        getattr(module.patch_embed, "proj", None),
+        learned_norm(getattr(module.patch_embed, "norm", None)),
+    )
     return AdditiveLayout(
         name,
         module,

@@ -430,6 +430,10 @@ def test_a_gain_is_applied_once():
     fresh = timm_vit()
     torch.testing.assert_close(second.pos_embed[:, 1:], 9 * fresh.pos_embed[:, 1:])
     assert torch.equal(second.pos_embed[:, :1], fresh.pos_embed[:, :1])  # the class token keeps its row
+    second.set_input_size(2 * SIDE)  # another tensor, the same P
+    resized = second.pos_embed.clone()
+    quietly(second, pos_embed_gain=9.0)
+    assert torch.equal(second.pos_embed, resized)
 
 
 @pytest.mark.parametrize(
@@ -697,7 +701,7 @@ def test_an_ordinary_vit_of_ones_own(kind, given):
 def test_a_norm_that_nobody_mentioned():
     model = Ordinary()
     by_hand = {"grid_size": (7, 7), "pos_embed": model.pos[0, 1:]}
-    with pytest.raises(ValueError, match="rms is 0.02.* a norm in front"):
+    with pytest.raises(ValueError, match="rms is 0.02.* A norm in front"):
         convinit.init_vit_(Ordinary(own_attention=True), **by_hand, position="keep")
     own = Ordinary(own_attention=True)
     with pytest.warns(UserWarning, match="0.70 was asked"):

@@ -440,8 +440,8 @@ class AdditiveLayout(Layout):
             raise ValueError(
                 f"pos_embed must be as large as attention sees it, but its rms is {size:.2g}, for which "
                 "queries and keys would need weights of 100 and more. A norm in front of the attention would "
-                "enlarge it, and nothing says whether there is one; without position= and pos_embed_gain= that "
-                "does not matter"
+                "enlarge it, and nothing says whether there is one; without position= and pos_embed_gain= "
+                "that does not matter"
             )
 
     def _check_finite(self) -> None:
@@ -579,16 +579,20 @@ def _zero_mean_basis(rank: int) -> Tensor:
 
 
 def _rescale_(root: nn.Module, key: str, slots: Sequence[Slot], factor: float) -> None:
-    """Multiplies by `factor`, once: what an earlier call did is undone first, unless values changed since."""
+    """Multiplies by `factor`, once: what an earlier call did is undone first, unless values changed since.
+
+    Other values in the same shape were drawn or loaded; those of another shape are the same P, resampled.
+    """
     record = root.__dict__.setdefault("_convinit_scales", {})
 
     def size() -> float:
         return math.sqrt(sum(float(slot.read().double().square().sum()) for slot in slots))
 
-    earlier, left = record.get(key, (1.0, None))
-    if left is None or abs(size() - left) > 1e-3 * left:
+    shapes = [slot.read().shape for slot in slots]
+    earlier, left, of = record.get(key, (1.0, 0.0, shapes))
+    if of == shapes and abs(size() - left) > 1e-3 * left:
         earlier = 1.0
     if factor != earlier:
         for slot in slots:
             slot.write_(slot.read() * (factor / earlier))
-    record[key] = (factor, size())
+    record[key] = (factor, size(), shapes)

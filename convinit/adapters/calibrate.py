@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from convinit.adapters.layout import SelfAttention, Slot, is_sharded
 from convinit.adapters.measure import watch_inputs
 
-_ROWS, _IMAGES = 4096, 8  # queries that a gain is found with; images that peaks are then measured on
+_ROWS, _IMAGES = 4096, 16  # queries that a gain is found with; images whose maps are held at once
 _LOW, _HIGH = -2.0, 5.0  # log2 of the smallest and the largest gain
 _STEPS = 64  # gains are powers of 2^(1/64), 1 % apart: rounding hides what devices and threads make different
 _LEAK = 0.05  # part of the tokens in V that is not P's, at most; bfloat16 alone makes 0.01
@@ -101,13 +101,21 @@ def calibrate_(
             seen[i].gain = gain = _agree(_gain(attention, x, targets, plan.goal), shared)
             apply_(attention, *plan.weights, gain, plan.offsets)
         if plan.targets is not None:
-            seen[i].figures = on_target(attention.attention_map(x[:_IMAGES]), plan.targets)
+            seen[i].figures = _measured(attention, x, plan.targets)
 
     # A layer that is sharded runs with the weights that it had gathered before it was set.
     sharded = any(is_sharded(attention.query.weight.tensor) for attention in attentions.values())
     for _ in range(2 if sharded else 1):
         watch_inputs(list(attentions.values()), model, images, use, to_the_end=sharded)
     return seen
+
+
+def _measured(attention: SelfAttention, x: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    parts = [(on_target(attention.attention_map(part), targets), len(part)) for part in x.split(_IMAGES)]
+    return {
+        key: torch.stack([part[key] * count for part, count in parts]).sum(dim=0) / len(x)
+        for key in parts[0][0]
+    }
 
 
 def on_target(maps: Tensor, targets: Tensor) -> dict[str, Tensor]:
@@ -164,7 +172,7 @@ def _gain(attention: SelfAttention, x: Tensor, targets: Tensor, goal: float) -> 
     """log2 of the factor of queries and of keys with which the mean attention on the targets is `goal`."""
     queries, keys = attention.queries_keys(x)  # [B, heads, T, r]
     prefix = queries.shape[2] - targets.shape[1]
-    step = max(round(queries[..., prefix:, 0].numel() / _ROWS), 1)
+    step = round(queries[..., prefix:, 0].numel() / _ROWS) | 1  # odd, to meet all columns of a grid
     targets = targets[:, ::step].to(queries.device)
     logits = attention.scale * queries[:, :, prefix::step] @ keys.mT  # [B, heads, rows, T]
     inside = targets >= 0

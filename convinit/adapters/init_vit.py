@@ -67,8 +67,8 @@ def init_vit_(
         method: "newton", "adam", "svd" or options as in :func:`convinit.fit_qk`; "mimetic" (arXiv
             2305.09828); or a control: "position_only" (queries and keys stay as the library drew them, all
             else is done), "scrambled" (a random permutation of the tokens in place of a shift),
-            "norm_matched" (random directions), the last two with the weight norm of the impulse fit and the factors that
-            impulses would need; "keep" leaves queries and keys.
+            "norm_matched" (random directions), the last two with the weight norm of the impulse fit and
+            the factors that impulses would need; "keep" leaves queries and keys.
         weight_norm, peak: how sharp, see :func:`convinit.fit_qk`; None means peak = 0.7. With a weight norm
             nothing is measured. With qk_norm the peak is set by the weights of those norms.
         alpha: only for convinit's own models: their attribute, the content share of Model I.

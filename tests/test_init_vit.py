@@ -354,7 +354,30 @@ def test_frozen_writers_are_named():
     model = timm_vit()
     model.patch_embed.proj.requires_grad_(False)  # MoCo v3
     with pytest.raises(ValueError, match="patch_embed.proj.weight is frozen"):
-        convinit.init_vit_(model)
+        convinit.init_vit_(model, position="subspace")
+    before = model.patch_embed.proj.weight.clone()
+    report = quietly(model)
+    assert report.notes == ["position embedding kept as it is: patch_embed.proj.weight is frozen"]
+    assert torch.equal(model.patch_embed.proj.weight, before)
+
+
+def test_numbers_of_numpy_and_another_default_device():
+    numpy = pytest.importorskip("numpy")
+    for options in ({"layers": numpy.arange(2)}, {"layers": numpy.int64(1)}, {"peak": numpy.float32(0.6)}):
+        assert quietly(timm_vit(), **options).records
+    model = timm_vit(qk_norm=True)
+    model.blocks[0].requires_grad_(False)
+    with torch.device("meta"):
+        assert "3 layers" in quietly(model).summary()
+
+
+@pytest.mark.parametrize("side, window", [(4, 3), (7, 3), (8, 3), (10, 5), (14, 7), (24, 7)])
+def test_the_window_follows_the_grid(side, window):
+    model = timm_vit(img_size=2 * side, patch_size=2, depth=2)
+    report = quietly(model, position="keep")
+    assert report.options["kernel_size"] == window
+    offsets = torch.cat([record.offsets for record in report.records])
+    assert offsets.abs().max() <= window // 2 and len(offsets.unique(dim=0)) == 6
 
 
 @pytest.mark.parametrize("name", ADDITIVE)

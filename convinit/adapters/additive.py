@@ -183,29 +183,28 @@ class AdditiveLayout(Layout):
         if request.position not in ("subspace", "new"):
             return False
         name = type(self.root).__name__
-        why = None
-        if not self.own_position:
-            why = "pos_embed is no parameter or buffer of it"
-        elif self.writers is None:
-            why = "not all layers that write to its tokens are known"
-        if why is not None:
-            if not request.position_was_given and not self.own_position:
-                self.notes.append(f"position embedding kept: {why}")
-                return False
-            raise ValueError(f'position must be "keep" for {name}: {why}')
+        outputs = [attention.output or attention.value for attention in self.attentions]
+        frozen = [
+            self._name(writer.weight.tensor)
+            for writer in (*(self.writers or ()), *outputs)
+            if writer is not None and writer.frozen
+        ]
+        if self.writers is None:
+            raise ValueError(
+                f'position must be "keep" for {name}: not all layers that write to its tokens are known'
+            )
+        if frozen or not self.own_position:
+            why = f"{frozen[0]} is frozen" if frozen else "it is no parameter or buffer of the model"
+            if request.position_was_given:
+                raise ValueError(f'position must be "keep" for {name}: {why}')
+            self.notes.append(f"position embedding kept as it is: {why}")
+            return False
         norms = [self.entry, *(attention.norm for attention in self.attentions), *self.between]
         for norm in norms:
             if not _uniform(norm):
                 raise ValueError(
                     f"model must not be trained yet, but {self._name(norm)} of {name} is not as drawn: its "
                     'entries differ. position="keep" fits queries and keys to the position embedding as it is'
-                )
-        outputs = [attention.output or attention.value for attention in self.attentions]
-        for writer in (*(self.writers or ()), *outputs):
-            if writer is not None and writer.frozen:
-                raise ValueError(
-                    f"model must not have frozen layers that write to its tokens, but "
-                    f'{self._name(writer.weight.tensor)} is frozen; unfreeze it, or give position="keep"'
                 )
         return True
 
@@ -379,7 +378,7 @@ class AdditiveLayout(Layout):
         weight_norm: float | Tensor
         aim: Any = None
         if request.method == "norm_matched" and request.weight_norm is not None:
-            wq, wk = torch.empty(2, len(offsets), P.shape[1], rank)
+            wq, wk = P.new_empty(2, len(offsets), P.shape[1], rank)
             weight_norm = request.weight_norm
             targets = impulse_targets(offsets, self.grid_size, padding_mode=request.padding_mode)
         else:
@@ -526,7 +525,7 @@ def _set_temperature_(attention: SelfAttention, tokens: Tensor, targets: Tensor,
 
     def reached(gain: float) -> float:
         for weight in weights:
-            Slot(weight).write_(torch.full(weight.shape, gain))
+            Slot(weight).write_(torch.full_like(Slot(weight).read(), gain))
         return float(measured(attention.position_map(tokens), targets)["peak"].mean())
 
     low, high = 0.1, 10.0
@@ -573,8 +572,8 @@ def _without(P: Tensor, prefix: Tensor) -> Tensor:
 def _zero_mean_basis(rank: int) -> Tensor:
     """[r − 1, r] with orthonormal rows that sum to zero."""
     # The discrete cosines without the constant one.
-    k = torch.arange(1, rank, dtype=torch.float64).unsqueeze(1)
-    n = torch.arange(rank, dtype=torch.float64) + 0.5
+    k = torch.arange(1, rank, dtype=torch.float64, device="cpu").unsqueeze(1)
+    n = torch.arange(rank, dtype=torch.float64, device="cpu") + 0.5
     return math.sqrt(2 / rank) * torch.cos(math.pi * k * n / rank)
 
 

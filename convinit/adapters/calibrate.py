@@ -138,7 +138,7 @@ def apply_(
         return
     attention.set_qk_(wq, wk, offsets)
     for weight in norms:
-        weight.write_(torch.full(weight.read().shape, gain))
+        weight.write_(torch.full_like(weight.read(), gain))
 
 
 def qk_norm_weights(attention: SelfAttention) -> list[Slot] | None:
@@ -200,7 +200,7 @@ def _gain(attention: SelfAttention, x: Tensor, targets: Tensor, goal: float) -> 
 def _agree(log_gain: float, shared: bool) -> float:
     """The gain, rounded, and the same on all processes."""
     if shared and dist.is_available() and dist.is_initialized():
-        total = torch.tensor([log_gain, 1.0], dtype=torch.float64)
+        total = torch.tensor([log_gain, 1.0], dtype=torch.float64, device="cpu")
         if dist.get_backend() == "nccl":
             total = total.cuda()
         dist.all_reduce(total)

@@ -72,7 +72,7 @@ def measured(maps: Tensor, targets: Tensor) -> dict[str, Tensor]:
 
 def no_figures(num_heads: int) -> dict[str, Tensor]:
     """Those figures of heads that have no target."""
-    nothing = torch.full((num_heads,), torch.nan, dtype=torch.float64)
+    nothing = torch.full((num_heads,), torch.nan, dtype=torch.float64, device="cpu")
     return {"mse": nothing, "peak": nothing, "hit_rate": nothing, "prefix": nothing}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -66,10 +67,10 @@ class Request:
             value = getattr(self, name)
             if value is None:
                 continue
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
+            if isinstance(value, bool) or not isinstance(value, numbers.Real):
                 raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
-            lowest = value >= 0 if name == "alpha" else value > 0
-            if not (lowest and value < upper):
+            lowest = float(value) >= 0 if name == "alpha" else float(value) > 0
+            if not (lowest and float(value) < upper):
                 bracket = "[" if name == "alpha" else "("
                 raise ValueError(f"{name} must lie in {bracket}0, {upper}), got {value}")
         check_generator(self.generator)

@@ -68,7 +68,9 @@ class WindowAttention(SelfAttention):
 
 def _index(height: int, width: int) -> Tensor:
     """[N, N]: the table's row for each query and key of a window."""
-    y, x = torch.cartesian_prod(torch.arange(height), torch.arange(width)).unbind(1)
+    y, x = torch.cartesian_prod(torch.arange(height, device="cpu"), torch.arange(width, device="cpu")).unbind(
+        1
+    )
     down, right = y[:, None] - y + height - 1, x[:, None] - x + width - 1
     return down * (2 * width - 1) + right
 

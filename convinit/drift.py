@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from convinit._checks import check_int
-from convinit.adapters import InitReport, Linear, Slot
+from convinit.adapters import InitReport
 from convinit.adapters.report import measured, no_figures
 
 if TYPE_CHECKING:
@@ -156,11 +156,8 @@ class DriftMonitor:
     @torch.no_grad()
     def _maps(self) -> list[Tensor]:
         """The map of each layer, [heads, T, T], on the CPU."""
-        maps = []
-        for layout, layer in self._report.places:
-            _check_in_use(layout.attentions[layer], layout.root)
-            maps.append(layout.position_maps(layer).float().cpu())
-        return maps
+        self._report.check_in_use()
+        return [layout.position_maps(layer).float().cpu() for layout, layer in self._report.places]
 
     def _patches(self, maps: list[Tensor]) -> list[Tensor]:
         """The rows of the patches, [heads, N, T], in half precision: it is enough and takes half the room."""
@@ -198,15 +195,3 @@ class DriftMonitor:
 
             picture = pixels(model_filters(self._report, title=f"step {self._step}"))
             self._writer.add_image("filters", picture, self._step, dataformats="HWC")
-
-
-def _check_in_use(attention: Any, root: nn.Module) -> None:
-    """The report's parameters must still be the model's; fully_shard, for one, puts others in their place."""
-    used = {id(tensor) for tensor in (*root.parameters(), *root.buffers())}
-    for part in vars(attention).values():
-        slot = part.weight if isinstance(part, Linear) else part
-        if isinstance(slot, Slot) and id(slot.tensor) not in used:
-            raise ValueError(
-                f"report must be of the model as it is trained, but {attention.name or 'its attention'} has "
-                "got other parameters since; shard the model, or assign weights to it, before init_vit_"
-            )

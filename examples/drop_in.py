@@ -42,6 +42,8 @@ ARMS: dict[str, tuple[dict[str, str], bool] | None] = {
     "impulse": ({}, True),
     "control: scrambled": ({"method": "scrambled"}, True),
     "control: random, same norm": ({"method": "norm_matched"}, True),
+    "impulse, P in a subspace of its own": ({}, False),
+    "control: that P and values alone": ({"method": "position_only"}, False),
 }
 SHIFTS = ((1, 0), (-1, 0), (0, 1), (0, -1))
 

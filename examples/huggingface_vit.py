@@ -21,7 +21,7 @@ config = ViTConfig(
     intermediate_size=192, num_labels=10,
 )  # fmt: skip
 model = ViTForImageClassification(config)
-report = convinit.init_vit_(model, pos_embed_gain=20, images=images[:32])
+report = convinit.init_vit_(model, images=images[:32])
 print(report)
 
 register_attention()  # backend="triton" asks for the fused kernels on a GPU

@@ -52,7 +52,7 @@ def adapter(module: nn.Module, name: str) -> Layout | None:
     for i, layer in enumerate(module.layers):
         dim, r = layer.to_q.in_features, layer.to_q.out_features // layer.heads
         key, value = (Linear.of(layer.to_kv, slice(j * dim, (j + 1) * dim)) for j in range(2))
-        # The hook for `images=` is on to_q: what comes in there has been through the LayerNorm.
+        # What comes into to_q has been through the LayerNorm: that is what queries and keys are made from.
         attentions.append(
             SelfAttention(
                 f"{name}.layers.{i}".lstrip("."), layer.to_q, layer.heads, r, r**-0.5,
@@ -65,11 +65,17 @@ def adapter(module: nn.Module, name: str) -> Layout | None:
         prefix=[Slot(module.class_token)],
         prefix_position=Slot(module.positions, slice(1)),
         content=module.patches,
+        writers=[Linear.of(module.patches)],  # with the attentions' output layers all that adds to the tokens
+        image_shape=image_shape,
     )  # fmt: skip
+
+
+def image_shape(grid_size: tuple[int, int]) -> tuple[int, int, int]:
+    return 3, 4 * grid_size[0], 4 * grid_size[1]
 
 
 if __name__ == "__main__":
     torch.manual_seed(0)
     model = Encoder()
-    report = convinit.init_vit_(model, adapter=adapter, pos_embed_gain=60, images=torch.randn(8, 3, 32, 32))
+    report = convinit.init_vit_(model, adapter=adapter)
     print(report)

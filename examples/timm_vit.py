@@ -18,12 +18,11 @@ images = (images - images.mean()) / images.std()
 model = timm.create_model(
     "vit_tiny_patch16_224", img_size=32, patch_size=4, in_chans=1, num_classes=10, embed_dim=96, depth=4
 )
-# timm draws its position embedding small; the gain lets the attention see it beside the image.
-report = convinit.init_vit_(model, pos_embed_gain=60, images=images[:32])
+report = convinit.init_vit_(model, images=images[:32])
 print(report)
 
-# In one call: convinit.adapters.timm.create_model("vit_tiny_patch16_224", init={"pos_embed_gain": 60}, ...).
-# For timm's train.py: convinit.adapters.timm.register("vit_tiny_patch16_224", pos_embed_gain=60).
+# In one call: convinit.adapters.timm.create_model("vit_tiny_patch16_224", ...).
+# For timm's train.py: convinit.adapters.timm.register("vit_tiny_patch16_224").
 
 optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
 for epoch in range(3):

@@ -19,7 +19,7 @@ images = images.expand(-1, 3, -1, -1)  # torchvision's ViT takes three channels
 model = VisionTransformer(
     image_size=32, patch_size=4, num_layers=4, num_heads=4, hidden_dim=96, mlp_dim=192, num_classes=10
 )
-report = convinit.init_vit_(model, pos_embed_gain=104, images=images[:32])
+report = convinit.init_vit_(model, images=images[:32])
 print(report)
 
 optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)

@@ -19,8 +19,7 @@ model = SimpleViT(
     image_size=32, patch_size=4, channels=1, num_classes=10, dim=96, depth=4, heads=4, dim_head=24,
     mlp_dim=192,
 )  # fmt: skip
-# Its patches come out of a LayerNorm, larger than the position embedding; the gain makes up for it.
-report = convinit.init_vit_(model, pos_embed_gain=4, images=images[:32])
+report = convinit.init_vit_(model, images=images[:32])
 print(report)
 
 optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)

@@ -26,7 +26,7 @@ model = SimpleViT(
     image_size=32, patch_size=4, channels=1, num_classes=10, dim=64, depth=4, heads=4, dim_head=16,
     mlp_dim=128,
 )  # fmt: skip
-report = convinit.init_vit_(model, pos_embed_gain=4)
+report = convinit.init_vit_(model, images=images[:32])
 monitor = convinit.DriftMonitor(report, every=10)
 
 optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)

@@ -413,3 +413,43 @@ def test_tensors_on_the_meta_device_beside_real_ones_are_refused(generator):
     with pytest.raises(ValueError, match="x must be on the device of the weight, meta, got cpu"):
         Linear(8, 4, device="meta")(x)
     assert ConvInitAttention(8, 2, (3, 3), kernel_size=3, device="meta")(x.to("meta")).shape == x.shape
+
+
+class LowRankAdapter(nn.Module):
+    """As those that are put around a layer to tune it: weight and bias are those of the layer within."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base = base
+        self.down = nn.Parameter(torch.randn(4, base.in_features) * 0.2)
+        self.up = nn.Parameter(torch.randn(base.out_features, 4) * 0.2)
+
+    weight = property(lambda self: self.base.weight)
+    bias = property(lambda self: self.base.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base(x) + x @ self.down.T @ self.up.T
+
+
+@pytest.mark.parametrize("variant, name", [("vanilla", "qkv"), ("I", "qkv"), ("II", "qk")])
+def test_the_position_goes_through_the_layer_itself(variant, name):
+    """An adapter merged into its layer changes nothing, neither the output nor the maps."""
+    torch.manual_seed(0)
+    attn = ConvInitAttention(32, 4, (4, 4), variant=variant)
+    adapter = LowRankAdapter(getattr(attn, name))
+    setattr(attn, name, adapter)
+    x = torch.randn(2, 16, 32)
+    before, maps = attn(x), attn.attention_map(x)
+    with torch.no_grad():
+        adapter.base.weight += adapter.up @ adapter.down
+    setattr(attn, name, adapter.base)
+    torch.testing.assert_close(attn(x), before, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(attn.attention_map(x), maps, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("part", ["qkv", "proj"])
+def test_weights_that_another_module_computes_are_not_drawn(part):
+    attn = ConvInitAttention(32, 4, (4, 4))
+    nn.utils.parametrizations.weight_norm(getattr(attn, part))
+    with pytest.raises(ValueError, match="computed by another module"):
+        attn.reset_parameters()

@@ -74,13 +74,11 @@ def huggingface(kind: str):
         return transformers.ViTForImageClassification(transformers.ViTConfig(**options))
     if kind == "deit":
         model = transformers.DeiTForImageClassification(transformers.DeiTConfig(**options))
-        nn.init.trunc_normal_(model.deit.embeddings.position_embeddings, std=0.02)  # zero in that library
-        return model
+        return model  # with a P of zeros
     if kind == "mae":
-        model = transformers.ViTMAEForPreTraining(transformers.ViTMAEConfig(**options))
-        with torch.no_grad():  # a fresh one of transformers 5.23 has zeros there
-            model.vit.embeddings.position_embeddings[0, 1:] = sincos_2d((8, 8), 48)
-        return model
+        return transformers.ViTMAEForPreTraining(transformers.ViTMAEConfig(**options))  # P of zeros, too
+    if kind in ("CLIPVision", "SiglipVision", "Dinov2", "Dinov2WithRegisters", "Beit"):
+        return getattr(transformers, f"{kind}Model")(getattr(transformers, f"{kind}Config")(**options))
     options |= {"key_bias": True, "num_register_tokens": 2}
     return transformers.DINOv3ViTModel(transformers.DINOv3ViTConfig(**options))
 
@@ -108,6 +106,10 @@ ADDITIVE = {
     "torchvision": torchvision_vit,
     "transformers ViT": lambda: huggingface("vit"),
     "transformers DeiT": lambda: huggingface("deit"),
+    "transformers CLIP": lambda: huggingface("CLIPVision"),
+    "transformers SigLIP": lambda: huggingface("SiglipVision"),
+    "transformers DINOv2": lambda: huggingface("Dinov2"),
+    "transformers DINOv2 with registers": lambda: huggingface("Dinov2WithRegisters"),
     "vit-pytorch ViT": lambda: vit_pytorch("ViT"),
     "vit-pytorch ViT, mean": lambda: vit_pytorch("ViT", pool="mean"),
     "vit-pytorch SimpleViT": lambda: vit_pytorch("SimpleViT"),
@@ -137,7 +139,7 @@ def quietly(model, **options):
 def test_our_map_is_the_one_that_the_library_computes(name):
     """Captured inputs of a library's own attention, and what it makes of them."""
     model = {**ADDITIVE, **ROTARY}[name]().eval()
-    quietly(model, **({"pos_embed_gain": 30.0} if name in ADDITIVE else {}))
+    quietly(model)
     (layout,) = find_layouts(model, grid_size=None, pos_embed=None, adapter=None)
     seen, made = {}, {}
     for attention in layout.attentions:
@@ -162,9 +164,227 @@ def test_our_map_is_the_one_that_the_library_computes(name):
         torch.testing.assert_close(out, F.linear(mixed, weight, bias and bias.read()), rtol=1e-4, atol=1e-5)
 
 
+def photographs(size: tuple[int, int], first: int = 0, count: int = 8) -> torch.Tensor:
+    """Standardised crops of two real photographs; others with another `first`."""
+    datasets = pytest.importorskip("sklearn.datasets")
+    made = []
+    for i in range(first, first + count):
+        photo = torch.from_numpy(datasets.load_sample_images().images[i % 2].copy()).permute(2, 0, 1) / 255
+        side, g = 80 + 25 * (i % 5), seeded(i)
+        y, x = (int(torch.randint(0, length - side, (), generator=g)) for length in photo.shape[1:])
+        crop = photo[None, :, y : y + side, x : x + side]
+        made.append(F.interpolate(crop, size, mode="bilinear", antialias=True)[0])
+    return (torch.stack(made) - 0.45) / 0.23
+
+
+def on_target(model, report, images) -> list[float]:
+    """Mean attention on the targets of each layer, from what the library's own attention is given."""
+    maps = convinit.adapters.head_maps(report, model, images)
+    peaks = []
+    for each, record in zip(maps, report.records, strict=True):
+        inside = record.targets >= 0
+        found = each.gather(2, record.targets.clamp(min=0)[..., None])[..., 0]
+        peaks.append(float((found * inside).sum() / inside.sum()))
+    return peaks
+
+
+def drawn(name: str):
+    """Whether the model keeps its grid; the warning for one that does not is tested apart."""
+    return {"grid_size": (8, 8)} if name.startswith("vit-pytorch ViT") else {}
+
+
+@pytest.mark.parametrize("name", ADDITIVE)
+def test_the_plain_call(name):
+    model, other = ADDITIVE[name](), ADDITIVE[name]()
+    size = image_size(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        report = convinit.init_vit_(model, generator=seeded(), **drawn(name))
+        seen = convinit.init_vit_(other, generator=seeded(), images=photographs(size))
+    assert str(report).startswith("on synthetic images 0.") and str(seen).startswith("on your images 0.")
+    photos = photographs(size, first=8)
+    assert on_target(model, report, photos) == pytest.approx([0.7] * 3, abs=0.22)
+    limit = 0.1 if name.endswith("SimpleViT") else 0.07  # its sin-cos P is kept, smaller than ours
+    assert on_target(other, seen, photos) == pytest.approx([0.7] * 3, abs=limit)
+    for record in (*report.records, *seen.records):
+        assert abs(record.peak.mean() - 0.7) < 0.02 and (record.hit_rate > 0.95).all()
+        assert 0.2 < record.share < 0.95 and (record.prefix < 0.03).all()
+
+
+@pytest.mark.parametrize("name", ["timm", "timm qk_norm", "transformers DeiT", "vit-pytorch SimpleViT"])
+def test_the_same_bits_however_often(name):
+    model = ADDITIVE[name]()
+    quietly(model)
+    once = {key: value.clone() for key, value in model.state_dict().items()}
+    quietly(model)
+    assert all(torch.equal(once[key], value) for key, value in model.state_dict().items())
+    fresh = ADDITIVE[name]()
+    quietly(fresh)
+    assert all(torch.equal(once[key], value) for key, value in fresh.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        ("LayerScale", {"init_values": 1e-2}),
+        ("SwiGLU", {"mlp_layer": "SwiGLU"}),
+        ("post-norm", {"block_fn": "ResPostBlock"}),
+        ("norm behind the patch embedding", {"embed_norm_layer": "LayerNorm"}),
+        ("no bias", {"qkv_bias": False, "proj_bias": False}),
+        ("bfloat16", {}),
+        ("one head dropped to the width", {"num_heads": 1}),
+    ],
+)
+def test_kinds_of_blocks(name, options):
+    layers = pytest.importorskip("timm.layers", exc_type=ImportError)
+    from timm.models import vision_transformer
+
+    options = {
+        key: getattr(layers if hasattr(layers, str(value)) else vision_transformer, value)
+        if isinstance(value, str)
+        else value
+        for key, value in options.items()
+    }
+    model = timm_vit(**options)
+    model = model.bfloat16() if name == "bfloat16" else model
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        report = convinit.init_vit_(model, generator=seeded())
+    assert all(abs(record.peak_on_images.mean() - 0.7) < 0.03 for record in report.records)
+    for parameter in ("pos_embed", "cls_token"):
+        assert getattr(model, parameter).isfinite().all()
+
+
+def test_nothing_but_the_position_is_in_its_subspace():
+    """Tokens of any images differ only outside V, in every layer."""
+    model = timm_vit(reg_tokens=2).eval()
+    report = quietly(model)
+    P = model.pos_embed[0, 3:].detach()
+    seen = []
+    for block in model.blocks:
+        block.register_forward_pre_hook(lambda _, args: seen.append(args[0][:, 3:]))
+    with torch.no_grad():
+        model(10 * torch.randn(4, 3, SIDE, SIDE))
+    V = torch.linalg.svd(P, full_matrices=False).Vh[:24].mT
+    for x in seen:
+        torch.testing.assert_close(x @ V, (P @ V).expand(4, -1, -1), rtol=0, atol=1e-4)
+    assert 0.5 < report.records[0].share < 0.9
+
+
+def test_controls_differ_in_queries_and_keys_alone():
+    weights = {}
+    for method in ("newton", "scrambled", "norm_matched", "position_only"):
+        model = timm_vit()
+        report = quietly(model, method=method)
+        weights[method] = dict(model.named_parameters())
+        if method == "position_only":
+            fresh = timm_vit().blocks[0].attn.qkv.weight[:96]
+            assert torch.equal(model.blocks[0].attn.qkv.weight[:96], fresh)
+            assert report.records[0].targets is None
+    for name, value in weights["newton"].items():
+        for control in ("scrambled", "norm_matched", "position_only"):
+            other = weights[control][name]
+            if name.endswith("qkv.weight"):
+                assert torch.equal(value[96:], other[96:]) and not torch.equal(value[:96], other[:96])
+            elif not name.endswith("qkv.bias"):
+                assert torch.equal(value, other), (control, name)
+
+
+def test_a_position_embedding_that_is_kept():
+    kept = timm_vit()
+    smooth = sincos_2d((8, 8), 48)
+    with torch.no_grad():
+        kept.pos_embed[0, 1:] = smooth
+    report = quietly(kept)
+    assert torch.equal(kept.pos_embed[0, 1:], smooth)  # made for the grid: its row space is V
+    assert all(abs(record.peak_on_images.mean() - 0.7) < 0.05 for record in report.records)
+    quietly(kept, position="new")
+    assert not torch.equal(kept.pos_embed[0, 1:], smooth)
+
+    trained = timm_vit()
+    with torch.no_grad():  # neighbours are alike, and all 48 dimensions are used
+        trained.pos_embed[0, 1:] = 3 * smooth + 0.5 * torch.randn(64, 48)
+    before = {key: value.clone() for key, value in trained.state_dict().items()}
+    with pytest.raises(ValueError, match='not replaced unasked: position="new"'):
+        convinit.init_vit_(trained)
+    assert all(torch.equal(before[key], value) for key, value in trained.state_dict().items())
+
+    trained = timm_vit()
+    nn.init.normal_(trained.blocks[1].norm1.weight)
+    with pytest.raises(ValueError, match="must not be trained yet, but blocks.1.norm1"):
+        convinit.init_vit_(trained)
+
+
+def test_a_layer_that_nobody_knows_is_found_out_and_undone():
+    class Stranger(nn.Module):
+        def forward(self, x):
+            return x + torch.linspace(-1, 1, x.shape[-1])
+
+    model = timm_vit()
+    model.blocks[1].norm2 = nn.Sequential(model.blocks[1].norm2)
+    model.blocks[1].mlp = nn.Sequential(model.blocks[1].mlp, Stranger())
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match="blocks.2.attn sees in the subspace .* comes from elsewhere"):
+        convinit.init_vit_(model)
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+def test_parallel_blocks_are_refused_by_name():
+    pytest.importorskip("timm", exc_type=ImportError)
+    from timm.models import vision_transformer
+
+    for name in ("ParallelScalingBlock", "ParallelThingsBlock"):
+        with pytest.raises(ValueError, match=f"one attention, then one MLP, got {name}"):
+            convinit.init_vit_(timm_vit(block_fn=getattr(vision_transformer, name)))
+
+
+def test_a_convolutional_stem():
+    pytest.importorskip("timm", exc_type=ImportError)
+    from timm.layers import HybridEmbed
+
+    torch.manual_seed(0)
+    stem = nn.Sequential(nn.Conv2d(3, 16, 3, 4, 1), nn.ReLU(), nn.Conv2d(16, 16, 3, 2, 1), nn.ReLU())
+    model = timm_vit(embed_layer=lambda **options: HybridEmbed(stem, **{**options, "patch_size": 1}))
+    report = quietly(model)
+    assert report.grid_size == (8, 8)
+    assert all(abs(record.peak_on_images.mean() - 0.7) < 0.03 for record in report.records)
+
+
+def test_frozen_writers_are_named():
+    model = timm_vit()
+    model.patch_embed.proj.requires_grad_(False)  # MoCo v3
+    with pytest.raises(ValueError, match="patch_embed.proj.weight is frozen"):
+        convinit.init_vit_(model, position="subspace")
+    before = model.patch_embed.proj.weight.clone()
+    report = quietly(model)
+    assert report.notes == ["position embedding kept as it is: patch_embed.proj.weight is frozen"]
+    assert torch.equal(model.patch_embed.proj.weight, before)
+
+
+def test_numbers_of_numpy_and_another_default_device():
+    numpy = pytest.importorskip("numpy")
+    for options in ({"layers": numpy.arange(2)}, {"layers": numpy.int64(1)}, {"peak": numpy.float32(0.6)}):
+        assert quietly(timm_vit(), **options).records
+    model = timm_vit(qk_norm=True)
+    model.blocks[0].requires_grad_(False)
+    with torch.device("meta"):
+        assert "3 layers" in quietly(model).summary()
+
+
+@pytest.mark.parametrize("side, window", [(4, 3), (7, 3), (8, 3), (10, 5), (14, 7), (24, 7)])
+def test_the_window_follows_the_grid(side, window):
+    model = timm_vit(img_size=2 * side, patch_size=2, depth=2)
+    report = quietly(model, position="keep")
+    assert report.options["kernel_size"] == window
+    offsets = torch.cat([record.offsets for record in report.records])
+    assert offsets.abs().max() <= window // 2 and len(offsets.unique(dim=0)) == 6
+
+
 @pytest.mark.parametrize("name", ADDITIVE)
 def test_heads_get_their_impulses(name):
     model = ADDITIVE[name]()
+    if "DeiT" in name and "transformers" in name:
+        nn.init.trunc_normal_(model.deit.embeddings.position_embeddings, std=0.02)
     report = quietly(model, pos_embed_gain=200.0, images=torch.randn(2, 3, *image_size(model)))
     assert [record.layer for record in report.records] == [0, 1, 2]
     height, width = report.grid_size
@@ -199,11 +419,11 @@ def test_nothing_else_changes(values):
     before = {key: value.clone() for key, value in model.state_dict().items()}
     quietly(model, values=values)
     changed = {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
+    parts = ("attn.qkv.weight", "attn.proj.weight", "mlp.fc2.weight")
     assert changed == {
-        f"blocks.{i}.attn.{part}.weight"
-        for i in range(3)
-        for part in ("qkv", "proj")[: 1 + (values == "mimetic")]
-    }
+        "pos_embed", "cls_token", "patch_embed.proj.weight", "patch_embed.proj.bias",
+        *(f"blocks.{i}.{part}" for i in range(3) for part in parts),
+    }  # fmt: skip
     for i in range(3):
         key = f"blocks.{i}.attn.qkv.weight"
         same = torch.equal(model.state_dict()[key][96:], before[key][96:])
@@ -215,38 +435,37 @@ def test_mimetic_values_and_biases():
     for block in model.blocks:
         nn.init.normal_(block.attn.qkv.bias)
         nn.init.normal_(block.attn.proj.bias)
-    quietly(model)
+    quietly(model, position="keep")
     attn = model.blocks[0].attn
     product = (attn.proj.weight @ attn.qkv.weight[192:]).detach()
     assert -0.5 < product.diagonal().mean() < -0.3  # 0.4 Z − 0.4 I
     assert not attn.qkv.bias.any() and not attn.proj.bias.any()
 
 
-def test_one_seed_one_result_however_often():
+def test_a_gain_is_applied_once():
     first, second = timm_vit(), timm_vit()
-    options = {"pos_embed_gain": 18.0, "alpha": 0.5}
-    quietly(first, **options)
-    quietly(second, **options)
-    quietly(second, **options)
+    quietly(first, pos_embed_gain=18.0)
+    quietly(second, pos_embed_gain=18.0)
+    quietly(second, pos_embed_gain=18.0)
     for (name, one), (_, other) in zip(first.named_parameters(), second.named_parameters(), strict=True):
         assert torch.equal(one, other), name
-    quietly(second, pos_embed_gain=18.0)  # another setting undoes the first
+    quietly(second, pos_embed_gain=9.0)  # another setting undoes the first
     fresh = timm_vit()
-    quietly(fresh, pos_embed_gain=18.0)
-    torch.testing.assert_close(second.pos_embed, fresh.pos_embed)
+    torch.testing.assert_close(second.pos_embed[:, 1:], 9 * fresh.pos_embed[:, 1:])
+    assert torch.equal(second.pos_embed[:, :1], fresh.pos_embed[:, :1])  # the class token keeps its row
+    second.set_input_size(2 * SIDE)  # another tensor, the same P
+    resized = second.pos_embed.clone()
+    quietly(second, pos_embed_gain=9.0)
+    assert torch.equal(second.pos_embed, resized)
 
 
-def test_scale_of_position_and_content():
-    model, fresh = timm_vit(), timm_vit()
-    quietly(model, pos_embed_gain=18.0, alpha=0.25)
-    torch.testing.assert_close(model.pos_embed[:, 1:], 18 * 0.75 * fresh.pos_embed[:, 1:])
-    assert torch.equal(model.pos_embed[:, :1], fresh.pos_embed[:, :1])  # the class token keeps its row
-    torch.testing.assert_close(model.patch_embed.proj.weight, 0.25 * fresh.patch_embed.proj.weight)
-    with pytest.warns(UserWarning, match="pos_embed_gain, about"):
-        convinit.init_vit_(timm_vit())
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        convinit.init_vit_(timm_vit(), pos_embed_gain=60)
+@pytest.mark.parametrize(
+    "options", [{"position": "keep"}, {"pos_embed_gain": 1.01}, {"pos_embed_gain": 20.0}]
+)
+def test_a_peak_that_images_blur_away_warns(options):
+    with pytest.warns(UserWarning, match="on synthetic images, is 0.* 0.70 was asked"):
+        report = convinit.init_vit_(timm_vit(), generator=seeded(), **options)
+    assert str(report).startswith("on synthetic images 0.")
 
 
 def test_qk_norm_sets_the_peak_by_its_own_weights():
@@ -263,7 +482,7 @@ def test_controls_under_qk_norm_have_the_temperature_of_the_impulses():
     for method in ("newton", "scrambled", "norm_matched"):
         model = timm_vit(qk_norm=True)
         quietly(model, method=method, pos_embed_gain=60.0)
-        weights[method] = [float(block.attn.q_norm.weight[0]) for block in model.blocks]
+        weights[method] = [float(block.attn.q_norm.weight[0].detach()) for block in model.blocks]
     assert weights["newton"] == weights["scrambled"] == weights["norm_matched"]
     assert all(0.5 < weight < 2 for weight in weights["newton"])
 
@@ -277,8 +496,7 @@ def test_models_and_reports_are_copied_together(copied):
     nn.init.zeros_(model.pos_embed)
     layout, layer = other.report.places[0]
     fresh = timm_vit(reg_tokens=2)
-    quietly(fresh)
-    (expected,) = find_layouts(fresh, grid_size=None, pos_embed=None, adapter=None)
+    expected, _ = quietly(fresh).places[0]
     assert torch.equal(layout.position_maps(layer), expected.position_maps(0))
 
 
@@ -300,16 +518,26 @@ def test_grid_that_the_model_does_not_keep():
         convinit.init_vit_(vit_pytorch("ViT", **sizes), grid_size=(8, 3))
     with pytest.raises(ValueError, match="grid_size must be given"):
         convinit.init_vit_(vit_pytorch("ViT", image_size=(64, 24)))
+    with pytest.warns(UserWarning, match="16 tokens: taken for 4 x 4"):
+        convinit.init_vit_(vit_pytorch("ViT", **sizes))
+    for kind in ("ViT", "SimpleViT"):  # images show the grid, a sin-cos P as well
+        given = {"images": torch.randn(2, 3, 64, 16)} if kind == "ViT" else {}
+        report = quietly(vit_pytorch(kind, **sizes), **given)
+        assert report.grid_size == (8, 2) and report.records[0].peak_on_images.mean() > 0.6
 
 
-def test_images_of_another_size_are_not_measured():
+def test_images_that_the_model_does_not_take():
     model = timm_vit(dynamic_img_size=True)
-    report = quietly(model, images=torch.randn(1, 3, 2 * SIDE, SIDE))
-    assert report.records[0].peak_on_images is None
-    assert "129 tokens in place of 65" in report.notes[0]
-    with pytest.warns(UserWarning, match="could not be run"):
-        report = convinit.init_vit_(timm_vit().bfloat16(), images=torch.randn(1, 3, SIDE, SIDE))
-    assert len(report.records) == 3
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match="129 tokens in place of 65"):
+        convinit.init_vit_(model, images=torch.randn(1, 3, 2 * SIDE, SIDE))
+    with pytest.raises(ValueError, match=r"could not be run on \[1, 3, 9, 9\]"):
+        convinit.init_vit_(model, images=torch.randn(1, 3, 9, 9))
+    with pytest.raises(ValueError, match="could not be run on ndarray"):
+        convinit.init_vit_(model, images=torch.randn(1, 3, SIDE, SIDE).numpy())
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    report = quietly(model, images=torch.randn(1, 3, 2 * SIDE, SIDE), position="keep")
+    assert report.records[0].peak_on_images is None and "129 tokens in place of 65" in report.notes[0]
 
 
 def test_learned_rotary_frequencies_are_followed():
@@ -366,7 +594,11 @@ def test_other_initialisations(method):
     if method in ("mimetic", "keep"):
         assert peak.isnan().all() and report.records[0].targets is None
     if method in ("scrambled", "norm_matched"):
-        torch.testing.assert_close(norm, other, rtol=1e-4, atol=0)
+        shares = [
+            torch.cat([torch.full((3,), layout.attentions[i].share) for layout, i in each.places])
+            for each in (report, impulse)
+        ]
+        torch.testing.assert_close(norm * shares[0], other * shares[1], rtol=1e-4, atol=0)
     if method == "scrambled":
         targets = report.records[0].targets
         assert torch.equal(targets.sort(dim=1).values, torch.arange(64).expand(3, -1))
@@ -433,6 +665,75 @@ def test_meta_device():
     assert torch.cat([record.peak for record in report.records]).mean() > 0.65
 
 
+class Ordinary(nn.Module):
+    """What many write themselves: convolution, class token, learned P, PyTorch's encoder layers."""
+
+    def __init__(self, norm_first=True, own_attention=False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.cls = nn.Conv2d(1, 48, 4, 4), nn.Parameter(torch.randn(1, 1, 48))
+        self.pos = nn.Parameter(0.02 * torch.randn(1, 50, 48))
+        layer = nn.TransformerEncoderLayer(48, 3, 96, batch_first=True, norm_first=norm_first)
+        self.blocks = (
+            nn.ModuleList(Block() for _ in range(3))
+            if own_attention
+            else nn.TransformerEncoder(layer, 3, enable_nested_tensor=False).layers
+        )
+        self.head = nn.Linear(48, 10)
+
+    def forward(self, x):
+        x = self.embed(x).flatten(2).mT
+        x = torch.cat([self.cls.expand(len(x), -1, -1), x], dim=1) + self.pos
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x[:, 0])
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.before, self.behind = nn.LayerNorm(48), nn.LayerNorm(48)
+        self.attention = nn.MultiheadAttention(48, 3, batch_first=True)
+        self.mlp = nn.Sequential(nn.Linear(48, 96), nn.GELU(), nn.Linear(96, 48))
+
+    def forward(self, x):
+        y = self.before(x)
+        x = x + self.attention(y, y, y, need_weights=False)[0]
+        return x + self.mlp(self.behind(x))
+
+
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("kind", [{}, {"norm_first": False}, {"own_attention": True}])
+def test_an_ordinary_vit_of_ones_own(kind, given):
+    """The norm in front of the attention and the class token are nowhere said."""
+    model = Ordinary(**kind)
+    images = {"images": photographs((28, 28)).mean(dim=1, keepdim=True)} if given else {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        report = convinit.init_vit_(
+            model, grid_size=(7, 7), pos_embed=model.pos[0, 1:], generator=seeded(), **images
+        )
+    for record in report.records:
+        assert abs(record.peak.mean() - 0.7) < 0.02 and abs(record.peak_on_images.mean() - 0.7) < 0.03
+        assert (record.weight_norm < 30).all() and (record.prefix_on_images < 0.05).all()
+    others = photographs((28, 28), first=8).mean(dim=1, keepdim=True)
+    limit = 0.07 if given else 0.2
+    assert all(abs(peak - 0.7) < limit for peak in on_target(model, report, others))
+
+
+def test_a_norm_that_nobody_mentioned():
+    model = Ordinary()
+    by_hand = {"grid_size": (7, 7), "pos_embed": model.pos[0, 1:]}
+    with pytest.raises(ValueError, match="rms is 0.02.* A norm in front"):
+        convinit.init_vit_(Ordinary(own_attention=True), **by_hand, position="keep")
+    own = Ordinary(own_attention=True)
+    with pytest.warns(UserWarning, match="0.70 was asked"):
+        report = convinit.init_vit_(
+            own, grid_size=(7, 7), pos_embed=own.pos[0, 1:], pos_embed_gain=20.0, generator=seeded()
+        )
+    assert report.records[0].prefix_on_images is not None  # the class token is counted by a forward pass
+
+
 class Plain(nn.Module):
     """Nobody's model: a position embedding and PyTorch's own encoder layers."""
 
@@ -457,7 +758,10 @@ def test_grid_and_position_by_hand(norm_first, batch_first):
         ValueError, match=r"(?s)encoder.layers.0.self_attn: 2 heads of 16.*pos: \[1, 24, 32\]"
     ):
         convinit.init_vit_(model)
-    report = quietly(model, grid_size=(4, 6), pos_embed=model.pos, images=torch.randn(2, 24, 32))
+    by_hand = {"grid_size": (4, 6), "pos_embed": model.pos, "images": torch.randn(2, 24, 32)}
+    with pytest.raises(ValueError, match="comes from elsewhere"):  # the tokens that are given to it
+        convinit.init_vit_(model, **by_hand)
+    report = quietly(model, **by_hand, position="keep")
     assert torch.cat([record.peak for record in report.records]).sub(0.7).abs().max() < 0.03
     assert report.records[0].peak_on_images.min() > 0.5
     assert model.training
@@ -488,7 +792,9 @@ def test_own_adapter():
         )
 
     model = Odd()
-    assert quietly(model, adapter=adapter).records[0].peak.mean() > 0.65
+    with pytest.raises(ValueError, match="not all layers that write"):
+        convinit.init_vit_(model, adapter=adapter)
+    assert quietly(model, adapter=adapter, position="keep").records[0].peak.mean() > 0.65
 
 
 def test_report(capsys):
@@ -497,7 +803,8 @@ def test_report(capsys):
     rows = list(report.rows())
     assert len(rows) == 9 and rows[4]["layer"] == 1 and rows[4]["head"] == 1
     text = str(report)
-    assert "(+0,+0)" in text and "on images" in text and len(text.splitlines()) == 11
+    assert "(+0,+0)" in text and "on images" in text and len(text.splitlines()) == 13
+    assert text.startswith("on your images 0.") and max(map(len, text.splitlines())) <= 100
     parsed = json.loads(report.to_json())
     assert parsed["heads"][0]["name"] == "blocks.0.attn" and parsed["grid_size"] == [8, 8]
     assert json.loads(quietly(timm_vit(), method="mimetic").to_json())["heads"][0]["peak"] is None
@@ -506,12 +813,12 @@ def test_report(capsys):
     assert isinstance(frame, pandas.DataFrame) and math.isclose(frame["peak"].mean(), 0.7, abs_tol=0.02)
 
 
-def test_masked_autoencoder_is_fitted_and_says_nothing_of_images():
+def test_masked_autoencoder():
     model = huggingface("mae")
-    report = quietly(model, images=torch.randn(2, 3, SIDE, SIDE), pos_embed_gain=6.0)
-    assert torch.cat([record.peak for record in report.records]).mean() > 0.65
-    assert report.records[0].peak_on_images is None  # three quarters of the tokens are masked out
-    assert "17 tokens in place of 65" in report.notes[0]
+    report = quietly(model, images=photographs((SIDE, SIDE)))  # all of their tokens, in order
+    assert all(abs(record.peak_on_images.mean() - 0.7) < 0.03 for record in report.records)
+    assert "same for all tokens: filled" in report.notes[0]
+    assert model(torch.randn(1, 3, SIDE, SIDE)).mask.sum() == 48  # it masks again
 
 
 @pytest.mark.parametrize("library", ["timm", "torchvision", "transformers"])
@@ -562,7 +869,9 @@ def test_mlp_mixer():
         ({"values": "all"}, "values must be"),
         ({"peak": 1.0}, r"peak must lie in \(0, 1\)"),
         ({"peak": 0.5, "weight_norm": 3.0}, "not both"),
-        ({"alpha": 0}, "alpha must be above 0"),
+        ({"alpha": 0.5}, "alpha must be None for VisionTransformer"),
+        ({"position": "learned"}, "position must be one of subspace, new, keep"),
+        ({"position": "subspace", "pos_embed_gain": 2.0}, "not both"),
         ({"pos_embed_gain": -1}, "pos_embed_gain must lie"),
         ({"layers": 7}, "layers must lie in 0 to 2"),
         ({"layers": []}, "at least one"),
@@ -595,8 +904,86 @@ def test_models_that_cannot():
     with pytest.raises(ValueError, match="differs between tokens"):
         model = timm_vit()
         nn.init.zeros_(model.pos_embed)
-        convinit.init_vit_(model)
+        convinit.init_vit_(model, position="keep")
+    with pytest.raises(ValueError, match="which BEiT does not"):
+        convinit.init_vit_(huggingface("Beit"))
     with pytest.raises(ValueError, match="biases on queries and keys"):
         convinit.init_vit_(timm_rope(qkv_bias=False))
     with pytest.raises(ValueError, match="pos_embed_gain must be None"):
         convinit.init_vit_(timm_rope(), pos_embed_gain=18)
+
+
+@pytest.mark.parametrize("how", ["weight_norm", "spectral_norm", "old weight_norm", "pruning"])
+@pytest.mark.parametrize(
+    "part", ["blocks.0.attn.qkv", "blocks.1.attn.proj", "blocks.1.mlp.fc2", "patch_embed.proj"]
+)
+def test_weights_that_another_module_computes_are_refused(how, part):
+    from torch.nn.utils import parametrizations, prune, weight_norm
+
+    model = timm_vit()
+    layer = model.get_submodule(part)
+    {
+        "weight_norm": parametrizations.weight_norm,
+        "spectral_norm": parametrizations.spectral_norm,
+        "old weight_norm": weight_norm,
+        "pruning": lambda layer: prune.l1_unstructured(layer, "weight", 0.0),
+    }[how](layer)
+    with pytest.raises(ValueError, match="must hold .* in parameters or buffers of its own"):
+        convinit.init_vit_(model)
+
+
+def test_adapters_and_other_layers_are_refused_by_name():
+    class Adapter(nn.Module):
+        def __init__(self, base):
+            super().__init__()
+            self.base = base
+
+        weight = property(lambda self: self.base.weight)
+        bias = property(lambda self: self.base.bias)
+
+        def forward(self, x):
+            return self.base(x) + x.mean()
+
+    model = timm_vit()
+    model.blocks[0].attn.qkv = Adapter(model.blocks[0].attn.qkv)
+    with pytest.raises(
+        ValueError, match="must have nn.Linear layers where convinit sets weights, got Adapter"
+    ):
+        convinit.init_vit_(model)
+    quantised = torch.ao.quantization.quantize_dynamic(timm_vit(), {nn.Linear})
+    with pytest.raises(ValueError, match="got Linear of torch.ao.nn.quantized.dynamic"):
+        convinit.init_vit_(quantised)
+
+
+@pytest.mark.parametrize("part", ["pos_embed", "cls_token", "blocks.0.norm1.weight"])
+def test_numbers_that_are_not_finite_are_named(part):
+    model = timm_vit()
+    nn.init.constant_(model.get_parameter(part), math.nan)
+    with pytest.raises(ValueError, match=f"{part} holds NaN"):
+        convinit.init_vit_(model)
+
+
+def test_layers_that_share_an_attention_are_refused():
+    model = timm_vit()
+    model.blocks[2].attn = model.blocks[0].attn
+    with pytest.raises(ValueError, match="layers 0 and 2 share those of blocks.0.attn"):
+        convinit.init_vit_(model)
+    assert len(convinit.init_vit_(model, layers=[0, 1]).records) == 2
+
+
+def test_a_resized_model_is_another():
+    model = timm_vit()
+    report = quietly(model)
+    monitor = convinit.DriftMonitor(report, every=1)
+    model.set_input_size(2 * SIDE)
+    for use in (monitor.step, lambda: convinit.adapters.head_maps(report)):
+        with pytest.raises(ValueError, match="position embedding in parameters .* since"):
+            use()
+
+
+def test_flat_shards_are_refused():
+    class FullyShardedDataParallel(nn.Sequential):
+        """The name is all that is looked at; FSDP1 itself needs several processes."""
+
+    with pytest.raises(ValueError, match="FSDP2"):
+        convinit.init_vit_(FullyShardedDataParallel(timm_vit()))

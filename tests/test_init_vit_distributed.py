@@ -26,19 +26,21 @@ class ViT(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
+        self.embed = nn.Linear(16, 32)
         self.pos = nn.Parameter(torch.randn(24, 32))
         layer = nn.TransformerEncoderLayer(32, 2, 64, batch_first=True, norm_first=True)
         self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.encoder(x + self.pos)
+        return self.encoder(self.embed(x) + self.pos)
 
 
 def initialise(model: nn.Module, pos: torch.Tensor) -> convinit.InitReport:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         generator = torch.Generator().manual_seed(3)
-        return convinit.init_vit_(model, grid_size=(4, 6), pos_embed=pos, generator=generator)
+        images = torch.randn(2, 24, 16, generator=torch.Generator().manual_seed(4))
+        return convinit.init_vit_(model, grid_size=(4, 6), pos_embed=pos, images=images, generator=generator)
 
 
 def expected() -> dict[str, torch.Tensor]:
@@ -60,8 +62,12 @@ def on_every_rank(rank: int, folder: str) -> None:
             assert torch.cat([record.peak for record in report.records]).mean() > 0.65
             for name, value in expected().items():
                 mine = inner.state_dict()[name]
-                assert torch.equal(mine.full_tensor() if inner is model else mine, value), name
-            model(torch.randn(2, 24, 32)).square().mean().backward()  # it still trains
+                mine = mine.full_tensor() if inner is model else mine
+                torch.testing.assert_close(mine, value, msg=name)
+                everywhere = [torch.empty_like(mine) for _ in range(WORLD)]
+                dist.all_gather(everywhere, mine)
+                assert torch.equal(*everywhere), name
+            model(torch.randn(2, 24, 16)).square().mean().backward()  # it still trains
         dist.barrier()
     finally:
         dist.destroy_process_group()

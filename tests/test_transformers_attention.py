@@ -109,3 +109,18 @@ def test_what_it_cannot_do_is_refused():
             register_attention(name)
     with pytest.raises(ValueError, match="backend must be one of"):
         register_attention(backend="flash")
+
+
+def test_autocast_with_rotary_embedding_that_leaves_float32():
+    transformers = pytest.importorskip("transformers", exc_type=ImportError)
+    options = {"num_hidden_layers": 1, "num_attention_heads": 3, "intermediate_size": 64, "image_size": 32}
+    torch.manual_seed(0)
+    model = transformers.DINOv3ViTModel(
+        transformers.DINOv3ViTConfig(hidden_size=48, patch_size=8, **options)
+    ).eval()
+    images, outputs = torch.randn(1, 3, 32, 32), {}
+    for name in ("sdpa", register_attention()):
+        model.set_attn_implementation(name)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            outputs[name] = model(images).last_hidden_state.float()
+    torch.testing.assert_close(outputs["convinit"], outputs["sdpa"], rtol=0.02, atol=0.02)

@@ -4,23 +4,35 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from convinit import init as init_
-from convinit.adapters.layout import Layout, SelfAttention, Slot, apply_norm, is_sharded
+from convinit.adapters.calibrate import Plan, Seen, calibrate_, qk_norm_weights
+from convinit.adapters.layout import Layout, Linear, SelfAttention, Slot, apply_norm, memory_of
+from convinit.adapters.measure import output_of
 from convinit.adapters.report import LayerRecord, measured
 from convinit.adapters.request import Request
+from convinit.adapters.subspace import (
+    MIMETIC_CONTENT,
+    MOST_OF_WIDTH,
+    POSITION_TO_CONTENT,
+    looks_drawn,
+    row_space,
+    separate_,
+    separate_writer_,
+    smooth_position,
+)
+from convinit.adapters.synthetic import synthetic_images
 from convinit.fit import fit_qk
 from convinit.offsets import impulse_targets
 
-# The share s of P in the norm of a token: the logits of the positions shrink by s². Of a peak of 0.7 in 196
-# tokens, a share of 0.9 leaves 0.4, and 0.5 leaves 0.02. Much more drowns the image instead.
-_SMALL_SHARE, _GOOD_SHARE = 0.8, 0.9
+_SMALLEST_POSITION = 0.1  # rms of a P that attention may see without a norm
 
 
 @dataclass(eq=False)
@@ -30,10 +42,19 @@ class AdditiveLayout(Layout):
     Attributes:
         position: P of the patch tokens, [N, D].
         prefix: class and register tokens, each [k, D], in their order before the patches.
-        prefix_position: what is added to them, [n, D]; None: nothing.
+        prefix_position: what is added to the first of them, [n, D]; None: nothing.
         entry: what all tokens go through before the first layer (CLIP's norm_pre), or None.
-        content: the last module of the patch embedding that has a weight; its weight and bias scale the
-            content. None: unknown.
+        content: the module whose output [B, N, D] or [B, D, H, W] is the content that P is added to: the last
+            of the patch embedding. None: unknown.
+        writers: every map whose output is added to the residual stream, beside the attentions' output layers:
+            that of the patch embedding, the second layer of each MLP. None: unknown.
+        between: norms and LayerScales between a writer and the stream.
+        image_shape: says (C, H, W) of an image that makes a grid; None: unknown.
+        whole_grid: a context in which `root` drops and masks no token (masked autoencoders).
+        patch_of_guessed_grid: (height, width) of a patch in pixels where the grid is a guess, or None.
+        position_is_given: P came from the caller, and need not be a part of the model.
+        prefix_is_unknown: nobody said how many class and register tokens there are; a forward pass shows it,
+            and `unknown_prefix` keeps it.
     """
 
     position: Slot | None = None
@@ -41,58 +62,89 @@ class AdditiveLayout(Layout):
     prefix_position: Slot | None = None
     entry: nn.Module | None = None
     content: Any = None
+    writers: Sequence[Linear] | None = None
+    between: Sequence[nn.Module] = ()
+    image_shape: Callable[[tuple[int, int]], tuple[int, int, int]] | None = None
+    whole_grid: Callable[[], AbstractContextManager] = nullcontext
+    patch_of_guessed_grid: tuple[int, int] | None = None
+    position_is_given: bool = False
+    prefix_is_unknown: bool = False
+    unknown_prefix: int = 0
+    notes: list[str] = field(default_factory=list)
+
+    takes_alpha: ClassVar[bool] = False
 
     def init_(self, request: Request, layers: Sequence[int], offsets: Tensor) -> list[LayerRecord]:
-        assert self.position is not None
-        P = self.position.read()
-        self._check_finite(layers)
-        if (P == P[0]).all() and request.method not in ("mimetic", "keep"):
+        self.check_in_use()
+        self._check_finite()
+        if request.alpha is not None and not self.takes_alpha:
             raise ValueError(
-                "model must have a position embedding that differs between tokens, but that of "
-                f"{type(self.root).__name__} is the same everywhere (some models start so); fill it first, "
-                "for example with convinit.nn.sincos_2d(grid_size, D)"
+                f"alpha must be None for {type(self.root).__name__}: convinit's own models have it"
             )
-        self.scale_(request)
-        tokens, prefix = self.tokens()
         chosen: dict[int, SelfAttention] = {i: self.attentions[i] for i in layers}
-        of_layer = offsets.split([attention.num_heads for attention in chosen.values()])
-        dealt = dict(zip(chosen, of_layer, strict=True))
+        self._check_unshared(chosen)
+        dealt = dict(
+            zip(chosen, offsets.split([attention.num_heads for attention in chosen.values()]), strict=True)
+        )
         live = {i: attention for i, attention in chosen.items() if not attention.frozen}
-        targets: dict[int, Tensor] = {}
-        temperature: dict[int, str] = {}  # what was done about qk_norm
+        notes: dict[int, list[str | None]] = {i: [] for i in chosen}
+        with self.undone_on_error():
+            return self._init_(request, chosen, live, dealt, notes)
+
+    def _init_(
+        self,
+        request: Request,
+        chosen: Mapping[int, SelfAttention],
+        live: Mapping[int, SelfAttention],
+        dealt: Mapping[int, Tensor],
+        notes: dict[int, list[str | None]],
+    ) -> list[LayerRecord]:
+        seed = request.draw_seed()  # whether P is replaced or kept, all other draws are the same
+        subspace = self._uses_subspace(request)
+        images = self._images(request, needed=subspace)
+        V = self._separate_position_(request, images, seed) if subspace else None
+        if V is None:
+            self._check_differs(request)
+            self.scale_(request)
+        for i, attention in chosen.items():
+            if i in live and request.values == "mimetic":
+                notes[i].append(attention.set_values_(request.generator))
+            elif i not in live:
+                notes[i].append("queries and keys are frozen: left alone")
+        if V is not None:
+            self._separate_writers_(V)
+        plans: dict[int, Plan] = {}
         if request.method == "mimetic":
             for attention in live.values():
+                attention.share = None
                 attention.set_mimetic_qk_(request.generator)
-        elif request.method != "keep":
-            for group in _alike(live, tokens):
+        elif request.fits:
+            for attention in live.values():
+                attention.share = None
+            if V is None:
+                tokens, prefix = self.tokens()
+                groups = _alike(live, lambda attention: attention.see(tokens))
+            else:
+                alone, prefix = self._position_alone(V).float(), 0
+                groups = _alike(live, lambda attention: alone)
+            for P, group in groups:
                 members = {i: live[i] for i in group}
-                targets |= self._set_fitted_(request, members, tokens, prefix, dealt, temperature)
-        records = []
-        for i, attention in chosen.items():
-            notes: list[str | None] = []
-            if i not in live:
-                notes.append("queries and keys are frozen: left alone")
-            notes.append(temperature.get(i))
-            if i in live and request.values == "mimetic":
-                notes.append(attention.set_values_(request.generator))
-            wq, wk = attention.qk_weights()
-            norm = (wq.double().norm(dim=(1, 2)) * wk.double().norm(dim=(1, 2))).sqrt()
-            own = None if request.method == "scrambled" else dealt[i]
-            records.append(self.record(i, targets.get(i), own, norm, "; ".join(filter(None, notes))))
-        return records
-
-    def _check_finite(self, layers: Sequence[int]) -> None:
-        """A diverged checkpoint is named before anything is written."""
-        assert self.position is not None
-        tokens, _ = self.tokens()
-        parts = {"its position embedding": self.position.read(), "its class or register tokens": tokens}
-        for attention in (self.attentions[i] for i in layers):
-            parts[f"the norm before {attention.name}"] = attention.see(tokens)
-        for part, values in parts.items():
-            if not values.isfinite().all():
-                raise ValueError(
-                    f"model must hold finite numbers, but {part} holds NaN or infinity: has it diverged?"
+                plans |= self._fitted(request, members, P, prefix, dealt, notes, subspace=V is not None)
+            for i, plan in plans.items():
+                live[i].set_qk_(*plan.weights, plan.offsets)
+        seen = self._measure_(request, chosen, plans, images, V)
+        for i, what in seen.items():
+            if what.gain is None:
+                continue
+            if not live[i].has_qk_norm:
+                live[i].share = 1 / what.gain
+            elif qk_norm_weights(live[i]):
+                notes[i].append(f"qk_norm: weight of its norms set to {what.gain:.2f}")
+            else:
+                notes[i].append(
+                    "qk_norm has no weight, or it is frozen: how sharp the map is cannot be chosen"
                 )
+        return [self._record(i, chosen[i], plans.get(i), seen.get(i), request, notes[i]) for i in chosen]
 
     def position_maps(self, layer: int) -> Tensor:
         return self.attentions[layer].position_map(self.tokens()[0])
@@ -106,48 +158,192 @@ class AdditiveLayout(Layout):
         P = self.position.read()
         prefix = torch.cat([P[:0], *(slot.read().to(P) for slot in self.prefix)])
         if self.prefix_position is not None:
-            prefix = prefix + self.prefix_position.read()
+            rows = self.prefix_position.read()
+            prefix[: len(rows)] += rows
+        if self.unknown_prefix:
+            prefix = P.new_zeros(self.unknown_prefix, P.shape[1])
         return apply_norm(self.entry, torch.cat([prefix, P])), len(prefix)
 
-    # --- content against position -------------------------------------------------------------------------
-
-    def scale_(self, request: Request) -> None:
-        """alpha and pos_embed_gain, into the weights; a warning where P is too small to carry a map."""
-        assert self.position is not None
-        alpha, gain = request.alpha, request.pos_embed_gain
-        if alpha is not None:
-            if self.content is None:
-                raise ValueError(
-                    f"alpha must be None for {type(self.root).__name__}: its patch embedding is unknown"
-                )
-            if alpha == 0:
-                raise ValueError("alpha must be above 0: at 0 the image would never reach the model")
-            weights = [self.content.weight, getattr(self.content, "bias", None)]
-            _rescale_(self.root, "content", [Slot(w) for w in weights if w is not None], alpha)
-        if alpha is not None or gain is not None:
-            self._check_saved()
-            factor = (1.0 if gain is None else gain) * (1.0 if alpha is None else 1 - alpha)
-            _rescale_(self.root, "position", [self.position], factor)
-        share = self.position_share()
-        normed = any(attention.norm is not None for attention in self.attentions)
-        if alpha is None and gain is None and normed and share is not None and share < _SMALL_SHARE:
-            needed = math.ceil(math.sqrt((1 - share**2) / (1 - _GOOD_SHARE**2)) * _GOOD_SHARE / share)
-            warnings.warn(
-                f"the position embedding makes up only {share:.2g} of the norm of a token (estimated for "
-                "standardised pixels); the content will blur the maps that are fitted to it by the square of "
-                f"that. Enlarge it with pos_embed_gain, about {needed} (arXiv 2505.19985 uses 18), or scale "
-                "the content down with alpha; images= measures the maps that remain",
-                stacklevel=5,  # past this layout, init_vit_ and its no_grad, to the caller
+    def slots(self) -> Iterator[tuple[str, Slot]]:
+        yield from super().slots()
+        parts = [self.position, *self.prefix, self.prefix_position]
+        if not self.position_is_given:
+            yield from (("its position embedding", slot) for slot in parts if slot is not None)
+        for writer in self.writers or ():
+            yield from (
+                ("what writes to its tokens", slot)
+                for slot in (writer.weight, writer.bias)
+                if slot is not None
             )
 
-    def _check_saved(self) -> None:
-        """A P that is to be scaled must be the model's own, and saved with it."""
+    # --- P in a subspace of its own -----------------------------------------------------------------------
+
+    def _uses_subspace(self, request: Request) -> bool:
+        """Whether P gets a subspace of its own; ValueError where that was asked for and cannot be."""
+        if request.position not in ("subspace", "new"):
+            return False
+        name = type(self.root).__name__
+        outputs = [attention.output or attention.value for attention in self.attentions]
+        frozen = [
+            self._name(writer.weight.tensor)
+            for writer in (*(self.writers or ()), *outputs)
+            if writer is not None and writer.frozen
+        ]
+        if self.writers is None:
+            raise ValueError(
+                f'position must be "keep" for {name}: not all layers that write to its tokens are known'
+            )
+        if frozen or not self.own_position:
+            why = f"{frozen[0]} is frozen" if frozen else "it is no parameter or buffer of the model"
+            if request.position_was_given:
+                raise ValueError(f'position must be "keep" for {name}: {why}')
+            self.notes.append(f"position embedding kept as it is: {why}")
+            return False
+        norms = [self.entry, *(attention.norm for attention in self.attentions), *self.between]
+        for norm in norms:
+            if not _uniform(norm):
+                raise ValueError(
+                    f"model must not be trained yet, but {self._name(norm)} of {name} is not as drawn: its "
+                    'entries differ. position="keep" fits queries and keys to the position embedding as it is'
+                )
+        return True
+
+    def _separate_position_(
+        self, request: Request, images: tuple[nn.Module, Any] | None, seed: int
+    ) -> Tensor:
+        """Gives P its subspace V [D, k]; P is replaced where it is as drawn."""
         assert self.position is not None
-        memory = _memory(self.position.tensor)
-        if any(memory == _memory(tensor) for tensor in self.root.state_dict(keep_vars=True).values()):
+        P = self.position.read()
+        constant = bool((P == P[0]).all())
+        drawn = constant or (not self.position.frozen and looks_drawn(P, self.grid_size))
+        if drawn or request.position == "new":
+            size = float((P - P.mean(dim=0)).square().mean().sqrt()) or POSITION_TO_CONTENT
+            if self.content is not None and images is not None:
+                with self.whole_grid():
+                    content = output_of(self.content, *images).detach().float().cpu()
+                channels = 1 if content.dim() == 4 else -1
+                content = content - content.mean(dim=channels, keepdim=True)
+                size = float(content.square().mean().sqrt())
+                if request.values == "mimetic":
+                    size = max(size, MIMETIC_CONTENT)
+                size *= POSITION_TO_CONTENT
+            if constant and self.position.frozen:
+                self.notes.append("the position embedding was the same for all tokens: filled")
+            generator = torch.Generator().manual_seed(seed)
+            rank = min(attention.head_dim for attention in self.attentions)
+            self.position.write_(size * smooth_position(self.grid_size, P.shape[1], rank, generator))
+        V = row_space(self.position.read())
+        if V.shape[1] > MOST_OF_WIDTH * V.shape[0]:
+            raise ValueError(
+                f"position embedding must leave room for the content, but that of {type(self.root).__name__} "
+                f"spans {V.shape[1]} of {V.shape[0]} dimensions and looks trained or made, so it is not "
+                'replaced unasked: position="new" replaces it, "keep" fits queries and keys to it as it is'
+            )
+        return V
+
+    def _separate_writers_(self, V: Tensor) -> None:
+        for slot in (*self.prefix, self.prefix_position):
+            if slot is not None:
+                separate_(slot, V, rows=True)
+        outputs = [attention.output or attention.value for attention in self.attentions]
+        for writer in (*(self.writers or ()), *outputs):
+            if writer is not None:
+                separate_writer_(writer, V)
+
+    def _position_alone(self, V: Tensor) -> Tensor:
+        """P as norms show it where there is no content: V Vᵀ-part, rows of rms 1, [N, D]."""
+        assert self.position is not None
+        inside = self.position.read().double() @ V
+        inside = inside / inside.norm(dim=1, keepdim=True) * math.sqrt(len(V))
+        return inside @ V.mT
+
+    def _images(self, request: Request, *, needed: bool) -> tuple[nn.Module, Any] | None:
+        """The model and the images to run it on: the caller's, or synthetic ones; None: neither."""
+        if request.images is not None:
+            return request.model, request.images
+        if self.image_shape is None:
+            if needed:
+                raise ValueError(
+                    f"images must be given for {type(self.root).__name__}: init_vit_(model, images=batch), a "
+                    "batch as the model takes it, for convinit does not know what that is"
+                )
+            return None
+        channels, *size = self.image_shape(self.grid_size)
+        images = synthetic_images(channels, (size[0], size[1]), math.prod(self.grid_size))
+        like = next(p for p in self.root.parameters() if p.is_floating_point())
+        return self.root, images.to(like.device, like.dtype)
+
+    def _measure_(
+        self,
+        request: Request,
+        chosen: Mapping[int, SelfAttention],
+        plans: Mapping[int, Plan],
+        images: tuple[nn.Module, Any] | None,
+        V: Tensor | None,
+    ) -> Mapping[int, Seen]:
+        """Sets the sharpness of the layers' maps by what they see of images, and measures them."""
+        if images is None or not plans:
+            return {}
+        alone = None if V is None else (V, self._position_alone(V) @ V)
+        prefix = None if self.prefix_is_unknown else self.num_tokens(0) - math.prod(self.grid_size)
+        with self.whole_grid():
+            seen = calibrate_(
+                chosen, plans, *images, position=alone, grid_size=self.grid_size, prefix=prefix,
+                shared=request.shared,
+            )  # fmt: skip
+        tokens = {each.tokens for each in seen.values()} - {0}
+        if self.prefix_is_unknown and tokens:
+            self.unknown_prefix = max(tokens) - math.prod(self.grid_size)
+        for count in tokens - {self.num_tokens(0)}:
+            what = (
+                f"the layers saw {count} tokens in place of {self.num_tokens(0)} (images of another size, or "
+                "tokens dropped or masked)"
+            )
+            if V is not None:
+                raise ValueError(f"images must show the model its own grid, but {what}")
+            self.notes.append(f"peak on images: not measured, for {what}")
+        return seen
+
+    def _record(
+        self,
+        i: int,
+        attention: SelfAttention,
+        plan: Plan | None,
+        seen: Seen | None,
+        request: Request,
+        notes: Sequence[str | None],
+    ) -> LayerRecord:
+        wq, wk = attention.qk_weights()
+        norm = (wq.double().norm(dim=(1, 2)) * wk.double().norm(dim=(1, 2))).sqrt()
+        targets = None if plan is None else plan.targets
+        offsets = None if plan is None else plan.offsets
+        record = self.record(i, targets, offsets, norm, "; ".join(filter(None, notes)))
+        if seen is not None:
+            record.share = seen.share
+            if seen.figures is not None:
+                record.peak_on_images = seen.figures["peak"]
+                record.prefix_on_images = seen.figures["prefix"]
+        if plan is not None and plan.aim is None:
+            record.asked_peak = request.target_peak
+        return record
+
+    # --- P as it is, or enlarged --------------------------------------------------------------------------
+
+    def scale_(self, request: Request) -> None:
+        """A gain of P, into the weights."""
+        assert self.position is not None
+        if request.pos_embed_gain is None:
             return
-        kept = (*vars(self.root).values(), *self.root.buffers())
-        if not any(isinstance(tensor, Tensor) and memory == _memory(tensor) for tensor in kept):
+        self._check_saved()
+        _rescale_(self.root, "position", [self.position], request.pos_embed_gain)
+
+    def _check_saved(self) -> None:
+        """A P that is to be changed must be the model's own, and saved with it."""
+        assert self.position is not None
+        memory = memory_of(self.position.tensor)
+        if any(memory == memory_of(tensor) for tensor in self.root.state_dict(keep_vars=True).values()):
+            return
+        if not self.own_position:
             raise ValueError(
                 "pos_embed must be a parameter or buffer of the model, or a view of one, where it is to be "
                 "scaled: scaling a copy would not reach the model"
@@ -156,43 +352,33 @@ class AdditiveLayout(Layout):
             f"the position embedding of {type(self.root).__name__} is not in its state_dict. Before these "
             "weights are loaded into a new model, scale its P too: "
             'init_vit_(new, method="keep", values="keep", pos_embed_gain=...)',
-            stacklevel=6,
+            stacklevel=8,
         )
-
-    def position_share(self) -> float | None:
-        """rms(P) / rms(content + P), the content estimated from its last weight; None: unknown."""
-        assert self.position is not None
-        if self.content is None:
-            return None
-        weight = Slot(self.content.weight).read()
-        # A LayerNorm's output has its weight's mean square; a projection of white pixels that of its rows.
-        content = weight.square().mean() if weight.dim() == 1 else weight.flatten(1).square().sum(1).mean()
-        P = self.position.read()
-        position = (P - P.mean(dim=0)).square().mean()
-        return float((position / (position + content)).sqrt())
 
     # --- queries and keys ---------------------------------------------------------------------------------
 
-    def _set_fitted_(
+    def _fitted(
         self,
         request: Request,
         members: Mapping[int, SelfAttention],
-        tokens: Tensor,
+        seen: Tensor,
         prefix: int,
         dealt: Mapping[int, Tensor],
-        temperature: dict[int, str],
-    ) -> dict[int, Tensor]:
-        """Sets layers that see the same P, in one fit; targets [heads, N] of each."""
+        notes: Mapping[int, list[str | None]],
+        *,
+        subspace: bool,
+    ) -> dict[int, Plan]:
+        """Weights of layers that see the same P, seen [n + N, D], from one fit."""
         first, generator = next(iter(members.values())), request.generator
         heads = [attention.num_heads for attention in members.values()]
-        seen = first.see(tokens)
         P = _without(seen[prefix:], seen[:prefix])
         offsets = torch.cat([dealt[i] for i in members])
         # A LayerNorm of queries takes off their mean over r: one direction less, and none of it is wasted.
         rank = first.head_dim - first.has_qk_norm
         weight_norm: float | Tensor
+        aim: Any = None
         if request.method == "norm_matched" and request.weight_norm is not None:
-            wq, wk = torch.empty(2, len(offsets), P.shape[1], rank, device="cpu")
+            wq, wk = P.new_empty(2, len(offsets), P.shape[1], rank)
             weight_norm = request.weight_norm
             targets = impulse_targets(offsets, self.grid_size, padding_mode=request.padding_mode)
         else:
@@ -202,35 +388,127 @@ class AdditiveLayout(Layout):
                 generator=generator,
             )  # fmt: skip
             wq, wk, weight_norm, targets = fit.wq, fit.wk, fit.weight_norm, fit.targets
-            if first.has_qk_norm and request.target_peak is not None:
-                # The weights' norm is divided out there, so that of the norms is what the controls share.
-                parts = zip(*self._parts(first, heads, wq, wk, targets), members.items(), strict=True)
-                for own_wq, own_wk, own_targets, (i, attention) in parts:
-                    attention.set_qk_(own_wq, own_wk, dealt[i])
-                    temperature[i] = _set_temperature_(attention, tokens, own_targets, request.target_peak)
+            aim = self._parts(first, heads, wq.clone(), wk.clone(), targets, fit.peak)
         if request.method == "norm_matched":
             init_.norm_matched_qk_(wq, wk, weight_norm, generator=generator)
         elif request.method == "scrambled":
-            scrambled = init_.scrambled_qk_(
+            targets = init_.scrambled_qk_(
                 wq, wk, P, scale=first.scale, weight_norm=weight_norm, generator=generator
+            ).targets
+        own = self._parts(first, heads, wq, wk, targets)
+        plans = {}
+        for j, (i, attention) in enumerate(members.items()):
+            plan = Plan(
+                (own[0][j], own[1][j]), own[2][j], None if request.method == "scrambled" else dealt[i]
             )
-            targets = scrambled.targets
-        of_layer = {}
-        parts = zip(*self._parts(first, heads, wq, wk, targets), members.items(), strict=True)
-        for own_wq, own_wk, own_targets, (i, attention) in parts:
-            attention.set_qk_(own_wq, own_wk, None if request.method == "scrambled" else dealt[i])
-            of_layer[i] = own_targets
-        return of_layer
+            if aim is not None and request.weight_norm is None:
+                if request.method in ("norm_matched", "scrambled"):
+                    plan.aim = aim[0][j], aim[1][j], aim[2][j]
+                plan.goal = min(request.target_peak or 1.0, float(aim[3][j].nanmean()))
+                if attention.has_qk_norm and not subspace and request.target_peak is not None:
+                    # The weights' norm is divided out there, so that of the norms is what the controls share.
+                    attention.set_qk_(aim[0][j], aim[1][j], dealt[i])
+                    note = _set_temperature_(attention, self.tokens()[0], aim[2][j], request.target_peak)
+                    notes[i].append(note)
+            plans[i] = plan
+        return plans
 
     @staticmethod
     def _parts(
-        first: SelfAttention, heads: list[int], wq: Tensor, wk: Tensor, targets: Tensor
-    ) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]:
-        """wq, wk [heads, D, r] and targets of each layer; with qk_norm queries and keys of sum zero."""
+        first: SelfAttention, heads: list[int], wq: Tensor, wk: Tensor, *others: Tensor
+    ) -> tuple[Sequence[Tensor], ...]:
+        """wq, wk [heads, D, r] and others of each layer; with qk_norm queries and keys of sum zero."""
         if first.has_qk_norm:
             centred = _zero_mean_basis(first.head_dim).to(wq)
             wq, wk = wq @ centred, wk @ centred
-        return wq.split(heads), wk.split(heads), targets.split(heads)
+        return tuple(each.split(heads) for each in (wq, wk, *others))
+
+    # --- checks -------------------------------------------------------------------------------------------
+
+    def _check_differs(self, request: Request) -> None:
+        assert self.position is not None
+        P = self.position.read()
+        if request.fits and (P == P[0]).all():
+            raise ValueError(
+                "model must have a position embedding that differs between tokens, but that of "
+                f'{type(self.root).__name__} is the same everywhere; position="new" fills it'
+            )
+        size = float(P.square().mean().sqrt()) * (request.pos_embed_gain or 1)
+        unknown = self.prefix_is_unknown and all(attention.norm is None for attention in self.attentions)
+        if request.fits and unknown and size < _SMALLEST_POSITION:
+            raise ValueError(
+                f"pos_embed must be as large as attention sees it, but its rms is {size:.2g}, for which "
+                "queries and keys would need weights of 100 and more. A norm in front of the attention would "
+                "enlarge it, and nothing says whether there is one; without position= and pos_embed_gain= "
+                "that does not matter"
+            )
+
+    def _check_finite(self) -> None:
+        norms = {id(a.norm): a.norm for a in self.attentions if a.norm is not None}
+        tensors = [
+            slot.tensor for slot in (self.position, *self.prefix, self.prefix_position) if slot is not None
+        ]
+        tensors += [tensor for norm in (*norms.values(), self.entry) if norm for tensor in norm.parameters()]
+        for tensor in tensors:
+            if not bool(Slot(tensor).read().isfinite().all()):
+                raise ValueError(
+                    f"model must be finite, but {self._name(tensor)} holds NaN or infinite numbers"
+                )
+
+    @staticmethod
+    def _check_unshared(chosen: Mapping[int, SelfAttention]) -> None:
+        owners: dict[tuple, int] = {}
+        for i, attention in chosen.items():
+            slot = attention.query.weight
+            other = owners.setdefault((id(slot.tensor), str(slot.index)), i)
+            if other != i:
+                raise ValueError(
+                    f"model must have queries and keys of its own in each layer, but layers {other} and {i} "
+                    f"share those of {chosen[other].name}; give layers= with one of them"
+                )
+
+    @property
+    def own_position(self) -> bool:
+        """Whether P is a parameter or buffer of the model, or an attribute of it, or a view of one."""
+        assert self.position is not None
+        kept = (*self.root.parameters(), *self.root.buffers(), *vars(self.root).values())
+        memory = memory_of(self.position.tensor)
+        return any(isinstance(tensor, Tensor) and memory == memory_of(tensor) for tensor in kept)
+
+    def _name(self, part: Any) -> str:
+        named = (*self.root.named_parameters(), *self.root.named_buffers(), *self.root.named_modules())
+        return next((name for name, each in named if each is part), "a part")
+
+    @contextmanager
+    def undone_on_error(self) -> Iterator[None]:
+        """Puts all that may be written back as it was if an error stops it half-way."""
+        parts = (self.position, *self.prefix, self.prefix_position)
+        tensors = {id(slot.tensor): slot.tensor for slot in parts if slot is not None}
+        tensors |= {id(slot.tensor): slot.tensor for _, slot in self.slots()}
+        for attention in self.attentions:
+            tensors |= {id(slot.tensor): slot.tensor for slot in qk_norm_weights(attention) or ()}
+        before = {key: tensor.detach().clone() for key, tensor in tensors.items()}
+        try:
+            yield
+        except BaseException:
+            for key, tensor in tensors.items():
+                tensor.detach().copy_(before[key])
+            raise
+
+
+def mlp_output(mlp: nn.Module) -> Linear:
+    """The last linear layer of an MLP, gated or not: the one that writes to the residual stream."""
+    return Linear.of([layer for layer in mlp.modules() if isinstance(layer, nn.Linear)][-1])
+
+
+def _uniform(norm: nn.Module | None) -> bool:
+    """Whether all entries of each parameter of a norm or LayerScale are the same, as libraries draw them."""
+    parameters = () if norm is None else norm.parameters()
+    return all(
+        bool((values == values.flatten()[0]).all())
+        for p in parameters
+        if (values := Slot(p).read()) is not None
+    )
 
 
 def _set_temperature_(attention: SelfAttention, tokens: Tensor, targets: Tensor, peak: float) -> str:
@@ -247,7 +525,7 @@ def _set_temperature_(attention: SelfAttention, tokens: Tensor, targets: Tensor,
 
     def reached(gain: float) -> float:
         for weight in weights:
-            Slot(weight).write_(torch.full(weight.shape, gain, device="cpu"))
+            Slot(weight).write_(torch.full_like(Slot(weight).read(), gain))
         return float(measured(attention.position_map(tokens), targets)["peak"].mean())
 
     low, high = 0.1, 10.0
@@ -262,18 +540,20 @@ def _set_temperature_(attention: SelfAttention, tokens: Tensor, targets: Tensor,
     return f"qk_norm: weight of its norms set to {high:.2f}"
 
 
-def _alike(live: Mapping[int, SelfAttention], tokens: Tensor) -> list[list[int]]:
-    """Groups of layers that one fit serves: the same tokens seen, the same rank and scale."""
+def _alike(
+    live: Mapping[int, SelfAttention], see: Callable[[SelfAttention], Tensor]
+) -> list[tuple[Tensor, list[int]]]:
+    """What layers see of P, and groups of layers that one fit serves: the same tokens, rank and scale."""
     groups: list[tuple[tuple, Tensor, list[int]]] = []
     for i, attention in live.items():
-        key, seen = (attention.head_dim, attention.scale, attention.has_qk_norm), attention.see(tokens)
+        key, seen = (attention.head_dim, attention.scale, attention.has_qk_norm), see(attention)
         for other_key, other, group in groups:
             if key == other_key and torch.equal(seen, other):
                 group.append(i)
                 break
         else:
             groups.append((key, seen, [i]))
-    return [group for *_, group in groups]
+    return [(seen, group) for _, seen, group in groups]
 
 
 def _without(P: Tensor, prefix: Tensor) -> Tensor:
@@ -297,22 +577,21 @@ def _zero_mean_basis(rank: int) -> Tensor:
     return math.sqrt(2 / rank) * torch.cos(math.pi * k * n / rank)
 
 
-def _memory(tensor: Tensor) -> Any:
-    """The storage that a tensor, perhaps a view, lies in."""
-    return id(tensor) if is_sharded(tensor) else tensor.untyped_storage().data_ptr()
-
-
 def _rescale_(root: nn.Module, key: str, slots: Sequence[Slot], factor: float) -> None:
-    """Multiplies by `factor`, once: what an earlier call did is undone first, unless values changed since."""
+    """Multiplies by `factor`, once: what an earlier call did is undone first, unless values changed since.
+
+    Other values in the same shape were drawn or loaded; those of another shape are the same P, resampled.
+    """
     record = root.__dict__.setdefault("_convinit_scales", {})
 
     def size() -> float:
         return math.sqrt(sum(float(slot.read().double().square().sum()) for slot in slots))
 
-    earlier, left = record.get(key, (1.0, None))
-    if left is None or abs(size() - left) > 1e-3 * left:
+    shapes = [slot.read().shape for slot in slots]
+    earlier, left, of = record.get(key, (1.0, 0.0, shapes))
+    if of == shapes and abs(size() - left) > 1e-3 * left:
         earlier = 1.0
     if factor != earlier:
         for slot in slots:
             slot.write_(slot.read() * (factor / earlier))
-    record[key] = (factor, size())
+    record[key] = (factor, size(), shapes)

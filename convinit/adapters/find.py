@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
-from convinit.adapters import mixer, own, rotary, swin, timm, torch_nn, torchvision, transformers, vit_pytorch
+from convinit.adapters import (
+    mixer,
+    own,
+    rotary,
+    swin,
+    timm,
+    torch_nn,
+    torchvision,
+    transformers,
+    transformers_towers,
+    vit_pytorch,
+)
 from convinit.adapters.additive import AdditiveLayout
-from convinit.adapters.layout import UNKNOWN_GRID, Layout, SelfAttention, Slot
+from convinit.adapters.by_hand import by_hand
+from convinit.adapters.layout import UNKNOWN_GRID, Layout, SelfAttention
 
 Adapter = Callable[[nn.Module, str], Layout | None]
 
@@ -19,6 +32,7 @@ MODELS: tuple[Adapter, ...] = (
     timm.layout,
     torchvision.layout,
     transformers.layout,
+    transformers_towers.layout,
     vit_pytorch.layout,
     rotary.layout,
     swin.layout,
@@ -52,6 +66,7 @@ def find_layouts(
     grid_size: tuple[int, int] | None,
     pos_embed: Tensor | None,
     adapter: Adapter | None,
+    images: Any = None,
 ) -> list[Layout]:
     """The layouts of all known models in `model`, in the order of its modules; by hand if P is given."""
     if pos_embed is not None:
@@ -73,18 +88,30 @@ def find_layouts(
     if not found:
         raise ValueError(_unknown(model))
     for layout in found:
-        _set_grid(layout, grid_size)
+        _set_grid(layout, grid_size, images)
     return found
 
 
-def _set_grid(layout: Layout, grid_size: tuple[int, int] | None) -> None:
+def _set_grid(layout: Layout, grid_size: tuple[int, int] | None, images: Any) -> None:
     """The caller's grid in place of the one that the model tells or that was guessed."""
     tokens = len(layout.position.read()) if isinstance(layout, AdditiveLayout) and layout.position else None
     if grid_size is None:
+        patch = getattr(layout, "patch_of_guessed_grid", None)
+        shown = patch and isinstance(images, Tensor) and images.dim() == 4
+        if patch and shown:
+            layout.grid_size = (images.shape[2] // patch[0], images.shape[3] // patch[1])
+            return
         if layout.grid_size == UNKNOWN_GRID:
             raise ValueError(
                 f"grid_size must be given: {type(layout.root).__name__} does not keep the grid of its "
                 f"{tokens} tokens, and they make no square; init_vit_(model, grid_size=(H, W))"
+            )
+        if patch:
+            height, width = layout.grid_size
+            warnings.warn(
+                f"grid_size was not given, and {type(layout.root).__name__} does not keep the grid of its "
+                f"{tokens} tokens: taken for {height} x {width}. images= or grid_size= says what is right",
+                stacklevel=5,
             )
         return
     if tokens is None or grid_size[0] * grid_size[1] != tokens:
@@ -117,7 +144,7 @@ def _by_hand(model: nn.Module, grid_size: tuple[int, int], pos_embed: Tensor) ->
             f"pos_embed must be [{height * width}, {dim}], a row for each token of the {height} x {width} "
             f"grid without class tokens, got {list(pos_embed.shape)}"
         )
-    return AdditiveLayout("", model, grid_size, attentions, position=Slot(pos_embed))
+    return by_hand(model, grid_size, attentions, pos_embed)
 
 
 def _attentions(model: nn.Module) -> Sequence[SelfAttention]:

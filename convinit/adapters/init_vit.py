@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from convinit._checks import came, check_grid_size, check_int, check_kernel_size, check_offsets
+from convinit.adapters.additive import AdditiveLayout
 from convinit.adapters.find import find_layouts, unwrapped
-from convinit.adapters.layout import Layout, is_sharded
+from convinit.adapters.layout import Layout, is_sharded, reshard_
 from convinit.adapters.measure import measure_on_images_
 from convinit.adapters.report import InitReport, LayerRecord
 from convinit.adapters.request import Request
@@ -26,7 +27,7 @@ FIXED_ORDER = ((0, 0), (-1, 0), (0, 1), (0, -1), (1, 0), (-1, -1), (-1, 1), (1, 
 def init_vit_(
     model: nn.Module,
     *,
-    kernel_size: int = 3,
+    kernel_size: int | None = None,
     method: str | Method = "newton",
     weight_norm: float | None = None,
     peak: float | None = None,
@@ -35,6 +36,7 @@ def init_vit_(
     layers: str | int | slice | Sequence[int] = "all",
     offsets: Tensor | str | None = None,
     padding_mode: str = "zeros",
+    position: str | None = None,
     pos_embed_gain: float | None = None,
     grid_size: Sequence[int] | None = None,
     pos_embed: Tensor | None = None,
@@ -44,7 +46,9 @@ def init_vit_(
 ) -> InitReport:
     """Sets every self-attention over a token grid so that its map starts as a random impulse convolution.
 
-    softmax(scale · (P W_q)(P W_k)ᵀ) ≈ impulse_matrix(offset of the head), P as the layer sees it
+    softmax(scale · q kᵀ) ≈ impulse_matrix(offset of the head), on images, in every layer
+
+    report = convinit.init_vit_(model, images=batch)
 
     In place, before training; the architecture stays. Known are timm's VisionTransformer family,
     torchvision's, Hugging Face's ViT, DeiT and ViTMAE, vit-pytorch's ViT and SimpleViT, convinit's own, ViTs
@@ -52,22 +56,24 @@ def init_vit_(
     larger model, behind torch.compile or DDP, and sharded by FSDP2. For others give `grid_size` and
     `pos_embed`, or an `adapter`.
 
-    A position embedding is fitted as it is: one that will be loaded or drawn later must be there first.
-    LayerNorm is applied to it where the model does. Class and register tokens keep their rows; the weights
-    are fitted orthogonal to them, so that they attend to everything alike.
+    Where a position embedding P is added to the tokens, it gets a subspace V of the residual stream for
+    itself: P = P V Vᵀ, W ← (I − V Vᵀ) W for all that writes to the stream (patch embedding, output layers,
+    the MLPs' second layers, class and register tokens). Queries and keys are fitted to P within V, so the
+    images do not disturb them, and each layer's are multiplied by the factor that gives its maps their peak
+    on images, found in one forward pass.
 
     Args:
         model: in place. Frozen queries and keys are left alone, and the report says so.
-        kernel_size: offsets are drawn from the f×f window; odd, and at most 2·min(H, W) − 1.
+        kernel_size: offsets are drawn from the f×f window; odd, and at most 2·min(H, W) − 1. None means
+            half the grid, 3 to 7: 3 on 8 × 8 tokens, 7 on 14 × 14.
         method: "newton", "adam", "svd" or options as in :func:`convinit.fit_qk`; "mimetic" (arXiv
-            2305.09828); or a control: "scrambled" (a random permutation of the tokens in place of a shift),
-            "norm_matched" (random directions), each with the weight norm of the impulse fit; "keep" leaves
-            queries and keys.
-        weight_norm, peak: how sharp, see :func:`convinit.fit_qk`; None means peak = 0.7. With qk_norm the
-            peak is set by the weights of those norms.
-        alpha: share of the content where it meets the position embedding: the patch embedding is multiplied
-            by alpha and P by 1 − alpha, once, in the weights. In convinit's own models the attribute `alpha`.
-            None leaves both as they are.
+            2305.09828); or a control: "position_only" (queries and keys stay as the library drew them, all
+            else is done), "scrambled" (a random permutation of the tokens in place of a shift),
+            "norm_matched" (random directions), the last two with the weight norm of the impulse fit and
+            the factors that impulses would need; "keep" leaves queries and keys.
+        weight_norm, peak: how sharp, see :func:`convinit.fit_qk`; None means peak = 0.7. With a weight norm
+            nothing is measured. With qk_norm the peak is set by the weights of those norms.
+        alpha: only for convinit's own models: their attribute, the content share of Model I.
         values: "mimetic" sets values and output layer so that their product is 0.4·Z − 0.4·I, biases 0 (arXiv
             2305.09828); "keep" leaves them.
         layers: "all", or the numbers of those to set: an int, a slice or several ints.
@@ -76,16 +82,22 @@ def init_vit_(
             layers); "random" draws each by itself, as :func:`convinit.sample_offsets`; "fixed" is the order
             of arXiv 2505.19985, the same in every layer (f = 3).
         padding_mode: where tokens look whose target is off the grid, see :func:`convinit.impulse_matrix`.
-        pos_embed_gain: multiplies P (the patches' rows) in place, for learned embeddings that are drawn too
-            small to be seen beside the content. arXiv 2505.19985 multiplies by 18 in the forward pass; here
-            it is done to the weights, so P also learns at its new size. None leaves P as it is. It is done
-            once, however often the function is called on one model object.
+        position: "subspace": P gets its subspace. One that is as libraries draw it, noise or the same for all
+            tokens, is replaced by the lowest cosines of the grid, turned into D at random, as large as the
+            content (rms). Any other is kept, and V is its row space: sin-cos, one that was loaded, what an
+            earlier call made. "new": P is replaced in any case. "keep": P and all that writes to the stream
+            stay; the image then blurs the maps, and a warning says how much. None means "subspace", but
+            "keep" for the methods "mimetic" and "keep".
+        pos_embed_gain: multiplies P (the patches' rows) in place, once, however often the function is called
+            on one model object; implies position="keep". arXiv 2505.19985 multiplies by 18 in the
+            forward pass.
         grid_size: (H, W) of the tokens, for models that are not known, and for those that do not keep their
-            grid (vit-pytorch's, which are taken to be square otherwise).
+            grid (vit-pytorch's ViT; `images` show it as well).
         pos_embed: P [N, D] as it is added to the tokens, for models that are not known; row-major.
         adapter: ``adapter(module, name) -> Layout | None``, asked before the known ones; see
             :mod:`convinit.adapters.layout`.
-        images: a batch as the model takes it; the report then has each head's peak on real activations too.
+        images: a batch as the model takes it, 8 or more of those it will be trained on. None means synthetic
+            images with the contrasts of photographs.
         generator: CPU generator. One seed gives the same weights whenever and wherever it is called. On
             several processes (DDP, FSDP2) give one with the same seed on each.
 
@@ -93,26 +105,46 @@ def init_vit_(
         :class:`InitReport`: what every head got.
 
     Raises:
-        TypeError, ValueError: an argument is wrong, or no attention over a token grid was found; the message
-            lists what was.
+        TypeError, ValueError: an argument is wrong; no attention over a token grid was found (the message
+            lists what was); something that convinit does not know writes to V; the model looks trained: its
+            norms are not as drawn, or P is neither drawn nor of low rank. The model is then as before.
 
     Warns:
-        UserWarning: P is too small beside the content to carry the maps, or the peak is out of reach.
+        UserWarning: the mean attention on the target on images misses the peak by more than 0.1 in a layer.
 
-    Source: arXiv 2401.12511 (impulses), 2404.01139 (P behind LayerNorm), 2505.19985 (learned P). Offsets
-    stratified over the layers are ours, and so are weights orthogonal to class tokens.
+    Source: arXiv 2401.12511 (impulses), 2404.01139 (P behind LayerNorm), 2505.19985 (learned P). The
+    subspace, the factors, and offsets stratified over the layers are ours; that training makes such a
+    subspace is reported by arXiv 2310.04861. docs/init_vit has what each choice was measured to do.
     """
     start = time.perf_counter()
-    request = Request(method, weight_norm, peak, alpha, pos_embed_gain, values, padding_mode, generator)
+    seed = torch.initial_seed() if generator is None else generator.initial_seed()
     inner = unwrapped(model)
-    _check_ranks(model, inner, generator)
+    reshard_(inner)  # after a forward pass of the caller's
+    shared = _on_several_processes(model, inner)
+    if shared and generator is None:
+        raise ValueError(
+            "generator must be given for a model on several processes: torch.Generator().manual_seed(seed), "
+            "with the same seed on each, so that all of them set the same weights"
+        )
+    default = "keep" if method in ("mimetic", "keep") or pos_embed_gain is not None else "subspace"
+    request = Request(
+        method, weight_norm, peak, alpha, default if position is None else position, pos_embed_gain,
+        values, padding_mode, generator, position is not None, inner, images, shared,
+    )  # fmt: skip
     if grid_size is not None:
         grid_size = check_grid_size(grid_size)
-    found = find_layouts(inner, grid_size=grid_size, pos_embed=pos_embed, adapter=adapter)
+    found = find_layouts(inner, grid_size=grid_size, pos_embed=pos_embed, adapter=adapter, images=images)
+    if kernel_size is None:
+        kernel_size = (
+            3
+            if isinstance(offsets, str) and offsets == "fixed"
+            else _window(min(min(layout.grid_size) for layout in found))
+        )
     every = [(layout, i) for layout in found for i in range(len(layout.attentions))]
-    numbers = _chosen(layers, len(every))
-    chosen = [every[number] for number in numbers]
-    if (offsets is None or isinstance(offsets, str)) and method not in ("mimetic", "keep"):
+    layer_numbers = _chosen(layers, len(every))
+    chosen = [every[number] for number in layer_numbers]
+    drawn = offsets is None or isinstance(offsets, str)
+    if drawn and method not in ("mimetic", "keep", "position_only"):
         for layout, i in chosen:
             check_kernel_size(kernel_size, layout.grid_of(i))
     dealt = _deal(offsets, kernel_size, [layout.attentions[i].num_heads for layout, i in chosen], generator)
@@ -124,44 +156,65 @@ def init_vit_(
             continue
         own = layout.init_(request, [chosen[j][1] for j in mine], torch.cat([dealt[j] for j in mine]))
         for j, record in zip(mine, own, strict=True):
-            record.layer = numbers[j]
+            record.layer = layer_numbers[j]
         records += own
+    options = {
+        "position": request.position, "pos_embed_gain": pos_embed_gain, "values": values,
+        "kernel_size": kernel_size, "peak": request.target_peak, "weight_norm": weight_norm, "alpha": alpha,
+        "padding_mode": padding_mode, "layers": str(layers), "seed": seed,
+        "offsets": "given" if isinstance(offsets, Tensor) else offsets or "stratified",
+    }  # fmt: skip
     report = InitReport(
         records,
         found[0].grid_size,
         method if isinstance(method, str) else repr(method),
         time.perf_counter() - start,
+        notes=[note for layout in found for note in getattr(layout, "notes", ())],
         places=chosen,
+        options={name: value for name, value in options.items() if value is not None},
+        images="yours" if images is not None else "synthetic",
     )
-    if images is not None:
+    if images is not None and any(not isinstance(layout, AdditiveLayout) for layout in found):
         try:
-            measure_on_images_(report, model, images)
-        except Exception as error:  # the model's own; what was done to it must not be lost for that
-            report.notes.append(f"images could not be run through the model: {error}")
-            warnings.warn(f"convinit: {report.notes[-1]}", stacklevel=3)
+            measure_on_images_(report, inner, images)
+        except ValueError as error:  # what was done to the model must not be lost for that
+            report.notes.append(str(error))
+            warnings.warn(f"convinit: {error}", stacklevel=3)
+    missed = report.missed()
+    if missed:
+        warnings.warn(missed, stacklevel=3)
     return report
 
 
-def _check_ranks(model: nn.Module, inner: nn.Module, generator: torch.Generator | None) -> None:
+def _on_several_processes(model: nn.Module, inner: nn.Module) -> bool:
     """Processes that draw for themselves would each get another model."""
-    shared = isinstance(model, nn.parallel.DistributedDataParallel) or any(
+    if any(type(module).__name__ == "FullyShardedDataParallel" for module in (model, *inner.modules())):
+        raise ValueError(
+            "model must not be wrapped in FullyShardedDataParallel (FSDP1), whose parameters are flat "
+            "shards; call init_vit_ before wrapping it, or use fully_shard (FSDP2)"
+        )
+    return isinstance(model, nn.parallel.DistributedDataParallel) or any(
         is_sharded(parameter) for parameter in inner.parameters()
     )
-    if shared and generator is None:
-        raise ValueError(
-            "generator must be given for a model on several processes: torch.Generator().manual_seed(seed), "
-            "with the same seed on each, so that all of them set the same weights"
-        )
+
+
+def _window(side: int) -> int:
+    """Half the grid, odd, 3 to 7.
+
+    On 14 × 14 tokens 7 was better than 3 by 0.9 to 3.5 points in six of six pairs of runs, on 7 × 7 and 8 × 8
+    nothing was better than 3; docs/init_vit has the sweep.
+    """
+    return min(max(3, (side // 2 - 1) // 2 * 2 + 1), 7)
 
 
 def _chosen(layers: str | int | slice | Sequence[int], count: int) -> list[int]:
-    numbers = range(count)
+    every = range(count)
     if isinstance(layers, str):
         if layers != "all":
             raise ValueError(f'layers must be "all", an int, a slice or several ints, got {layers!r}')
-        return list(numbers)
+        return list(every)
     if isinstance(layers, slice):
-        picked = list(numbers[layers])
+        picked = list(every[layers])
     else:
         several = [layers] if hasattr(layers, "__index__") and not hasattr(layers, "__len__") else layers
         if not isinstance(several, Iterable):
@@ -169,7 +222,7 @@ def _chosen(layers: str | int | slice | Sequence[int], count: int) -> list[int]:
         wanted = [check_int("layers", i, minimum=-(2**63)) for i in several]  # NumPy's integers too
         if not all(-count <= i < count for i in wanted):
             raise ValueError(f"layers must lie in 0 to {count - 1}, the layers of this model, got {layers}")
-        picked = sorted({i % count for i in wanted})
+        picked = sorted({int(i) % count for i in wanted})
     if not picked:
         raise ValueError(f"layers must choose at least one of the {count} layers, got {layers}")
     return picked

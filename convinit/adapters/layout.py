@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -78,6 +78,19 @@ def whole_tensor(tensor: Any) -> Tensor:
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
+def memory_of(tensor: Tensor) -> int:
+    """The storage that a tensor, perhaps a view, lies in."""
+    return id(tensor) if is_sharded(tensor) or tensor.is_meta else tensor.untyped_storage().data_ptr()
+
+
+def reshard_(model: nn.Module) -> None:
+    """Lets FSDP2 drop the gathered parameters that a forward pass leaves in the outermost module."""
+    module: Any = sys.modules.get("torch.distributed.fsdp")
+    for part in model.modules() if module is not None else ():
+        if isinstance(part, module.FSDPModule):
+            part.reshard()
+
+
 def is_sharded(tensor: Tensor) -> bool:
     """Whether it is a DTensor; there is none before that part of PyTorch, slow to import, was imported."""
     module = sys.modules.get("torch.distributed.tensor")
@@ -98,7 +111,18 @@ class Linear:
 
     @classmethod
     def of(cls, layer: Any, rows: slice | None = None) -> Linear:
-        """Rows of an ``nn.Linear`` or of anything that has its weight and bias."""
+        """Rows of an ``nn.Linear`` or convolution: layers that multiply with their weight and do no more.
+
+        Raises:
+            ValueError: it is another layer, such as a low-rank adapter or a quantised one, whose output
+                depends on more than `weight` and `bias`.
+        """
+        if not isinstance(layer, (nn.Linear, nn.Conv2d)):
+            raise ValueError(
+                f"model must have nn.Linear layers where convinit sets weights, got "
+                f"{type(layer).__name__} of {type(layer).__module__}, whose output "
+                "depends on more than its weight; call init_vit_ before such layers are put in"
+            )
         index = () if rows is None else rows
         bias = getattr(layer, "bias", None)
         return cls(Slot(layer.weight, index), None if bias is None else Slot(bias, index))
@@ -134,6 +158,8 @@ class SelfAttention:
         norm: what tokens go through before `reads`: the layer's LayerNorm, or None.
         query_norm, key_norm: over the r numbers of each query and key, where the model has them (qk_norm).
         batch_first: False where the input of `reads` is [T, B, D].
+        share: of P in the norm of the tokens that the layer sees, which its queries and keys were made for;
+            None: they were made for P alone.
     """
 
     name: str
@@ -149,6 +175,7 @@ class SelfAttention:
     query_norm: nn.Module | None = None
     key_norm: nn.Module | None = None
     batch_first: bool = True
+    share: float | None = None
 
     @property
     def frozen(self) -> bool:
@@ -210,8 +237,17 @@ class SelfAttention:
         return (self.scale * q @ k.mT).softmax(dim=-1)
 
     def position_map(self, tokens: Tensor) -> Tensor:
-        """The map [heads, T, T] of the positions alone: tokens [T, D] without any content."""
-        return self.attention_map(self.see(tokens).unsqueeze(0))[0]
+        """The map [heads, T, T] of the positions alone: tokens [T, D] without any content.
+
+        A norm would enlarge them to the size of whole tokens; `share` undoes that. Where no norm is known, it
+        is the rms of P among the tokens.
+        """
+        seen = self.see(tokens)
+        if self.share is not None:
+            seen = self.share * (
+                seen if self.norm is not None else nn.functional.layer_norm(seen, seen.shape[1:])
+            )
+        return self.attention_map(seen.unsqueeze(0))[0]
 
 
 @torch.no_grad()
@@ -249,6 +285,29 @@ class Layout(ABC):
     def position_maps(self, layer: int) -> Tensor:
         """What the positions alone make of a layer's attention, [heads, T, T]."""
 
+    def check_in_use(self) -> None:
+        """All that is read and written must be the model's own now: parametrizations, pruning, sharding and
+        `set_input_size` put other tensors in its place."""
+        own = {*map(memory_of, (*self.root.parameters(), *self.root.buffers()))}
+        own |= {memory_of(tensor) for tensor in vars(self.root).values() if isinstance(tensor, Tensor)}
+        for owner, slot in self.slots():
+            if memory_of(slot.tensor) not in own:
+                raise ValueError(
+                    f"model must hold {owner} in parameters or buffers of its own, but it has got "
+                    "other tensors since, or another module computes them (parametrizations, weight_norm, "
+                    "pruning); take that off, or shard and resize the model, before init_vit_"
+                )
+
+    def slots(self) -> Iterator[tuple[str, Slot]]:
+        """The tensors that its attentions are made of, with the name of their attention."""
+        for attention in self.attentions:
+            for each in fields(attention):
+                part = getattr(attention, each.name)
+                parts = (part.weight, part.bias) if isinstance(part, Linear) else (part,)
+                yield from (
+                    (attention.name or "its attention", slot) for slot in parts if isinstance(slot, Slot)
+                )
+
     def grid_of(self, layer: int) -> tuple[int, int]:
         """(H, W) of the patch tokens that a layer's maps are over."""
         return self.grid_size
@@ -266,7 +325,9 @@ class Layout(ABC):
         figures = no_figures(heads) if targets is None else measured(self.position_maps(layer), targets)
         offsets = None if targets is None else offsets
         name = self.attentions[layer].name
-        return LayerRecord(layer, name, offsets, targets, **figures, weight_norm=weight_norm, note=note or "")
+        record = LayerRecord(layer, name, offsets, targets, **figures, weight_norm=weight_norm)  # type: ignore[arg-type]
+        record.note = note or ""
+        return record
 
     def num_tokens(self, layer: int) -> int:
         """T, the number of tokens that a layer sees, class and register tokens included."""

@@ -3,47 +3,99 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from convinit.adapters.layout import is_sharded, reshard_
 from convinit.adapters.report import measured
 
 if TYPE_CHECKING:
     from convinit.adapters.report import InitReport
 
 
-@torch.no_grad()
-def on_images(report: InitReport, model: nn.Module, images: Any, use: Callable[[int, Tensor], None]) -> None:
-    """Runs the model once and calls ``use(i, maps)`` for each record i, maps [B, heads, T, T].
+class _Enough(Exception):  # noqa: N818
+    """Ends a forward pass of which nothing more is needed."""
 
-    In evaluation mode; the mode of every module is put back, also after an error.
+
+@torch.no_grad()
+def watch_inputs(
+    attentions: Sequence[Any],
+    model: nn.Module,
+    images: Any,
+    use: Callable[[int, Tensor], None],
+    *,
+    to_the_end: bool = True,
+) -> None:
+    """Runs the model once and calls ``use(i, x)`` before attention i sees x [B, T, D].
+
+    In evaluation mode; the mode of every module is put back, also after an error. Without `to_the_end` the
+    pass ends before the last attention.
     """
     handles, modes = [], [(module, module.training) for module in model.modules()]
+    unseen, using = set(range(len(attentions))), [False]
 
     def watch(i: int, attention: Any) -> None:
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
             x = args[0] if args else next(iter(kwargs.values()))
-            x = x.detach() if getattr(attention, "batch_first", True) else x.detach().transpose(0, 1)
-            use(i, attention.attention_map(x))
+            using[0] = True  # what `use` raises is not the model's
+            use(i, x.detach() if getattr(attention, "batch_first", True) else x.detach().transpose(0, 1))
+            using[0] = False
+            unseen.discard(i)
+            if not (unseen or to_the_end):
+                raise _Enough
 
         handles.append(attention.reads.register_forward_pre_hook(hook, with_kwargs=True))
 
     try:
-        for i, attention in enumerate(report.attentions):
+        for i, attention in enumerate(attentions):
             watch(i, attention)
         model.eval()
         # Some models draw even then, such as masked autoencoders. Named devices: fork_rng warns of all GPUs.
         gpus = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
         with torch.random.fork_rng(devices=gpus):
             model(images)
+    except _Enough:
+        pass
+    except Exception as error:
+        if using[0]:
+            raise
+        shape = list(images.shape) if isinstance(images, Tensor) else type(images).__name__
+        raise ValueError(
+            f"images must be a batch as the model takes it, but it could not be run on {shape}: {error}"
+        ) from error
     finally:
         for handle in handles:
             handle.remove()
         for module, mode in modes:
             module.training = mode
+        reshard_(model)
+
+
+@torch.no_grad()
+def output_of(part: nn.Module, model: nn.Module, images: Any) -> Tensor:
+    """What a part of the model makes when the model runs on the images; the pass ends there."""
+    made: list[Tensor] = []
+
+    def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
+        made.append(output)
+        if not any(is_sharded(parameter) for parameter in model.parameters()):
+            raise _Enough
+
+    handle = part.register_forward_hook(hook)
+    try:
+        watch_inputs([], model, images, lambda i, x: None)
+    finally:
+        handle.remove()
+    return made[0]
+
+
+def on_images(report: InitReport, model: nn.Module, images: Any, use: Callable[[int, Tensor], None]) -> None:
+    """Runs the model once and calls ``use(i, maps)`` for each record i, maps [B, heads, T, T]."""
+    attentions = report.attentions
+    watch_inputs(attentions, model, images, lambda i, x: use(i, attentions[i].attention_map(x)))
 
 
 @torch.no_grad()
@@ -67,6 +119,7 @@ def head_maps(report: InitReport, model: nn.Module | None = None, images: Any = 
     if (model is None) != (images is None):
         raise ValueError("give model and images together, or neither for the maps of the positions alone")
     found: dict[int, Tensor] = {}
+    report.check_in_use()
     if model is None:
         for i, (layout, layer) in enumerate(report.places):
             found[i] = layout.position_maps(layer)

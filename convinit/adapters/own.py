@@ -54,10 +54,16 @@ class OwnAttention(SelfAttention):
 class OwnLayout(AdditiveLayout):
     """P is a constant that the model makes itself; the mix with the content is its `alpha`."""
 
+    takes_alpha = True
+
+    def _uses_subspace(self, request: Request) -> bool:
+        return False
+
     def scale_(self, request: Request) -> None:
-        if request.pos_embed_gain is not None:
+        if request.position_was_given or request.pos_embed_gain is not None:
             raise ValueError(
-                "pos_embed_gain must be None for convinit's own models: alpha says how much of P they see"
+                "position and pos_embed_gain must be None for convinit's own models: alpha says how much "
+                "of P they see"
             )
         if request.alpha is None:
             return

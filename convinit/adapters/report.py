@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,8 @@ from convinit.fit.result import map_metrics
 if TYPE_CHECKING:
     from convinit.adapters.layout import Layout
 
+_WIDTH = 100  # columns of a terminal
+_FAR = 0.1  # a peak on images that misses what was asked by more warns
 _NUMBERS = ("mse", "peak", "hit_rate", "weight_norm", "prefix")
 
 
@@ -32,6 +35,8 @@ class LayerRecord:
         weight_norm: [heads] float64, √(‖W_q‖_F · ‖W_k‖_F); of biases or tables where those hold it.
         prefix: [heads] float64, mean attention of the patches on all class and register tokens.
         peak_on_images, prefix_on_images: [heads] float64, the same on a batch of images; None: not measured.
+        asked_peak: the mean attention on the target that was wanted of the layer; None: none was.
+        share: of P in the norm of the tokens that the layer saw on images; None: not measured.
         note: what should be known of this layer, or "".
     """
 
@@ -46,6 +51,8 @@ class LayerRecord:
     prefix: Tensor
     peak_on_images: Tensor | None = None
     prefix_on_images: Tensor | None = None
+    asked_peak: float | None = None
+    share: float | None = None
     note: str = ""
 
 
@@ -81,6 +88,8 @@ class InitReport:
         method: by which queries and keys were set.
         seconds: wall-clock time.
         notes: what should be known of the whole model.
+        options: of the call, by their names; the seed of its generator.
+        images: what peaks were measured on, "yours" or "synthetic".
         places: for each record the layout and the number of the attention in it. They refer to the model's
             own parameters, and so follow the model as it trains.
     """
@@ -91,6 +100,8 @@ class InitReport:
     seconds: float
     notes: list[str] = field(default_factory=list)
     places: Sequence[tuple[Layout, int]] = ()
+    options: dict[str, Any] = field(default_factory=dict)
+    images: str = "synthetic"
 
     @property
     def attentions(self) -> list[Any]:
@@ -112,6 +123,7 @@ class InitReport:
                 for name in ("peak_on_images", "prefix_on_images"):
                     values = getattr(record, name)
                     row[name] = None if values is None else float(values[head])
+                row |= {"asked_peak": record.asked_peak, "share": record.share}
                 yield row | {"note": record.note}
 
     def to_pandas(self) -> Any:
@@ -136,6 +148,8 @@ class InitReport:
         content = {
             "method": self.method,
             "grid_size": list(self.grid_size),
+            "options": self.options,
+            "images": self.images,
             "seconds": self.seconds,
             "notes": self.notes,
             "heads": heads,
@@ -144,40 +158,66 @@ class InitReport:
 
     def __str__(self) -> str:
         rows = list(self.rows())
-        on_images = any(row["peak_on_images"] is not None for row in rows)
-        head = f"{'layer':>5} {'head':>5} {'offset':>9} {'mse':>10} {'peak':>7} {'hit rate':>9}"
-        head += f" {'weight norm':>12} {'to prefix':>10}" + f" {'on images':>10}" * on_images
-        lines = [head]
+        lines = [self.summary()]
+        settings = ", ".join(f"{name}={value}" for name, value in self.options.items())
+        lines += textwrap.wrap(f"method={self.method}, {settings}", _WIDTH) if settings else []
+        head = f"{'layer':>5} {'head':>4} {'offset':>9} {'mse':>9} {'hit rate':>8} {'weight norm':>11} "
+        lines.append(head + f"{'to prefix':>9} {'peak':>6} {'asked':>6} {'on images':>9} {'share':>6}")
         for row in rows:
             offset = "-" if row["dy"] is None else f"({row['dy']:+d},{row['dx']:+d})"
-            line = f"{row['layer']:>5} {row['head']:>5} {offset:>9} {row['mse']:>10.2e} {row['peak']:>7.3f}"
-            line += f" {row['hit_rate']:>9.3f} {row['weight_norm']:>12.2f} {row['prefix']:>10.3f}"
-            if on_images:
-                line += (
-                    f" {row['peak_on_images']:>10.3f}" if row["peak_on_images"] is not None else f" {'-':>10}"
-                )
+            line = (
+                f"{row['layer']:>5} {row['head']:>4} {offset:>9} {row['mse']:>9.2e} {row['hit_rate']:>8.3f} "
+            )
+            line += f"{row['weight_norm']:>11.2f} {row['prefix']:>9.3f} {row['peak']:>6.3f}"
+            for name, width in (("asked_peak", 6), ("peak_on_images", 9), ("share", 6)):
+                line += f" {'-':>{width}}" if row[name] is None else f" {row[name]:>{width}.3f}"
             lines.append(line)
-        lines.append(self.summary())
         lines += [f"layer {record.layer}: {record.note}" for record in self.records if record.note]
         return "\n".join(lines + self.notes)
 
     def summary(self) -> str:
-        """One line: how many heads, in what time, and their mean figures."""
+        """One line: what images get of the peak that was asked, how many heads, in what time."""
         heads = sum(len(record.weight_norm) for record in self.records)
         text = f"{len(self.records)} layers, {heads} heads by {self.method!r} in {self.seconds:.2f} s"
-        peaks = (
-            torch.cat([record.peak for record in self.records])
-            if self.records
-            else torch.empty(0, device="cpu")
-        )
-        peaks = peaks[~peaks.isnan()]
-        if len(peaks):
-            hits = torch.cat([record.hit_rate for record in self.records])
-            text += f": peak {peaks.mean():.3f} (lowest {peaks.min():.3f}), hit rate {hits.nanmean():.3f}"
         seen = [record.peak_on_images for record in self.records if record.peak_on_images is not None]
-        if seen:
-            text += f", peak on images {torch.cat(seen).nanmean():.3f}"
-        return text
+        if not seen:
+            return text
+        first = (
+            f"on {'your' if self.images == 'yours' else 'synthetic'} images {torch.cat(seen).nanmean():.2f}"
+        )
+        asked = [record.asked_peak for record in self.records if record.asked_peak is not None]
+        first += f" of the {sum(asked) / len(asked):.2f} asked" if asked else " on the target"
+        hint = "" if self.images == "yours" else " (images=batch does better)"
+        return f"{first}{hint}; {text}"
+
+    def missed(self) -> str | None:
+        """A warning where a layer's peak on images is far from the one that was asked; None: nowhere."""
+        far = {
+            record.layer: float(record.peak_on_images.mean())
+            for record in self.records
+            if record.asked_peak is not None
+            and record.peak_on_images is not None
+            and abs(float(record.peak_on_images.mean()) - record.asked_peak) > _FAR
+        }
+        if not far:
+            return None
+        asked = next(record.asked_peak for record in self.records if record.layer in far)
+        layers = ", ".join(f"{peak:.2f} in layer {layer}" for layer, peak in list(far.items())[:4])
+        more = f" and {len(far) - 4} more" if len(far) > 4 else ""
+        hint = (
+            "ask for another peak, or for a larger head dimension"
+            if self.options.get("position") in ("subspace", "new")
+            else 'position="subspace", the default where a model allows it, keeps it'
+        )
+        return (
+            f"the mean attention on the target, on {self.images.replace('yours', 'your')} images, is {layers}"
+            f"{more}; {asked:.2f} was asked: {hint}"
+        )
+
+    def check_in_use(self) -> None:
+        """Raises ValueError where the model has got other tensors than those that were set."""
+        for layout in {id(layout): layout for layout, _ in self.places}.values():
+            layout.check_in_use()
 
     def __repr__(self) -> str:
         return f"<InitReport: {self.summary()}>"

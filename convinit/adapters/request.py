@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,7 +13,8 @@ from convinit._checks import check_generator, check_padding_mode, check_real
 from convinit.fit import Adam, Newton
 from convinit.fit.api import DEFAULT_PEAK, METHODS, Method
 
-UNFITTED = ("mimetic", "norm_matched", "scrambled", "keep")
+UNFITTED = ("mimetic", "norm_matched", "scrambled", "position_only", "keep")
+POSITIONS = ("subspace", "new", "keep")
 VALUES = ("mimetic", "keep")
 
 
@@ -24,10 +26,15 @@ class Request:
     weight_norm: float | None
     peak: float | None
     alpha: float | None
+    position: str
     pos_embed_gain: float | None
     values: str
     padding_mode: str
     generator: torch.Generator | None
+    position_was_given: bool
+    model: nn.Module
+    images: Any
+    shared: bool
 
     def __post_init__(self) -> None:
         known = (*METHODS, *UNFITTED)
@@ -42,6 +49,13 @@ class Request:
             raise ValueError(
                 "give weight_norm or peak, not both: one follows from the other; "
                 f"got {self.weight_norm} and {self.peak}"
+            )
+        if self.position not in POSITIONS:
+            raise ValueError(f"position must be one of {', '.join(POSITIONS)}, got {self.position!r}")
+        if self.pos_embed_gain is not None and self.position != "keep":
+            raise ValueError(
+                "give position or pos_embed_gain, not both: a gain enlarges the position embedding as it is; "
+                f"got {self.position!r} and {self.pos_embed_gain}"
             )
         for name, upper in (
             ("weight_norm", math.inf),
@@ -61,7 +75,7 @@ class Request:
         check_generator(self.generator)
         check_padding_mode(self.padding_mode)
         goals = [name for name in ("weight_norm", "peak") if getattr(self, name) is not None]
-        if goals and (self.method in ("mimetic", "keep") or self.by_papers):
+        if goals and not (self.fits and not self.by_papers):
             raise ValueError(
                 f"{goals[0]} must be None with method {self.method!r}, which does not aim at one"
             )
@@ -69,7 +83,7 @@ class Request:
     @property
     def target_peak(self) -> float | None:
         """The peak that is wanted; None where a weight norm is, or where the papers' methods decide."""
-        if self.weight_norm is not None or self.by_papers or self.method in ("mimetic", "keep"):
+        if self.weight_norm is not None or self.by_papers or not self.fits:
             return None
         return DEFAULT_PEAK if self.peak is None else float(self.peak)
 
@@ -77,10 +91,24 @@ class Request:
     def by_papers(self) -> bool:
         return self.method in ("adam", "svd") or not isinstance(self.method, (str, Newton))
 
+    @property
+    def fits(self) -> bool:
+        """Whether queries and keys are fitted, as impulses or as a control that needs the same fit."""
+        return self.method not in ("mimetic", "position_only", "keep")
+
+    def draw_seed(self) -> int:
+        """A seed for draws that not every call makes."""
+        return int(torch.randint(2**62, (), generator=self.generator, device="cpu"))
+
     def refuse_additive(self, root: nn.Module) -> None:
         """For models whose maps do not come from a position embedding that is added to the tokens."""
-        for name in ("alpha", "pos_embed_gain"):
-            if getattr(self, name) is not None:
+        if self.method == "position_only":
+            raise ValueError(
+                f"method must not be position_only for {type(root).__name__}: it adds no position embedding"
+            )
+        given = {"alpha": self.alpha is not None, "pos_embed_gain": self.pos_embed_gain is not None}
+        for name, was_given in {**given, "position": self.position_was_given}.items():
+            if was_given:
                 raise ValueError(
                     f"{name} must be None for {type(root).__name__}: its attention maps do not depend on a "
                     "position embedding that is added to the tokens"

@@ -10,11 +10,12 @@ Or, from the other side, `create_model`, `register` and `attn_layer` of this mod
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from torch import Tensor, nn
 
-from convinit.adapters.additive import AdditiveLayout
+from convinit.adapters.additive import AdditiveLayout, mlp_output
 from convinit.adapters.layout import Layout, Linear, SelfAttention, Slot, packed_qkv
 from convinit.adapters.timm_models import attn_layer, create_model, register
 from convinit.adapters.types import child_name, is_a, learned_norm
@@ -25,6 +26,11 @@ __all__ = ["attention", "attn_layer", "create_model", "layout", "register"]
 def layout(module: Any, name: str) -> Layout | None:
     if not is_a(module, "timm.models.vision_transformer.VisionTransformer") or module.pos_embed is None:
         return None
+    kinds = {type(block).__name__ for block in module.blocks if not hasattr(block, "attn")}
+    if kinds:  # parallel ones
+        raise ValueError(
+            f"model must have blocks of one attention, then one MLP, got {', '.join(sorted(kinds))} of timm"
+        )
     attentions = [
         attention(child, child_name(name, f"blocks.{i}.attn"), norm=_norm_before(block))
         for i, block in enumerate(module.blocks)
@@ -39,7 +45,10 @@ def layout(module: Any, name: str) -> Layout | None:
             f"blocks of type {type(module.blocks[0]).__name__}"
         )
     prefix = 0 if module.no_embed_class else module.num_prefix_tokens
-    projection = getattr(module.patch_embed, "proj", None)
+    projection, patch_norm = (
+        getattr(module.patch_embed, "proj", None),
+        learned_norm(getattr(module.patch_embed, "norm", None)),
+    )
     return AdditiveLayout(
         name,
         module,
@@ -49,7 +58,10 @@ def layout(module: Any, name: str) -> Layout | None:
         prefix=[Slot(token, 0) for token in _prefix_tokens(module)],
         prefix_position=Slot(module.pos_embed, (0, slice(prefix))) if prefix else None,
         entry=learned_norm(module.norm_pre),
-        content=learned_norm(getattr(module.patch_embed, "norm", None)) or _weighted(projection),
+        content=patch_norm or projection,
+        writers=_writers(module),
+        between=[patch_norm, *_between(module)] if patch_norm else _between(module),
+        image_shape=functools.partial(_image_shape, module.patch_embed),
     )
 
 
@@ -68,8 +80,26 @@ def _norm_before(block: Any) -> nn.Module | None:
     return None if is_a(block, "timm.models.vision_transformer.ResPostBlock") else learned_norm(block.norm1)
 
 
-def _weighted(module: nn.Module | None) -> nn.Module | None:
-    return module if isinstance(getattr(module, "weight", None), Tensor) else None
+def _writers(module: Any) -> list[Linear] | None:
+    projection = getattr(module.patch_embed, "proj", None)
+    if not isinstance(projection, nn.Conv2d):
+        return None
+    return [Linear.of(projection), *(mlp_output(block.mlp) for block in module.blocks)]
+
+
+def _image_shape(patch_embed: Any, grid_size: tuple[int, int]) -> tuple[int, int, int]:
+    size = patch_embed.img_size or [n * p for n, p in zip(grid_size, patch_embed.patch_size, strict=True)]
+    return next(patch_embed.parameters()).shape[1], size[0], size[1]
+
+
+def _between(module: Any) -> list[nn.Module]:
+    """LayerScales, and the norms of post-norm blocks, which stand behind their branches."""
+    names = ["ls1", "ls2"]
+    found = [getattr(block, name, None) for block in module.blocks for name in names]
+    for block in module.blocks:
+        if is_a(block, "timm.models.vision_transformer.ResPostBlock"):
+            found += [block.norm1, block.norm2]
+    return [part for part in found if part is not None]
 
 
 def _prefix_tokens(module: Any) -> list[Tensor]:

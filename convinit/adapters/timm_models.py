@@ -43,7 +43,7 @@ def create_model(
     Args:
         model_name: of a timm model that `init_vit_` knows.
         pretrained: must be False, and there must be no ``checkpoint_path`` among `kwargs`.
-        init: arguments of `init_vit_`, such as ``{"kernel_size": 5, "pos_embed_gain": 18}``.
+        init: arguments of `init_vit_`, such as ``{"kernel_size": 5, "peak": 0.6}``.
         generator: CPU generator of what `init_vit_` draws; None means torch's own, as ``torch.manual_seed``
             sets it. timm's part of the initial weights always comes from torch's own.
         **kwargs: of ``timm.create_model``.
@@ -70,7 +70,7 @@ def register(model_name: str, *, registered_name: str | None = None, **init: Any
     timm's unmodified train.py, with two lines before it::
 
         import convinit.adapters.timm, runpy
-        convinit.adapters.timm.register("vit_tiny_patch16_224", pos_embed_gain=60)
+        convinit.adapters.timm.register("vit_tiny_patch16_224")
         runpy.run_path("train.py", run_name="__main__")  # --model vit_tiny_patch16_224_impulse
 
     The draws come from torch's own generator, which the script seeds (timm's ``--seed``). timm seeds every

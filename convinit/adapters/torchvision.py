@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from torch import nn
 
-from convinit.adapters.additive import AdditiveLayout
-from convinit.adapters.layout import Layout, Slot
+from convinit.adapters.additive import AdditiveLayout, mlp_output
+from convinit.adapters.layout import Layout, Linear, Slot
 from convinit.adapters.torch_nn import attention
 from convinit.adapters.types import child_name, is_a
 
@@ -37,4 +38,11 @@ def layout(module: Any, name: str) -> Layout | None:
         prefix=[Slot(module.class_token, 0)],
         prefix_position=Slot(module.encoder.pos_embedding, (0, slice(1))),
         content=projection,
+        writers=[Linear.of(projection), *(mlp_output(block.mlp) for block in module.encoder.layers)],
+        image_shape=functools.partial(_image_shape, module),
     )
+
+
+def _image_shape(module: Any, grid_size: tuple[int, int]) -> tuple[int, int, int]:
+    first = next(layer for layer in module.conv_proj.modules() if isinstance(layer, nn.Conv2d))
+    return first.in_channels, module.image_size, module.image_size

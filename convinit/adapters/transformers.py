@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from convinit.adapters.additive import AdditiveLayout
+from convinit.adapters.additive import AdditiveLayout, mlp_output
 from convinit.adapters.layout import Layout, Linear, SelfAttention, Slot
 from convinit.adapters.transformers_attention import register_attention
 from convinit.adapters.types import child_name, is_a
@@ -47,7 +51,33 @@ def layout(module: Any, name: str) -> Layout | None:
         prefix=[Slot(token, 0) for token in special],
         prefix_position=Slot(position, (0, slice(len(special)))),
         content=patches.projection,
+        writers=[Linear.of(patches.projection), *(mlp_output(layer.mlp) for layer in module.layers)],
+        image_shape=functools.partial(_image_shape, patches),
+        whole_grid=functools.partial(_unmasked, embeddings),
     )
+
+
+def _image_shape(patches: Any, grid_size: tuple[int, int]) -> tuple[int, int, int]:
+    return patches.num_channels, patches.image_size[0], patches.image_size[1]
+
+
+@contextmanager
+def _unmasked(embeddings: Any) -> Iterator[None]:
+    """A masked autoencoder that masks nothing and leaves the tokens in their order."""
+    if not hasattr(embeddings, "random_masking"):
+        yield
+        return
+
+    def keep_all(sequence: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        batch, tokens = sequence.shape[:2]
+        order = torch.arange(tokens, device=sequence.device).expand(batch, -1)
+        return sequence, sequence.new_zeros(batch, tokens), order
+
+    embeddings.random_masking = keep_all
+    try:
+        yield
+    finally:
+        del embeddings.random_masking
 
 
 def attention(module: Any, name: str, norm: nn.Module | None = None) -> SelfAttention | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from convinit.ops.fused import check_backend
@@ -86,6 +87,9 @@ class _Attention:
         for argument in _REFUSED:
             if kwargs.get(argument) is not None:
                 self._refuse(f"{argument} must be None", f"{type(module).__name__} gives one")
+        if torch.is_autocast_enabled(query.device.type):  # rotary embedding leaves float32 beside bfloat16
+            dtype = torch.get_autocast_dtype(query.device.type)
+            query, key, value = (tensor.to(dtype) for tensor in (query, key, value))
         out = positional_attention(query, key, value, scale=scaling, dropout_p=dropout, backend=self.backend)
         return out.unflatten(-1, (query.shape[1], query.shape[3])), None
 

@@ -28,7 +28,7 @@ from convinit._checks import (
 from convinit.fit import Adam, fit_qk
 from convinit.fit.api import Method
 from convinit.init._shared import rounded
-from convinit.nn.linear import Linear, linear
+from convinit.nn.linear import Linear
 from convinit.nn.position import fill_sincos_, sincos_2d
 from convinit.offsets import sample_offsets
 from convinit.ops.fused import BACKENDS
@@ -263,8 +263,10 @@ class ConvInitAttention(nn.Module):
         parts: list[tuple[Tensor, Tensor | None]] = []  # weight and bias of W_v and W_o, where there are such
         layer = self.v if self.qkv is None else self.qkv
         if layer is not None:
+            _check_own(self, layer)
             parts.append((layer.weight[-inner:], None if layer.bias is None else layer.bias[-inner:]))
         if isinstance(self.proj, nn.Linear):
+            _check_own(self, self.proj)
             parts.append((self.proj.weight, self.proj.bias))
         if self.values == "mimetic":
             (wv, _), (wo, _) = parts
@@ -346,6 +348,7 @@ class ConvInitAttention(nn.Module):
         layer = self.qk if self.qkv is None else self.qkv
         if layer is None:
             raise ValueError('variant "III" has no query and key weights: its parameters are q_map and k_map')
+        _check_own(self, layer)
         return layer.weight[: 2 * self.num_heads * self.head_dim]
 
     def _qk_bias(self) -> Tensor | None:
@@ -400,7 +403,7 @@ class ConvInitAttention(nn.Module):
             return attention.expand(1 if x is None else x.shape[0], -1, -1, -1)
         if x is None:
             raise ValueError(f'x must be given: the maps of variant "{self.variant}" depend on the tokens')
-        q, k = self._split_heads(linear(x, self._qk_weight(), self._qk_bias()), 2)
+        q, k = self._split_heads(self._project(x), 2)
         alpha, q_pos, k_pos = self._position_term()
         if q_pos is not None and k_pos is not None:
             q, k = alpha * q + q_pos, alpha * k + k_pos
@@ -424,16 +427,22 @@ class ConvInitAttention(nn.Module):
         return q.squeeze(0), k.squeeze(0)
 
     def _project_position(self) -> Tensor:
-        weight = self._qk_weight()
-        check_same_device("the layer's weights", weight, pos_embed=self.pos_embed)
-        return linear(self.pos_embed, weight, self._qk_bias())  # [N, 2·heads·r]
+        return self._project(self.pos_embed.unsqueeze(0)).squeeze(0)
+
+    def _project(self, x: Tensor) -> Tensor:
+        """[B, N, D] → [B, N, 2·heads·r], by the layer itself: its weight is not all that an adapter, a
+        parametrization or a sharded layer multiplies with."""
+        layer = self.qk if self.qkv is None else self.qkv
+        assert layer is not None  # only Model III has neither
+        check_same_device("the layer's weights", layer.weight, pos_embed=self.pos_embed)
+        return layer(x)[..., : 2 * self.num_heads * self.head_dim]
 
     def _values(self, x: Tensor) -> Tensor:
         return self._split_heads(x if self.v is None else self.v(x), 1)[0]
 
     def _split_heads(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
         """[B, N, parts·heads·r] → parts views [B, heads, N, r]."""
-        x = x.view(*x.shape[:2], parts, self.num_heads, self.head_dim)
+        x = x.unflatten(2, (parts, self.num_heads, self.head_dim))
         return x.permute(2, 0, 3, 1, 4).unbind(0)
 
     def _check_input(self, x: Tensor) -> None:
@@ -456,6 +465,15 @@ class ConvInitAttention(nn.Module):
 
 def _fill_position(module: ConvInitAttention, _: Any) -> None:
     module._fill_position()
+
+
+def _check_own(module: nn.Module, layer: nn.Linear) -> None:
+    """A weight that another module computes is another tensor at each reading: writing to it is lost."""
+    if all(layer.weight is not parameter for parameter in module.parameters()):
+        raise ValueError(
+            f"weights must be parameters of the module, but that of {type(layer).__name__} is computed by "
+            "another module (a parametrization, weight_norm, pruning); set it before that is put on"
+        )
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""csrc under the address and the undefined-behaviour sanitizer, driven by random calls.
+"""csrc under the sanitizers of addresses, undefined behaviour and threads, driven by random calls.
 
 A few hundred cases here; before a release  python tests/test_sanitized_core.py --cases 10000
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import os
 import shutil
 import subprocess
@@ -24,7 +25,13 @@ COMPILER = shutil.which("g++")
 CAPABILITIES = ("avx512", "avx2", "default")  # the widest vectors that are tried, as in csrc/cpu.h
 
 
-def build() -> Path:
+SANITIZERS = {  # their names for the compiler: the library to load before Python's own, and its options
+    "address,undefined": ("libasan.so", {"ASAN_OPTIONS": "detect_leaks=0"}),  # Python's
+    "thread": ("libtsan.so", {"TSAN_OPTIONS": "halt_on_error=1:ignore_noninstrumented_modules=1"}),
+}
+
+
+def build(sanitizers: str) -> Path:
     """The module, made anew (a minute) where its sources have changed."""
     pybind11 = pytest.importorskip("pybind11")
     if COMPILER is None or sys.platform != "linux":
@@ -32,8 +39,8 @@ def build() -> Path:
     sources = [*sorted((ROOT / "csrc").glob("*.cpp")), HERE / "module.cpp"]
     sources.remove(ROOT / "csrc" / "library.cpp")  # registers the ops with torch
     headers = [*(ROOT / "csrc").glob("*.h"), *HERE.rglob("*.h")]
-    sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    flags = ["-std=c++20", "-O1", "-g1", "-fPIC", "-w", "-ffp-contract=fast", *sanitizers]
+    options = [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"]
+    flags = ["-std=c++20", "-O1", "-g1", "-fPIC", "-w", "-ffp-contract=fast", *options]
     flags += ["-DTORCH_TARGET_VERSION=0x020a000000000000", f"-I{HERE}", f"-I{ROOT / 'csrc'}"]
     for path in (
         Path(torch.__file__).parent / "include",
@@ -55,7 +62,7 @@ def build() -> Path:
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(compile_one, sources, objects))
     new = folder / f"new.{os.getpid()}.so"
-    link = ["-shared", *sanitizers, *map(str, objects), "-o", str(new)]
+    link = ["-shared", *options, *map(str, objects), "-o", str(new)]
     subprocess.run([str(COMPILER), *link], check=True)
     for path in objects:
         path.unlink()
@@ -63,15 +70,18 @@ def build() -> Path:
     return module
 
 
-def drive(module: Path, cases: int, capability: str) -> subprocess.CompletedProcess:
+def drive(sanitizers: str, cases: int, capability: str) -> subprocess.CompletedProcess:
+    module = build(sanitizers)
+    runtime, options = SANITIZERS[sanitizers]
+
     def library(name: str) -> str:
         command = [str(COMPILER), f"-print-file-name={name}"]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     environment = {
         **os.environ,
-        "LD_PRELOAD": f"{library('libasan.so')} {library('libstdc++.so')}",  # before Python's own
-        "ASAN_OPTIONS": "detect_leaks=0",  # Python's
+        **options,
+        "LD_PRELOAD": f"{library(runtime)} {library('libstdc++.so')}",
         "UBSAN_OPTIONS": "print_stacktrace=1",
         "ATEN_CPU_CAPABILITY": capability,
         "OMP_NUM_THREADS": "1",
@@ -82,9 +92,10 @@ def drive(module: Path, cases: int, capability: str) -> subprocess.CompletedProc
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
-def test_random_calls(capability):
+@pytest.mark.parametrize("sanitizers", SANITIZERS)
+def test_random_calls(sanitizers, capability):
     pytest.importorskip("hypothesis")
-    done = drive(build(), 120, capability)
+    done = drive(sanitizers, 120, capability)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
     assert done.stdout.endswith("cases\n")
 
@@ -92,9 +103,9 @@ def test_random_calls(capability):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cases", type=int, default=10_000, help="of all vector widths together")
-    each = -(-parser.parse_args().cases // len(CAPABILITIES))
-    for capability in CAPABILITIES:
-        done = drive(build(), each, capability)
-        print(f"{capability}: {done.stdout}{done.stderr}", flush=True)
+    each = -(-parser.parse_args().cases // len(CAPABILITIES) // len(SANITIZERS))
+    for sanitizers, capability in itertools.product(SANITIZERS, CAPABILITIES):
+        done = drive(sanitizers, each, capability)
+        print(f"{sanitizers}, {capability}: {done.stdout}{done.stderr}", flush=True)
         if done.returncode:
             sys.exit(1)

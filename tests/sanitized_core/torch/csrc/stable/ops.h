@@ -1,11 +1,14 @@
 // The functions of the stable ABI that csrc calls; see tensor.h.
 #pragma once
 
+#include <thread>
+
 #include "tensor.h"
 
 namespace torch::stable {
 
-inline int64_t threads = 1;  // among how many a range is divided; they run one after the other
+// Among how many a range is divided: threads under the thread sanitizer, else parts that run one after the other.
+inline int64_t threads = 1;
 inline int64_t get_num_threads() { return threads; }
 
 template <class F>
@@ -13,7 +16,14 @@ void parallel_for(int64_t begin, int64_t end, int64_t grain, const F& f) {
   if (begin >= end) return;
   const int64_t parts = std::clamp<int64_t>((end - begin) / std::max<int64_t>(grain, 1), 1, threads);
   const int64_t part = (end - begin + parts - 1) / parts;
+#ifdef __SANITIZE_THREAD__
+  std::vector<std::thread> running;
+  for (int64_t first = begin; first < end; first += part)
+    running.emplace_back([&f, first, last = std::min(first + part, end)] { f(first, last); });
+  for (std::thread& thread : running) thread.join();
+#else
   for (int64_t first = begin; first < end; first += part) f(first, std::min(first + part, end));
+#endif
 }
 
 inline Tensor new_empty(const Tensor& like, Sizes sizes, std::optional<ScalarType> dtype = std::nullopt) {

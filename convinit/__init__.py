@@ -1,44 +1,23 @@
-"""Convolutional initialization for Vision Transformers (arXiv 2401.12511)."""
+"""Convolutional initialization for Vision Transformers (arXiv 2401.12511).
 
-# ruff: noqa: E402
+`import convinit` leaves torch alone until a public name is used, so that `convinit --help` answers at once.
+Where torch is imported already, the names come at once, and with them torch.ops.convinit.
+"""
 
+import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from convinit._lazy import lazy_names
 
 # An installed convinit has kernels/ inside; in a source checkout it lies beside this package.
 _root = Path(__file__).resolve().parent.parent
 if (_root / "kernels" / "tiles.py").is_file():
     __path__.append(str(_root))
 
-from convinit import init, models, nn
-from convinit._library import build_info
-from convinit.adapters import InitReport, init_vit_
-from convinit.drift import DriftMonitor
-from convinit.fit import QKFit, fit_qk, fit_targets
-from convinit.nn import ConvInitAttention
-from convinit.offsets import impulse_targets, sample_offsets
-from convinit.ops.impulse_conv import impulse_conv
-from convinit.ops.impulse_matrix import impulse_matrix
-from convinit.ops.positional_attention import positional_attention
-from convinit.ops.shared_attention import shared_attention
-
 __version__ = "0.1.0"
 
-__all__ = [
-    "ConvInitAttention",
-    "DriftMonitor",
-    "InitReport",
-    "QKFit",
-    "build_info",
-    "fit_qk",
-    "fit_targets",
-    "impulse_conv",
-    "impulse_matrix",
-    "impulse_targets",
-    "init",
-    "init_vit_",
-    "models",
-    "nn",
-    "positional_attention",
-    "sample_offsets",
-    "shared_attention",
-]
+if not TYPE_CHECKING:
+    __getattr__, __dir__ = lazy_names(__name__)
+if TYPE_CHECKING or "torch" in sys.modules:
+    from convinit._public import *  # noqa: F403

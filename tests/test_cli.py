@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,9 +18,12 @@ from typer.testing import CliRunner
 
 import convinit
 from convinit import viz
+from convinit.adapters.request import UNFITTED
 from convinit.cli.app import app
+from convinit.fit.api import DEFAULT_PEAK, METHODS
 from convinit.fit.result import attention_maps
 from convinit.nn import sincos_2d
+from convinit.serve import FORMATS
 
 SMALL_FIT = ["--grid", "4x5", "--dim", "16", "--heads", "2", "--layers", "3", "-f", "3"]
 SMALL_DEMO = ["--train-images", "40", "--test-images", "30", "--epochs", "1", "--seeds", "1", "--jobs", "1"]
@@ -40,6 +44,33 @@ def test_entry_point_runs():
     assert (done.returncode, done.stdout.strip()) == (0, f"convinit {convinit.__version__}")
 
 
+@pytest.mark.parametrize(
+    "words",
+    ["--help", "--version", "trian", "train --help", "train --inti impulse", "train --init implse"]
+    + [f"{command} --help" for command in "demo fit plot reproduce predict export tune info".split()],
+)
+def test_the_door_opens_without_torch(words):
+    """Help and typos are answered at once: torch takes seconds and hundreds of megabytes."""
+    code = (
+        "import sys\nfrom convinit.cli import main\n"
+        "try: main()\nfinally: print('torch' in sys.modules, 'numpy' in sys.modules, file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *words.split()], capture_output=True, text=True)
+    assert done.stderr.endswith("False False\n"), done.stderr
+    assert done.returncode == (0 if words.startswith("--") or words.endswith("--help") else 2)
+    assert "Traceback" not in done.stderr
+
+
+def test_help_names_what_the_library_takes():
+    """Words of help that stand in modules of the library which import torch."""
+    plot, fit, export = (
+        re.sub(r"[│\s]+", " ", invoke(name, "--help").output) for name in ("plot", "fit", "export")
+    )
+    assert ", ".join((*METHODS, *UNFITTED)) in plot
+    assert f"[default: ({DEFAULT_PEAK})]" in fit and f"[default: ({DEFAULT_PEAK})]" in plot
+    assert all(name in export for name in FORMATS)
+
+
 def test_importing_convinit_leaves_the_extras_alone():
     code = (
         "import sys, convinit\n"
@@ -49,12 +80,14 @@ def test_importing_convinit_leaves_the_extras_alone():
     assert done.stdout.strip() == "[]", done.stderr
 
 
-def test_without_the_extra_one_sentence_says_what_to_do():
-    code = "import sys; sys.modules['typer'] = None; from convinit.cli import main; main()"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+@pytest.mark.parametrize(("library", "begin"), [("typer", "convinit: "), ("safetensors", "error: ")])
+def test_without_the_extra_one_sentence_says_what_to_do(library, begin, tmp_path):
+    code = f"import sys; sys.modules['{library}'] = None; from convinit.cli import main; main()"
+    command = [sys.executable, "-c", code, "fit", *SMALL_FIT, "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr.strip() == (
-        "convinit: the command line needs typer, which is not installed; "
+        f"{begin}the command line needs {library}, which is not installed; "
         "get all that it needs with: pip install 'convinit[train]'"
     )
 

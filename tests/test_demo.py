@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from convinit._over_seeds import Figure
-from convinit.demo import ARMS, Settings, build_model, load_maps, load_runs, run_demo
 from convinit.demo import runs as demo_runs
+from convinit.demo.arms import ARMS, build_model
+from convinit.demo.runs import Settings, load_maps, load_runs, run_demo
 from convinit.demo.summary import (
     Row,
     cells,

@@ -32,6 +32,41 @@ def test_version_is_the_installed_one():
 def test_public_names_exist():
     for name in convinit.__all__:
         assert hasattr(convinit, name), name
+        assert name in dir(convinit)
+
+
+def test_names_come_when_they_are_used(tmp_path):
+    code = """
+import pickle, sys
+import convinit, convinit.train
+assert "torch" not in sys.modules
+try:
+    convinit.fit_kq
+except AttributeError as error:
+    assert str(error) == "module 'convinit' has no attribute 'fit_kq'"
+convinit.fit_qk
+import torch
+torch.ops.convinit.impulse_matrix, torch.ops.convinit.positional_attention
+assert pickle.loads(pickle.dumps(convinit.fit_qk)) is convinit.fit_qk is convinit.fit.fit_qk
+from convinit import *
+assert nn.ConvInitAttention is ConvInitAttention and convinit.train.load_data
+assert pickle.loads(pickle.dumps(ConvInitAttention)) is ConvInitAttention
+"""
+    run_python(code, cwd=tmp_path)
+
+
+def test_ops_are_registered_where_torch_was_imported_before(tmp_path):
+    run_python("import torch, convinit; torch.ops.convinit.positional_attention", cwd=tmp_path)
+
+
+def test_threads_that_use_the_first_names_at_once(tmp_path):
+    code = """
+import convinit
+from concurrent.futures import ThreadPoolExecutor
+with ThreadPoolExecutor(8) as pool:
+    assert all(pool.map(lambda name: getattr(convinit, name), ["fit_qk", "init", "nn", "InitReport"] * 8))
+"""
+    run_python(code, cwd=tmp_path)
 
 
 def test_build_info():
@@ -102,7 +137,7 @@ def test_missing_library_explains_itself(tmp_path):
     """A source checkout that was never built, imported in place of the installed package."""
     source = Path(convinit.__file__).parent
     shutil.copytree(source, tmp_path / "convinit", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    code = "try:\n    import convinit\nexcept ImportError as error:\n    print(error)"
+    code = "import convinit\ntry:\n    convinit.fit_qk\nexcept ImportError as error:\n    print(error)"
     message = run_python(code, cwd=tmp_path)
     assert "no _C.abi3.so in" in message
     assert "pip install --no-build-isolation -e ." in message
@@ -112,7 +147,7 @@ def test_broken_library_explains_itself(tmp_path):
     source = Path(convinit.__file__).parent
     shutil.copytree(source, tmp_path / "convinit", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     (tmp_path / "convinit" / "_C.abi3.so").write_bytes(b"no library")
-    code = "try:\n    import convinit\nexcept ImportError as error:\n    print(error)"
+    code = "import convinit\ntry:\n    convinit.fit_qk\nexcept ImportError as error:\n    print(error)"
     message = run_python(code, cwd=tmp_path)
     assert f"cannot be loaded under torch {torch.__version__}" in message
     assert "build it again" in message

@@ -1,11 +1,14 @@
-"""The command `convinit`, a file for each subcommand. Its libraries come with the extra `train`."""
+"""The command `convinit`, a file for each subcommand. Its libraries come with the extra `train`.
+
+A subcommand imports torch, and what stands on torch, in its function: help and typos are answered without.
+"""
 
 from __future__ import annotations
 
 import io
 import sys
 
-_EXTRA = ("accelerate", "matplotlib", "rich", "safetensors", "sklearn", "typer")
+EXTRA = ("accelerate", "matplotlib", "rich", "safetensors", "sklearn", "typer")
 
 
 def main() -> None:
@@ -16,10 +19,15 @@ def main() -> None:
     try:
         from convinit.cli.app import app
     except ModuleNotFoundError as error:
-        if error.name not in _EXTRA:
+        if error.name not in EXTRA:
             raise
-        sys.exit(
-            f"convinit: the command line needs {error.name}, which is not installed; "
-            "get all that it needs with: pip install 'convinit[train]'"
-        )
+        sys.exit(f"convinit: {without(error.name)}")
     app(prog_name="convinit")
+
+
+def without(library: str) -> str:
+    """What to do without a library of the extra."""
+    return (
+        f"the command line needs {library}, which is not installed; "
+        "get all that it needs with: pip install 'convinit[train]'"
+    )

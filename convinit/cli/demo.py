@@ -7,30 +7,19 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import torch
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from convinit._checks import check_int
-from convinit._processes import cpus
 from convinit.cli.errors import say
 from convinit.cli.progress import runs_progress
 from convinit.demo.arms import ARMS, GRID_SIZE, OURS, QUICK
-from convinit.demo.runs import Run, Settings, load_maps, load_runs, run_demo, save_runs
-from convinit.demo.summary import (
-    GOAL,
-    Row,
-    as_json,
-    cells,
-    columns,
-    conclusions,
-    markdown,
-    setting,
-    summarize,
-)
+
+if TYPE_CHECKING:
+    from convinit.demo.runs import Run, Settings
+    from convinit.demo.summary import Row
 
 _FULL, _QUICK = (3, 8), (1, 5)  # seeds, epochs
 
@@ -85,6 +74,11 @@ def demo(
 
     - `convinit demo --arm default --arm impulse-vo --seeds 5 --epochs 40 --out long`
     """
+    from convinit._checks import check_int
+    from convinit._processes import cpus
+    from convinit.demo.runs import Settings, load_runs, save_runs
+    from convinit.demo.summary import as_json, conclusions, markdown, setting, summarize
+
     default_seeds, default_epochs = _QUICK if quick else _FULL
     number = check_int("seeds", default_seeds if seeds is None else seeds)
     arms = tuple(dict.fromkeys(arm)) if arm else QUICK if quick else tuple(ARMS)
@@ -126,6 +120,8 @@ def _run(
     out: Path, arms: Sequence[str], seeds: Sequence[int], settings: Settings, jobs: int, resume: bool
 ) -> tuple[list[Run], int]:
     """All runs, and how many of them were made now; a bar where somebody is looking, else a line a run."""
+    from convinit.demo.runs import run_demo
+
     console = Console(stderr=True)
     total, fresh = len(arms) * len(seeds), 0
     progress = runs_progress(console, "epochs")
@@ -168,6 +164,8 @@ def _run(
 
 
 def _table(rows: Sequence[Row], epochs: int) -> Table:
+    from convinit.demo.summary import cells, columns
+
     table = Table(box=None, padding=(0, 2, 0, 0))
     for index, name in enumerate(columns(epochs)):
         table.add_column(name, justify="left" if index == 0 else "right", no_wrap=True)
@@ -177,6 +175,10 @@ def _table(rows: Sequence[Row], epochs: int) -> Table:
 
 
 def _figures(out: Path, runs: Sequence[Run], epochs: int) -> list[Path]:
+    import torch
+
+    from convinit.demo.runs import load_maps
+    from convinit.demo.summary import GOAL
     from convinit.viz import attention_filters, attention_maps, learning_curves
 
     curves = {}

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.text import Text
 from typer.models import OptionInfo
 
+from convinit.cli import EXTRA, without
 from convinit.train.config import SECTIONS
 
 show_traceback = False  # the option --traceback
@@ -32,6 +33,9 @@ def explained(command: Callable[..., None]) -> Callable[..., None]:
                 command(*args, **kwargs)
             except (ValueError, TypeError) as error:
                 _fail(error, code=2, message=_as_typed(str(error), flags, kwargs))
+            except ModuleNotFoundError as error:
+                library = (error.name or "").partition(".")[0]
+                _fail(error, code=1, message=without(library) if library in EXTRA else str(error))
             except (OSError, RuntimeError, ArithmeticError, ImportError) as error:
                 if isinstance(error, typer.Exit | typer.Abort):  # they are RuntimeErrors
                     raise

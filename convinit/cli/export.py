@@ -8,9 +8,7 @@ from typing import Annotated
 
 import typer
 
-from convinit.serve import FORMATS, export, load_trained, save_trained
-
-_PRETRAINED = "pretrained"
+_FORMATS = {".onnx": "onnx", ".pt2": "torch-export", "": "pretrained"}  # suffix → format
 
 
 def export_command(
@@ -24,8 +22,8 @@ def export_command(
     format: Annotated[
         str | None,
         typer.Option(
-            help=f"One of {', '.join(FORMATS)} and {_PRETRAINED}: a folder for from_pretrained, for timm and "
-            "for convinit predict without the run.",
+            help=f"One of {', '.join(_FORMATS.values())}: a folder for from_pretrained, for timm and for "
+            "convinit predict without the run.",
             show_default="as --out ends: .onnx, .pt2, else pretrained",
         ),
     ] = None,
@@ -48,12 +46,13 @@ def export_command(
 
     - `convinit export convinit-train --out my-model`, later `SimpleViT.from_pretrained("my-model")`
     """
-    kinds = {".onnx": "onnx", ".pt2": "torch-export"}
-    kind = format or kinds.get(out.suffix.lower(), _PRETRAINED)
-    if kind not in (*FORMATS, _PRETRAINED):
-        raise ValueError(f"format must be one of {', '.join((*FORMATS, _PRETRAINED))}, got {kind!r}")
+    kind = format or _FORMATS.get(out.suffix.lower(), _FORMATS[""])
+    if kind not in _FORMATS.values():
+        raise ValueError(f"format must be one of {', '.join(_FORMATS.values())}, got {kind!r}")
+    from convinit.serve import export, load_trained, save_trained
+
     trained = load_trained(model, weights="ema" if ema else "model", device="cpu")
-    if kind == _PRETRAINED:
+    if kind == _FORMATS[""]:
         save_trained(trained, out)
         typer.echo(f"{out}: {type(trained.network).__name__} as safetensors and JSON")
         return

@@ -7,22 +7,20 @@ import re
 import tempfile
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
-import torch.nn.functional as F
 import typer
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
 import convinit
-from convinit._checks import check_int, check_kernel_size
-from convinit.cli.tensors import load_tensor
-from convinit.fit import SVD, Adam, Newton, QKFit
-from convinit.fit.api import DEFAULT_PEAK
-from convinit.fit.api import Method as FitMethod
-from convinit.nn.position import sincos_2d
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from convinit.fit import QKFit
+    from convinit.fit.api import Method as FitMethod
 
 
 class Method(str, Enum):
@@ -73,7 +71,7 @@ def fit(
         float | None,
         typer.Option(
             help="Mean attention on the target, 0 to 1, instead of --weight-norm (newton).",
-            show_default=str(DEFAULT_PEAK),
+            show_default="0.7",
         ),
     ] = None,
     padding_mode: Annotated[
@@ -113,6 +111,11 @@ def fit(
     - `convinit fit --grid 8 --dim 128 --heads 4 --layers 1 --method adam --steps 2000`
     """
     grid_size = _grid_size(grid)
+    import torch
+
+    from convinit._checks import check_int, check_kernel_size
+    from convinit.fit import SVD, Adam, Newton
+
     check_kernel_size(kernel_size, grid_size)
     generator = torch.Generator().manual_seed(check_int("seed", seed, minimum=-(2**63)))
     P = _pos_embed(pos_embed, pos_embed_key, grid_size, dim, generator)
@@ -136,6 +139,8 @@ def fit(
     else:
         options = Newton()
     if out is not None:  # what would stop the writing shows before the work, not after it
+        import safetensors.torch  # noqa: F401
+
         from convinit import viz  # noqa: F401
 
         out.mkdir(parents=True, exist_ok=True)
@@ -180,6 +185,13 @@ def _pos_embed(
     source: str, key: str | None, grid_size: tuple[int, int], dim: int | None, generator: torch.Generator
 ) -> Tensor:
     """P [N, D] from its name or file."""
+    import torch
+    import torch.nn.functional as F
+
+    from convinit._checks import check_int
+    from convinit.cli.tensors import load_tensor
+    from convinit.nn import sincos_2d
+
     if source == "sincos":
         return sincos_2d(grid_size, 512 if dim is None else dim)
     if source == "learned":
@@ -229,6 +241,7 @@ def _write(
     out: Path, result: QKFit, layers: int, grid_size: tuple[int, int], settings: dict[str, Any]
 ) -> list[tuple[Path, str]]:
     """Writes the folder; returns what is in which file."""
+    import torch
     from safetensors.torch import save_file
 
     from convinit.viz import attention_filter, fit_filters

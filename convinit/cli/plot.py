@@ -8,19 +8,14 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
 from rich.console import Console
-from torch import Tensor, nn
 
 import convinit
-from convinit.adapters.request import UNFITTED
-from convinit.cli.tensors import reason
-from convinit.fit.api import METHODS
-from convinit.fit.result import attention_maps
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from torch import Tensor, nn
 
 
 def plot(
@@ -35,7 +30,8 @@ def plot(
     init: Annotated[
         str,
         typer.Option(
-            help=f"How init_vit_ sets queries and keys: {', '.join((*METHODS, *UNFITTED))} (timm's own)."
+            help="How init_vit_ sets queries and keys: newton, adam, svd, mimetic, norm_matched, scrambled, "
+            "keep (timm's own)."
         ),
     ] = "newton",
     kernel_size: Annotated[
@@ -86,6 +82,8 @@ def plot(
     """
     if (model is None) == (fit is None):
         raise ValueError("give --model with a name of timm, or --fit with a folder of convinit fit")
+    import torch
+
     from convinit import viz
 
     out.mkdir(parents=True, exist_ok=True)
@@ -130,6 +128,8 @@ def _create(name: str, options: list[str], seed: int) -> nn.Module:
         raise ImportError(
             f"--model needs timm, which cannot be imported ({error}); pip install timm"
         ) from error
+    import torch
+
     arguments = {}
     for text in options:
         key, equals, value = text.partition("=")
@@ -151,6 +151,8 @@ def _create(name: str, options: list[str], seed: int) -> nn.Module:
 def _weights(network: nn.Module, path: Path) -> dict[str, Tensor]:
     """Weights of this network from a file, which may be a whole checkpoint of timm's training script."""
     from timm.models import load_state_dict
+
+    from convinit.cli.tensors import reason
 
     if not path.is_file():
         raise ValueError(f"weights must be in a file, got {str(path)!r}, which is none")
@@ -175,8 +177,10 @@ def _weights(network: nn.Module, path: Path) -> dict[str, Tensor]:
 
 
 def _of_fit(folder: Path, radius: int | None) -> dict[str, Figure]:
+    import torch
     from safetensors import SafetensorError, safe_open
 
+    from convinit.fit.result import attention_maps
     from convinit.viz import attention_filter, fit_filters
     from convinit.viz.model import smaller
     from convinit.viz.squares import squares

@@ -9,7 +9,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -17,7 +17,9 @@ from rich.table import Table
 from rich.text import Text
 
 from convinit.cli.errors import say
-from convinit.serve import Prediction, Unreadable, image_files, load_trained, predict
+
+if TYPE_CHECKING:
+    from convinit.serve import Prediction, Unreadable
 
 _FORMATS = ("table", "json", "csv")
 
@@ -59,6 +61,8 @@ def predict_command(
     kind = format or (suffix if suffix in _FORMATS else "table")
     if kind not in _FORMATS:
         raise ValueError(f"format must be one of {', '.join(_FORMATS)}, got {kind!r}")
+    from convinit.serve import Prediction, image_files, load_trained, predict
+
     if out is not None:  # what would stop the writing shows before the work, not after it
         out.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=out.parent).close()

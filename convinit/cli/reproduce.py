@@ -14,8 +14,6 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table as Sheet
 
-from convinit._checks import check_int
-from convinit._processes import cpus
 from convinit.cli.errors import say
 from convinit.cli.progress import runs_progress
 
@@ -81,6 +79,8 @@ def reproduce(
     - `convinit reproduce all --data cifar100 --root ~/data --set data.workers=12 --set recipe.epochs=100`
     """
     from convinit import reproduce as api
+    from convinit._checks import check_int
+    from convinit._processes import cpus
     from convinit.reproduce.grid import check_data, jobs_for
     from convinit.train.config import field_of
     from convinit.train.config_files import parse
@@ -298,6 +298,8 @@ def _range(values: Sequence[float], unit: float, form: str) -> str:
 
 def _device(configs: Sequence[Any]) -> str:
     import torch
+
+    from convinit._processes import cpus
 
     if torch.cuda.is_available() and not all(config.run.cpu for config in configs):
         return torch.cuda.get_device_name(0)

@@ -18,8 +18,6 @@ from rich.console import Console
 from rich.table import Table
 
 from convinit.cli.errors import say
-from convinit.cli.train_progress import watcher
-from convinit.train import checkpoint as files
 from convinit.train.config import NONE, SECTIONS, Config, default_of, kind_of
 from convinit.train.config_files import PRESETS, parse, read_toml, resolve, to_toml
 
@@ -84,6 +82,7 @@ def train(
         save_config.write_text(to_toml(wanted), encoding="utf-8")
         Console().print(f"Written: {save_config}", highlight=False, soft_wrap=True, markup=False)
         return
+    from convinit.cli.train_progress import watcher
     from convinit.train.run import RunInterrupted, measure, run_training
 
     if dry_run:
@@ -164,6 +163,8 @@ def _first_process() -> bool:
 def _print_plan(config: Config, plan: Any, step_seconds: float) -> None:
     if not _first_process():
         return
+    from convinit.train.checkpoint import megabytes
+
     frozen = plan.parameters - plan.trained
     channels, height, width = plan.image
     total = plan.steps * step_seconds
@@ -177,7 +178,7 @@ def _print_plan(config: Config, plan: Any, step_seconds: float) -> None:
         "device": f"{plan.device}, {plan.processes} process{'es' * (plan.processes > 1)}, precision "
         f"{plan.precision}",
         "time": f"{duration(total)} without tests, by {step_seconds * 1000:.1f} ms a step as measured now",
-        "checkpoint": f"{files.megabytes(plan.checkpoint_bytes)}, {config.run.keep} kept, one being written",
+        "checkpoint": f"{megabytes(plan.checkpoint_bytes)}, {config.run.keep} kept, one being written",
     }
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for key, value in rows.items():

@@ -6,15 +6,11 @@ import json
 from enum import Enum
 from typing import Annotated, Any
 
-import torch
 import typer
 from rich.console import Console
 
 from convinit.cli.errors import say
 from convinit.cli.progress import runs_progress
-from convinit.kernels import tuned
-from convinit.ops import tune as tuning
-from convinit.ops.verify import CASES
 
 
 class DType(str, Enum):
@@ -44,6 +40,12 @@ def tune(
 
     Example: `convinit tune --shape 512,8,256,64 --minutes 1`
     """
+    import torch
+
+    from convinit.kernels import tuned
+    from convinit.ops import tune as tuning
+    from convinit.ops.verify import CASES
+
     if show or clear:
         paths = sorted(tuned.folder().glob("*.json"))
         problems = []

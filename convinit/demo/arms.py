@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-from torch import nn
-
-from convinit.models import ConvMixer, SimpleViT
+if TYPE_CHECKING:
+    from torch import nn
 
 GRID_SIZE = (8, 8)  # one token a pixel
 
@@ -20,12 +18,12 @@ class Arm:
 
     Attributes:
         label: how it is named in the table and the figures.
-        model: SimpleViT or ConvMixer.
+        model: the class of `convinit.models`, by its name.
         options: what sets it apart; keyword arguments of the model.
     """
 
     label: str
-    model: type[nn.Module]
+    model: Literal["SimpleViT", "ConvMixer"]
     options: Mapping[str, Any]
 
 
@@ -42,21 +40,21 @@ _VIT = {
 _CONVMIXER = {"dim": 64, "depth": 4, "kernel_size": 3}
 
 ARMS = {
-    "default": Arm("default", SimpleViT, {**_VIT, "init": "default"}),
-    "mimetic-vo": Arm("mimetic + V·proj", SimpleViT, {**_VIT, "init": "mimetic", "values": "mimetic"}),
-    "impulse": Arm("impulse", SimpleViT, {**_VIT, "init": "impulse"}),
-    "impulse-vo": Arm("impulse + V·proj", SimpleViT, {**_VIT, "init": "impulse", "values": "mimetic"}),
+    "default": Arm("default", "SimpleViT", {**_VIT, "init": "default"}),
+    "mimetic-vo": Arm("mimetic + V·proj", "SimpleViT", {**_VIT, "init": "mimetic", "values": "mimetic"}),
+    "impulse": Arm("impulse", "SimpleViT", {**_VIT, "init": "impulse"}),
+    "impulse-vo": Arm("impulse + V·proj", "SimpleViT", {**_VIT, "init": "impulse", "values": "mimetic"}),
     "scrambled-vo": Arm(
-        "control: scrambled + V·proj", SimpleViT, {**_VIT, "init": "scrambled", "values": "mimetic"}
+        "control: scrambled + V·proj", "SimpleViT", {**_VIT, "init": "scrambled", "values": "mimetic"}
     ),
     "random-vo": Arm(
         "control: random + V·proj",
-        SimpleViT,
+        "SimpleViT",
         {**_VIT, "init": "norm_matched", "values": "mimetic"},
     ),
     "convmixer": Arm(
         "ConvMixer, frozen impulses",
-        ConvMixer,
+        "ConvMixer",
         {**_CONVMIXER, "init": "impulse", "trainable_mixing": False},
     ),
 }
@@ -66,5 +64,10 @@ OURS = "impulse-vo"  # its maps are drawn
 
 def build_model(arm: Arm, num_classes: int, seed: int) -> nn.Module:
     """The model of an arm. One seed gives all Vision Transformers the same offsets."""
+    import torch
+
+    from convinit import models
+
     generator = torch.Generator().manual_seed(seed)
-    return arm.model(GRID_SIZE, 1, num_classes, channels=1, generator=generator, **arm.options)
+    model: type[nn.Module] = getattr(models, arm.model)
+    return model(GRID_SIZE, 1, num_classes, channels=1, generator=generator, **arm.options)

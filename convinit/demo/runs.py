@@ -237,7 +237,7 @@ def _identity(arm: str, seed: int, settings: Settings) -> dict[str, Any]:
     return {
         "arm": arm,
         "seed": seed,
-        "model": ARMS[arm].model.__name__,
+        "model": ARMS[arm].model,
         "options": dict(ARMS[arm].options),
         "settings": asdict(settings),
         "versions": {"convinit": convinit.__version__, "torch": torch.__version__},

@@ -1,40 +1,10 @@
 """Training on Hugging Face Accelerate (extra `train`): data sets, a small loop, whole runs."""
 
-from convinit.train.config import Config
-from convinit.train.data import (
-    Augmented,
-    AugmentOptions,
-    ImageData,
-    ImageSplit,
-    augmentation,
-    batches,
-    load_data,
-    load_digits_split,
-    shift_images,
-    test_loader,
-    train_loader,
-)
-from convinit.train.loop import EpochRecord, accuracy, train
-from convinit.train.run import Result, RunInterrupted, Watcher, run_training
+from typing import TYPE_CHECKING
 
-__all__ = [
-    "AugmentOptions",
-    "Augmented",
-    "Config",
-    "EpochRecord",
-    "ImageData",
-    "ImageSplit",
-    "Result",
-    "RunInterrupted",
-    "Watcher",
-    "accuracy",
-    "augmentation",
-    "batches",
-    "load_data",
-    "load_digits_split",
-    "run_training",
-    "shift_images",
-    "test_loader",
-    "train",
-    "train_loader",
-]
+from convinit._lazy import lazy_names
+
+if TYPE_CHECKING:
+    from convinit.train._public import *  # noqa: F403
+else:
+    __getattr__, __dir__ = lazy_names(__name__)

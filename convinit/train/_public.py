@@ -1,0 +1,40 @@
+"""The public names of convinit.train, all at once."""
+
+from convinit.train.config import Config
+from convinit.train.data import (
+    Augmented,
+    AugmentOptions,
+    ImageData,
+    ImageSplit,
+    augmentation,
+    batches,
+    load_data,
+    load_digits_split,
+    shift_images,
+    test_loader,
+    train_loader,
+)
+from convinit.train.loop import EpochRecord, accuracy, train
+from convinit.train.run import Result, RunInterrupted, Watcher, run_training
+
+__all__ = [
+    "AugmentOptions",
+    "Augmented",
+    "Config",
+    "EpochRecord",
+    "ImageData",
+    "ImageSplit",
+    "Result",
+    "RunInterrupted",
+    "Watcher",
+    "accuracy",
+    "augmentation",
+    "batches",
+    "load_data",
+    "load_digits_split",
+    "run_training",
+    "shift_images",
+    "test_loader",
+    "train",
+    "train_loader",
+]

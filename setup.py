@@ -203,9 +203,8 @@ def extensions() -> list[Extension]:
 
 check_torch()
 setup(
-    # kernels/ lies at the top of the tree, for it is read for its own sake; installed it is convinit.kernels.
-    packages=[*find_packages(include=["convinit", "convinit.*"]), "convinit.kernels"],
-    package_dir={"convinit.kernels": "kernels"},
+    # kernels/ lies at the top of the tree, for it is read for its own sake; convinit/kernels is a link to it.
+    packages=find_packages(include=["convinit", "convinit.*"]),
     ext_modules=extensions(),
     cmdclass={"build_ext": BuildExtension},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},

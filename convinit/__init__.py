@@ -5,15 +5,9 @@ Where torch is imported already, the names come at once, and with them torch.ops
 """
 
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from convinit._lazy import lazy_names
-
-# An installed convinit has kernels/ inside; in a source checkout it lies beside this package.
-_root = Path(__file__).resolve().parent.parent
-if (_root / "kernels" / "tiles.py").is_file():
-    __path__.append(str(_root))
 
 __version__ = "0.1.0"
 

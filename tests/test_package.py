@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -18,9 +19,15 @@ from convinit.adapters.types import OLDEST, is_a
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def run_python(code: str, *, cwd: Path) -> str:
+def run_python(code: str, *, cwd: Path, **environment: str) -> str:
     """What `code` prints in a fresh interpreter started in `cwd`."""
-    done = subprocess.run([sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=cwd,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -67,6 +74,72 @@ with ThreadPoolExecutor(8) as pool:
     assert all(pool.map(lambda name: getattr(convinit, name), ["fit_qk", "init", "nn", "InitReport"] * 8))
 """
     run_python(code, cwd=tmp_path)
+
+
+WHERE = """
+import importlib.util, convinit
+from pathlib import Path
+from convinit.kernels import tuned
+assert len(convinit.__path__) == len(convinit.kernels.__path__) == 1
+assert list(Path(tuned.__file__).parent.glob("sm_*.json"))
+# Nothing else of a checkout is part of the package: setup.py would run.
+for name in ("setup", "tests", "benchmarks", "csrc"):
+    assert importlib.util.find_spec(f"convinit.{name}") is None, name
+print(Path(tuned.__file__).parent)
+"""
+
+
+def where(cwd: Path, **environment: str) -> Path:
+    """The folder that convinit.kernels is imported from, by an interpreter started in `cwd`."""
+    return Path(run_python(WHERE, cwd=cwd, **environment).strip())
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """The source tree as git has it, links included; what a wheel's tests run beside has none."""
+    if not (ROOT / "convinit").is_dir():
+        pytest.skip("needs a source checkout")
+    ignore = shutil.ignore_patterns("*.so", "__pycache__")
+    for name in ("convinit", "kernels", "csrc"):
+        shutil.copytree(ROOT / name, tmp_path / "checkout" / name, symlinks=True, ignore=ignore)
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path / "checkout" / name)
+    return tmp_path / "checkout"
+
+
+def built(folder: Path) -> Path:
+    """The folder with the library that this interpreter loads."""
+    for path in Path(convinit.__file__).parent.glob("_C*.so"):
+        shutil.copy(path, folder / "convinit")
+    return folder
+
+
+def test_kernels_of_the_installation(tmp_path):
+    assert where(tmp_path) == Path(convinit.__file__).parent / "kernels"
+
+
+def test_kernels_of_a_checkout_on_the_path(checkout, tmp_path):
+    assert where(tmp_path, PYTHONPATH=str(built(checkout))) == checkout / "convinit" / "kernels"
+    assert (checkout / "kernels").samefile(checkout / "convinit" / "kernels")
+
+
+def test_kernels_of_a_wheel(checkout, tmp_path):
+    """The source distribution holds them once, and what is built from it holds them in the package."""
+
+    def setup(*words: str) -> None:
+        command = [sys.executable, "setup.py", "-q", *words]
+        subprocess.run(command, cwd=checkout, check=True, capture_output=True)
+
+    setup("sdist", "-d", str(tmp_path))
+    (archive,) = tmp_path.glob("convinit-*.tar.gz")
+    shutil.unpack_archive(archive, tmp_path, filter="data")
+    shutil.rmtree(checkout)
+    (tmp_path / archive.name.removesuffix(".tar.gz")).rename(checkout)
+    assert [path.relative_to(checkout).parts for path in checkout.rglob("tiles.py")] == [
+        ("convinit", "kernels", "tiles.py")
+    ]
+    setup("build_py", "--build-lib", str(tmp_path / "site"))
+    assert where(tmp_path, PYTHONPATH=str(built(tmp_path / "site"))) == tmp_path / "site/convinit/kernels"
 
 
 def test_build_info():

@@ -102,7 +102,9 @@ class Session:
     def __init__(self, device: int, dtype: torch.dtype) -> None:
         self.device, self.dtype = device, dtype
         self.machine = tuned.machine(device)
-        self.content = {"machine": self.machine, "date": "", "disabled": {}, "choices": [], "configs": []}
+        self.content: dict[str, Any] = {
+            "machine": self.machine, "date": "", "disabled": {}, "choices": [], "configs": [],
+        }  # fmt: skip
         with suppress(ValueError):  # no file yet, or a damaged one
             content = tuned.read(tuned.path_of(self.machine))
             self.content = content if content["machine"] == self.machine else self.content
@@ -202,7 +204,7 @@ class Session:
             self.tuned.choices.pop(problem, None)
         if "torch" not in times:
             return self.nothing(case, shape, outcomes["torch"].reason)
-        row = {
+        row: dict[str, Any] = {
             "op": case.op, "dtype": _name(self.dtype), "N": tokens, "r": rank,
             "positions": case.positions, "training": training,
             "choice": decide(times), "least": max(1, batch * heads // 2), "shape": list(shape),
@@ -293,7 +295,8 @@ def launches(case: Case, shape: Shape, dtype: torch.dtype) -> dict[str, Callable
             "apply": lambda chosen: [launch.apply_map(attention, v, chosen)],
             "map_gradient": lambda chosen: [launch.map_gradient(dout, v, chosen)],
         }
-    inputs = (*split_packed(x, heads), *others)
+    q_pos, k_pos = others
+    inputs = (*split_packed(x, heads), q_pos, k_pos)
     numbers = (rank**-0.5, ALPHA)
     out, lse = launch.positional_forward(*inputs, *numbers)
     backward = functools.partial(

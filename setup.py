@@ -2,7 +2,8 @@
 
 The shared object never refers to Python; `torch.ops.load_library` loads it.
 CUDA sources, where the tree has any, become a second one, `convinit._C_cuda`, under the control of
-`CONVINIT_CUDA`: 0 leaves it out, 1 insists, unset builds it where nvcc is found and torch could load it.
+`CONVINIT_CUDA`: unset builds it where torch sees a GPU and nvcc is found, for that GPU; 0 leaves it out;
+1, for wheels, insists and builds it for all GPU generations. `TORCH_CUDA_ARCH_LIST` names other GPUs.
 `CONVINIT_WERROR=1`, for releases, makes errors of warnings; other people's newer compilers may find new ones.
 """
 
@@ -31,7 +32,6 @@ except ImportError as error:
 ROOT = Path(__file__).resolve().parent
 STABLE_ABI = (2, 10)  # the oldest torch that a wheel runs on
 CUDA_ARCHITECTURES = "8.0;9.0;10.0;12.0+PTX"
-FIRST_NVCC = (12, 8)  # that knows them all
 STABLE_ABI_FLAG = f"-DTORCH_TARGET_VERSION=0x{STABLE_ABI[0]:02x}{STABLE_ABI[1]:02x}000000000000"
 CXX_STANDARD_PROBE = "#include <concepts>\n#include <span>\ntemplate <std::integral T> T same(T x);\n"
 WARNINGS_ARE_ERRORS = os.environ.get("CONVINIT_WERROR", "") == "1"
@@ -78,13 +78,24 @@ def find_cuda_home() -> Path | None:
     return Path(top[1]).resolve() if top else Path(nvcc).resolve().parent.parent
 
 
-def nvcc_version(cuda_home: Path) -> tuple[int, int]:
-    text = subprocess.run([cuda_home / "bin" / "nvcc", "--version"], capture_output=True, text=True).stdout
-    release = re.search(r"release (\d+)\.(\d+)", text)
-    return (int(release[1]), int(release[2])) if release else (0, 0)
+def wanted_architectures(choice: str) -> str:
+    """As TORCH_CUDA_ARCH_LIST has them: all for wheels, else those of the GPUs here, which may be none."""
+    if choice == "1":
+        return CUDA_ARCHITECTURES
+    gpus = range(torch.cuda.device_count())
+    return ";".join(sorted({"{}.{}".format(*torch.cuda.get_device_capability(gpu)) for gpu in gpus}))
+
+
+def unknown_to_nvcc(cuda_home: Path, architectures: str) -> list[str]:
+    """Those that this nvcc is too old, or too new, to compile for."""
+    nvcc = cuda_home / "bin" / "nvcc"
+    known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout.split()
+    names = architectures.replace("+PTX", "").split(";")
+    return [name for name in names if "compute_" + name.replace(".", "") not in known]
 
 
 def want_cuda(cuda_home: Path | None, sources: list[str]) -> bool:
+    """Whether to build the CUDA ops; sets TORCH_CUDA_ARCH_LIST, unless it is set."""
     choice = os.environ.get("CONVINIT_CUDA", "")
     if choice not in ("", "0", "1"):
         sys.exit(f"convinit: CONVINIT_CUDA must be 0, 1 or unset, got {choice!r}.")
@@ -94,14 +105,19 @@ def want_cuda(cuda_home: Path | None, sources: list[str]) -> bool:
         problem = "this source tree has no CUDA sources (csrc/*.cu)"
     elif cuda_home is None:
         problem = "nvcc was found neither through CUDA_HOME nor on PATH; install the CUDA toolkit"
-    elif "TORCH_CUDA_ARCH_LIST" not in os.environ and nvcc_version(cuda_home) < FIRST_NVCC:
-        problem = (
-            f"nvcc in {cuda_home} is older than {FIRST_NVCC[0]}.{FIRST_NVCC[1]} and cannot compile for "
-            f"{CUDA_ARCHITECTURES}; take a newer one, or name fewer in TORCH_CUDA_ARCH_LIST"
-        )
     elif choice == "" and torch.version.cuda is None:
         problem = "this torch is a CPU build, under which they are not loaded; CONVINIT_CUDA=1 builds them"
+    elif "TORCH_CUDA_ARCH_LIST" in os.environ:
+        return True
+    elif not (architectures := wanted_architectures(choice)):
+        problem = "torch sees no GPU here; CONVINIT_CUDA=1 builds them for all GPUs"
+    elif unknown := unknown_to_nvcc(cuda_home, architectures):
+        problem = (
+            f"nvcc in {cuda_home} cannot compile for {', '.join(unknown)}; take another one, or name other "
+            "GPUs in TORCH_CUDA_ARCH_LIST"
+        )
     else:
+        os.environ["TORCH_CUDA_ARCH_LIST"] = architectures
         return True
     if choice == "1":
         sys.exit(f"convinit: CONVINIT_CUDA=1 asks for the CUDA ops, but {problem}.")
@@ -145,7 +161,6 @@ def cpu_extension() -> Extension:
 
 def cuda_extension(cuda_home: Path) -> Extension:
     cpp_extension.CUDA_HOME = str(cuda_home)
-    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)
     # "code=sm_90" is machine code; "code=compute_90" PTX, which later GPUs compile (not that of compute_90a).
     ptx = re.findall(r"code=compute_(\d+)\b", " ".join(cpp_extension._get_cuda_arch_flags()))
     host = [flag for flag in common_flags() if flag.startswith(("-f", "-W"))]
@@ -182,14 +197,23 @@ class BuildExtension(cpp_extension.BuildExtension):
     def build_extensions(self) -> None:
         check_torch()
         check_compiler()
+        if self.editable_mode and len(self.extensions) == 1:  # one of an earlier build would be loaded
+            for stale in (ROOT / "convinit").glob("_C_cuda.*so"):
+                stale.unlink()
         # torch refuses an nvcc of another major version than its own CUDA. That is for what links torch's
         # CUDA runtime or its C++ API; ours has a runtime of its own and the stable ABI alone.
         with mock.patch.object(cpp_extension, "_check_cuda_version", lambda *_: None, create=True):
             super().build_extensions()
 
     def build_extension(self, ext: Extension) -> None:
-        """qk_solver.cpp and qk_solver.cu make one object each: a folder for each extension's."""
-        shared, self.build_temp = self.build_temp, os.path.join(self.build_temp, ext.name)
+        """qk_solver.cpp and qk_solver.cu make one object each: a folder for each extension's.
+
+        An editable install would have a new folder each time; in one that stays ninja compiles what changed.
+        A folder for each torch, for ninja takes no notice of its headers.
+        """
+        shared = self.build_temp
+        top = ROOT / "build" / f"editable-torch-{torch.__version__}" if self.editable_mode else Path(shared)
+        self.build_temp = str(top / ext.name)
         os.makedirs(self.build_temp, exist_ok=True)
         super().build_extension(ext)
         self.build_temp = shared

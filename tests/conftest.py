@@ -1,7 +1,14 @@
 from __future__ import annotations
 
+import os
+
 import pytest
-import torch
+
+# Workers side by side (pytest -n) share the CPUs; what they start inherits it.
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
+
+import torch  # noqa: E402
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -36,6 +36,12 @@ def test_version_is_the_installed_one():
     assert convinit.__version__ == metadata.version("convinit")
 
 
+def test_the_citation_is_of_this_version():
+    if not (ROOT / "CITATION.cff").exists():
+        pytest.skip("needs a source checkout")
+    assert f"\nversion: {convinit.__version__}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+
+
 def test_public_names_exist():
     for name in convinit.__all__:
         assert hasattr(convinit, name), name

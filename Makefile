@@ -29,9 +29,9 @@ gpu: .venv/with-test
 
 .venv/with-torch:
 	$(PYTHON) -m venv .venv
-	$(IN) pip install torch setuptools wheel ninja
+	$(IN) python -m pip install torch setuptools wheel ninja
 	touch $@
 
 .venv/with-%: .venv/with-torch setup.py pyproject.toml $(wildcard csrc/*)
-	$(IN) pip install --no-build-isolation -e '.[$*]'
+	$(IN) python -m pip install --no-build-isolation -e '.[$*]'
 	touch $@

@@ -152,7 +152,7 @@ def test_nan_in_one_batch_is_a_difference(tmp_path, monkeypatch):
 class OwnOp(nn.Module):
     def forward(self, images):
         q = images.flatten(2).unsqueeze(1)  # [B, 1, 3, 64]
-        return fused_positional_attention(q, q, q, None, None, 0.1, 1.0, 0.0).mean(1)
+        return fused_positional_attention(q, q, q, None, None, 0.1, 1.0).mean(1)
 
 
 class DataDependent(nn.Module):

@@ -66,11 +66,12 @@ def init_vit_(
         model: in place. Frozen queries and keys are left alone, and the report says so.
         kernel_size: offsets are drawn from the f×f window; odd, and at most 2·min(H, W) − 1. None means
             half the grid, 3 to 7: 3 on 8 × 8 tokens, 7 on 14 × 14.
-        method: "newton", "adam", "svd" or options as in :func:`convinit.fit_qk`; "mimetic" (arXiv
-            2305.09828); or a control: "position_only" (queries and keys stay as the library drew them, all
-            else is done), "scrambled" (a random permutation of the tokens in place of a shift),
-            "norm_matched" (random directions), the last two with the weight norm of the impulse fit and
-            the factors that impulses would need; "keep" leaves queries and keys.
+        method: "newton", "adam", "svd" or options as in :func:`convinit.fit_qk`, of which the papers' two are
+            not their weights where there are class tokens (here orthogonal to the fit) or biases (here 0);
+            "mimetic" (arXiv 2305.09828); or a control: "position_only" (queries and keys stay as the library
+            drew them, all else is done), "scrambled" (a random permutation of the tokens in place of a
+            shift), "norm_matched" (random directions), the last two with the weight norm of the impulse fit
+            and the factors that impulses would need; "keep" leaves queries and keys.
         weight_norm, peak: how sharp, see :func:`convinit.fit_qk`; None means peak = 0.7. With a weight norm
             nothing is measured. With qk_norm the peak is set by the weights of those norms.
         alpha: only for convinit's own models: their attribute, the content share of Model I.
@@ -89,8 +90,8 @@ def init_vit_(
             stay; the image then blurs the maps, and a warning says how much. None means "subspace", but
             "keep" for the methods "mimetic" and "keep".
         pos_embed_gain: multiplies P (the patches' rows) in place, once, however often the function is called
-            on one model object; implies position="keep". arXiv 2505.19985 multiplies by 18 in the
-            forward pass.
+            on one model object; implies position="keep". arXiv 2505.19985 multiplies the parameter by 18 as
+            well, the class token's row with it.
         grid_size: (H, W) of the tokens, for models that are not known, and for those that do not keep their
             grid (vit-pytorch's ViT; `images` show it as well).
         pos_embed: P [N, D] as it is added to the tokens, for models that are not known; row-major.

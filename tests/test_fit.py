@@ -354,6 +354,38 @@ def test_adam_reproduces_the_papers_fit():
     torch.testing.assert_close(fit.mse, official, rtol=0.05, atol=0)
 
 
+def test_adam_fits_layers_together_as_each_alone():
+    """Start and norm are the layer's own: with one norm for all, weights were 0.4 to 0.5 % off."""
+    P, offsets = sincos((6, 6), 64), sample_offsets(8, 3, generator=torch.Generator().manual_seed(3))
+    generator = torch.Generator().manual_seed(0)
+    alone = [
+        fit_qk(P, part, (6, 6), 16, scale=0.25, method=Adam(steps=20), generator=generator)
+        for part in offsets.split(4)
+    ]
+    together = fit_qk(
+        P, offsets, (6, 6), 16, scale=0.25, method=Adam(steps=20, heads=4),
+        generator=torch.Generator().manual_seed(0),
+    )  # fmt: skip
+    for name in ("wq", "wk"):
+        expected = torch.cat([getattr(fit, name) for fit in alone])
+        torch.testing.assert_close(getattr(together, name), expected, rtol=1e-5, atol=1e-7)
+
+
+def test_svd_fits_a_norm_that_pos_embed_gain_does_not_change():
+    """What fit_qk is to be given is LayerNorm(P): the size of P changes nothing, the norm does."""
+    P = 0.02 * torch.randn(64, 96, generator=torch.Generator().manual_seed(0))
+    offsets = torch.tensor([[0, 1], [-1, 0]])
+
+    def product(P):
+        seeded = torch.Generator().manual_seed(5)
+        fit = fit_qk(P, offsets, (8, 8), 32, scale=0.2, method="svd", generator=seeded)
+        return fit.wq @ fit.wk.mT
+
+    expected = product(torch.nn.functional.layer_norm(P, [96]))
+    torch.testing.assert_close(product(18 * P), product(P), rtol=1e-3, atol=1e-4)
+    assert (product(18 * P) - expected).abs().max() > 0.1 * expected.abs().max()
+
+
 def test_svd_inverts_the_wanted_logits():
     """Rank D: the pseudo-inverse is exact, so W_q W_k^T is P+ L P+^T up to its scale."""
     P, offsets = sincos((4, 4), 16, torch.float64), torch.tensor([[0, 1]])

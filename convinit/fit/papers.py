@@ -20,7 +20,9 @@ class Adam:
         lr: learning rate of Adam; its betas and epsilon are PyTorch's defaults.
         steps: number of steps.
         norm_interval: at steps 0, norm_interval, 2 · norm_interval, … the weights are normalised again.
-        heads: heads of one layer, over which the loss is a mean; 0 means all that are fitted together.
+        heads: heads of one layer; 0 means all that are fitted together. The loss is a mean over them, and the
+            norm to which weights are brought back is theirs: layers fitted together get what each would get
+            alone.
     """
 
     lr: float = 1e-4
@@ -39,8 +41,9 @@ class Adam:
 class SVD:
     """Options of method "svd": the fit of arXiv 2505.19985.
 
-    The papers' model multiplies the position embedding by 18 in its forward pass; pass `18 * P` to fit such a
-    model.
+    The authors scale the parameter P by 18 once, at the start, and fit LayerNorm(P), which is what the first
+    layer's queries and keys see: pass that. The result does not depend on the size of what is passed, so
+    `18 * P` gives the weights of P and not those of LayerNorm(P).
 
     Attributes:
         impulse_logit: logit of the target.
@@ -73,8 +76,8 @@ def fit_adam(
     """W_q, W_k [B, D, r] by Adam on mse(softmax(σ P W_q W_kᵀ Pᵀ), M), as in arXiv 2401.12511.
 
     Both start as U(±√(1/(r · heads))). At every `norm_interval`-th step W_q [B, D, r] is divided by its norm
-    over D and W_kᵀ [B, r, D] by its norm over r, and both are multiplied by the mean initial norm of W_q's
-    columns. All arguments and results are on the CPU; the steps are made on `device`.
+    over D and W_kᵀ [B, r, D] by its norm over r, and both are multiplied by the mean initial norm of the
+    columns of their layer's W_q. All arguments and results are on the CPU; the steps are made on `device`.
     """
     P = pos_embed.to(torch.promote_types(pos_embed.dtype, torch.float32))
     heads = method.heads or max(len(targets), 1)
@@ -83,8 +86,11 @@ def fit_adam(
     def uniform(*shape: int) -> Tensor:
         return torch.empty(shape).uniform_(-bound, bound, generator=generator).to(P)
 
-    wq, wk_t = uniform(len(targets), P.shape[1], rank), uniform(len(targets), rank, P.shape[1])
-    norm = wq.norm(dim=1).mean()
+    # Layer by layer, so that layers fitted together start where each would alone.
+    layers = [len(part) for part in targets.split(heads)]
+    starts = [(uniform(n, P.shape[1], rank), uniform(n, rank, P.shape[1])) for n in layers]
+    norms = [start.norm(dim=1).mean().expand(len(start), 1, 1) for start, _ in starts]
+    wq, wk_t = (torch.cat(parts) for parts in zip(*starts, strict=True))
     # P in a basis of its row space, which leaves rounding alone to tell the fits apart.
     U, S, Vh = torch.linalg.svd(P.double(), full_matrices=False)
     kept = S > torch.finfo(P.dtype).eps * S[0]
@@ -92,6 +98,7 @@ def fit_adam(
         x.to(device).contiguous()
         for x in ((U[:, kept] * S[kept]).to(P), Vh[kept].T.to(P), targets, wq, wk_t.mT)
     )
+    norm = torch.cat(norms).to(wq)
     moments = wq.new_zeros(2, 2, *wq.shape)
     for step in progress(range(0, method.steps, method.norm_interval), "fitting with Adam", unit="interval"):
         wq *= norm / wq.norm(dim=1, keepdim=True)

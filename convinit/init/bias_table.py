@@ -70,7 +70,7 @@ def impulse_bias_table_(
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape or value.
 
-    Source: arXiv 2401.12511 reports impulses for Swin and gives no details; the formula is ours.
+    Source: arXiv 2505.19985 reports impulses for Swin; its code is not published; the formula is ours.
     """
     start = time.perf_counter()
     height, width = check_grid_size(window_size, "window_size")

@@ -176,17 +176,20 @@ def mimetic_qk_(
 
 @torch.no_grad()
 def random_qk_(wq: Tensor, wk: Tensor, *, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-    """The papers' random weights: U(±√(1/(r·heads))).
+    """The papers' random weights: U(±√(1/D)), as ``nn.Linear`` draws them.
 
     Args:
-        wq, wk: [heads, D, r], written in place.
+        wq, wk: [heads, D, r], written in place. Of Model III, whose factors have a row for each token, D is
+            the number of tokens.
         generator: CPU generator.
 
     Returns:
         (wq, wk).
+
+    Source: arXiv 2401.12511.
     """
-    heads, _, rank = _check_qk(wq, wk)
-    bound = math.sqrt(1 / max(rank * heads, 1))
+    _, dim, _ = _check_qk(wq, wk)
+    bound = math.sqrt(1 / max(dim, 1))
     wq.copy_(uniform(wq.shape, bound, generator))
     wk.copy_(uniform(wk.shape, bound, generator))
     return wq, wk

@@ -52,7 +52,7 @@ def impulse_token_mixing_(
         TypeError, ValueError: an argument has the wrong type, shape or value, or T < N: there is no unit for
             every token.
 
-    Source: arXiv 2401.12511 reports impulses for MLP-Mixer and gives no details; the layout is ours.
+    Source: arXiv 2505.19985 reports impulses for MLP-Mixer; its code is not published; the layout is ours.
     """
     height, width = check_grid_size(grid_size)
     groups = _check_weights(fc1_weight, fc1_bias, fc2_weight, fc2_bias, height * width)

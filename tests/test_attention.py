@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from convinit import impulse_targets
+from convinit import fit_qk, impulse_targets, sample_offsets
 from convinit.fit import Adam
 from convinit.nn import ConvInitAttention, Linear, sincos_2d
 from convinit.nn.attention import reset_mixing_
@@ -141,6 +141,40 @@ def test_free_maps_start_as_the_projected_ones():
     projected, free = make("II", **options), make("III", **options)
     torch.testing.assert_close(free.attention_map(), projected.attention_map(), rtol=1e-4, atol=1e-5)
     assert torch.equal(free.v.weight, projected.v.weight)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5])
+def test_the_papers_adam_sees_what_its_code_gives_it(alpha):
+    """P itself in Model I, whatever alpha is; in Model III nothing: Q and K are the fit of free factors."""
+    adam, offsets = Adam(steps=20), torch.tensor([[0, 1], [1, 0], [0, 0], [-1, -1]])
+    options = {"init": "impulse", "method": adam, "scale": 0.1, "offsets": offsets, "kernel_size": 3}
+    for variant, P in (("I", sincos_2d(GRID, DIM)), ("III", torch.eye(TOKENS))):
+        module = make(variant, alpha=alpha, **options)
+        seeded = torch.Generator().manual_seed(0)
+        sample_offsets(HEADS, 3, generator=seeded)  # drawn first, whatever is given
+        fit = fit_qk(P, offsets, GRID, DIM // HEADS, scale=0.1, method=adam, generator=seeded)
+        wq, wk = module.qk_weights() if variant == "I" else (module.q_map, module.k_map.mT)
+        torch.testing.assert_close(wq, fit.wq)
+        torch.testing.assert_close(wk, fit.wk)
+        assert torch.equal(module.offsets, offsets)
+
+
+def test_mimetic_and_random_are_those_of_the_papers_code():
+    """D 512, 8 heads of 64, 16 × 16 tokens: figures measured in the authors' code, and of noise N(0, 1/D)."""
+
+    def layer(init, variant="I", heads=8, **options):
+        seeded = torch.Generator().manual_seed(0)
+        return ConvInitAttention(
+            512, heads, (16, 16), head_dim=64, variant=variant, init=init, generator=seeded, **options
+        )
+
+    for distribution, diagonal, norm in (("uniform", 0.1407, 8.758), ("normal", 0.172, 10.15)):
+        wq, wk = layer("mimetic", distribution=distribution).qk_weights()
+        assert (wq * wk).sum(dim=2).mean().item() == pytest.approx(diagonal, rel=0.01)
+        assert wq.flatten(1).norm(dim=1).mean().item() == pytest.approx(norm, rel=0.003)
+    for weights in (layer("random").qk_weights(), layer("random", heads=4).qk_weights()):
+        assert weights[0].abs().max().item() == pytest.approx(512**-0.5, rel=1e-3)  # 0.0442
+    assert layer("random", "III").q_map.abs().max().item() == pytest.approx(0.0625, rel=1e-3)
 
 
 def test_values_and_output_are_mimetic():

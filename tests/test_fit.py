@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from convinit import fit_qk, fit_targets, impulse_matrix, impulse_targets, sample_offsets
-from convinit.fit import SVD, Adam, Newton
+from convinit.fit import SVD, Adam, Newton, papers
+from convinit.fit.adam import adam_steps_
 from convinit.fit.api import DEFAULT_PEAK, grid_symmetries
 from convinit.fit.newton import distinct_problems, reduced_bases, true_symmetries
 from convinit.fit.papers import fit_adam
@@ -369,6 +370,26 @@ def test_adam_fits_layers_together_as_each_alone():
     for name in ("wq", "wk"):
         expected = torch.cat([getattr(fit, name) for fit in alone])
         torch.testing.assert_close(getattr(together, name), expected, rtol=1e-5, atol=1e-7)
+
+
+def test_adam_is_not_done_twice(monkeypatch):
+    """Of the same start, target and P the fit is remembered; what a caller writes into it is not."""
+    calls = []
+    monkeypatch.setattr(
+        papers, "adam_steps_", lambda *args, **kwargs: calls.append(1) or adam_steps_(*args, **kwargs)
+    )
+    P, offsets, method = sincos((5, 5), 32), torch.tensor([[0, 1], [1, 0]]), Adam(steps=7)
+
+    def fit(seed, scale=0.3):
+        seeded = torch.Generator().manual_seed(seed)
+        return fit_qk(P, offsets, (5, 5), 8, scale=scale, method=method, generator=seeded).wq
+
+    first = fit(0)
+    expected = first.clone()
+    first.zero_()
+    assert torch.equal(fit(0), expected) and len(calls) == 1
+    assert not torch.equal(fit(1), expected) and not torch.equal(fit(0, scale=0.4), expected)
+    assert len(calls) == 3
 
 
 def test_svd_fits_a_norm_that_pos_embed_gain_does_not_change():

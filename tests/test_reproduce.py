@@ -16,6 +16,8 @@ from test_data import write_cifar10
 from typer.testing import CliRunner
 
 from convinit.cli.app import app
+from convinit.fit import Adam
+from convinit.fit.api import METHODS
 from convinit.reproduce import DATA, TABLES, Grid, Report, declared, run_all, unfinished
 from convinit.reproduce import write_report as write
 from convinit.reproduce.cells import OUTCOME, folder_of, identity, read_outcome, run_cell
@@ -99,10 +101,29 @@ def test_every_table_is_whole(name, data):
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_every_small_cell_can_be_built(name):
+def test_every_small_cell_can_be_built(name, monkeypatch):
+    monkeypatch.setitem(METHODS, "adam", Adam(steps=2))
     for configs in Grid.of(declared(name), (0,), {}).configs.values():
         model = build_model(configs[0], image_size=8, channels=1, num_classes=10)
         assert model(torch.zeros(1, 1, 8, 8)).shape == (1, 10)
+
+
+@pytest.mark.parametrize("data", ["digits", "cifar10"])
+@pytest.mark.parametrize("name", ["models", "alpha", "kernel-size", "sigma", "data", "convergence", "shift"])
+def test_rows_as_in_the_paper_have_its_weights(name, data):
+    """The authors' scripts: Adam on P, σ = 0.1; uniform mimetic noise; values as nn.Linear makes them."""
+    cells = Grid.of(declared(name, data), (0,), {"init.values": "mimetic"}).configs
+    of_row = {
+        row: [configs[0] for cell, configs in cells.items() if cell[0] == f"{row}, as in the paper"]
+        for row in ("impulse", "mimetic")
+    }
+    assert of_row["impulse"] and of_row["mimetic"]
+    for config in of_row["impulse"]:
+        assert (config.init.method, config.init.fit, config.init.values) == ("impulse", "adam", "default")
+        assert config.model.options == {"scale": 0.1}
+    for config in of_row["mimetic"]:
+        assert (config.init.method, config.init.distribution) == ("mimetic", "uniform")
+        assert config.init.values == "default" and config.model.options == {}
 
 
 def test_tables_share_their_runs():
@@ -161,6 +182,11 @@ def test_settings_of_all_cells():
     cells = Grid.of(declared("models"), (0,), {"init.values": "mimetic"}).configs
     assert cells["default, values too", "Model I"][0].init.values == "default"
     assert cells["random", "Model I"][0].init.values == "mimetic"
+    # A row's table of options takes no more than it names.
+    with pytest.raises(ValueError, match=r"table 'alpha' sets model.options.scale itself"):
+        Grid.of(table, (0,), {"model.options": {"scale": 0.2}})
+    cells = Grid.of(table, (0,), {"model.options": {"value": False}}).configs
+    assert cells["impulse, as in the paper", "α = 0"][0].model.options == {"value": False, "scale": 0.1}
     # What surrounds a run is not part of it.
     other = Grid.of(table, (3,), {"recipe.epochs": 2, "data.workers": 1, "run.threads": 2})
     assert identity(other.configs["impulse", "α = 0.3"][0]) == identity(config)

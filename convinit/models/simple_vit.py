@@ -44,7 +44,7 @@ class SimpleViT(Pretrained, nn.Module):
         mlp_dim: hidden width of the MLP.
         channels: of the images.
         variant, alpha: see the table.
-        init, values, kernel_size, scale, padding_mode, method, weight_norm, peak, value, proj,
+        init, distribution, values, kernel_size, scale, padding_mode, method, weight_norm, peak, value, proj,
             trainable_mixing: see :class:`convinit.nn.ConvInitAttention`.
         attn_drop, proj_drop: dropout on attention weights, and on the outputs of attention and MLP.
         offsets: [depth·heads, 2], or [heads, 2] for all layers alike, (dy, dx) of heads; None draws them.
@@ -77,6 +77,7 @@ class SimpleViT(Pretrained, nn.Module):
         variant: str = "I",
         alpha: float = 0.2,
         init: str = "impulse",
+        distribution: str = "normal",
         values: str = "default",
         kernel_size: int = 5,
         scale: float | None = None,
@@ -142,6 +143,7 @@ class SimpleViT(Pretrained, nn.Module):
                 trainable_mixing=trainable_mixing,
                 padding_mode=padding_mode,
                 init=init,
+                distribution=distribution,
                 values=values,
                 method=method,
                 weight_norm=weight_norm,

@@ -25,8 +25,8 @@ from convinit._checks import (
     check_share,
     check_tensor,
 )
-from convinit.fit import Adam, fit_qk
-from convinit.fit.api import Method
+from convinit.fit import Adam, Newton, fit_qk
+from convinit.fit.api import METHODS, Method
 from convinit.init._shared import rounded
 from convinit.nn.linear import Linear
 from convinit.nn.position import fill_sincos_, sincos_2d
@@ -80,12 +80,16 @@ class ConvInitAttention(nn.Module):
         init: of queries and keys. "impulse"; the papers' "mimetic" and "random"; "default", as ``nn.Linear``;
             the controls "scrambled" (fit to random permutations) and "norm_matched" (random), both at the
             weight norm that "impulse" would have had. Model III starts from Q = P W_q and K = (P W_k)ᵀ if
-            those are fitted or norm-matched; the other initialisers are applied to Q and Kᵀ themselves, where
-            "default" means "random".
+            those are fitted or norm-matched; the other initialisers, and method "adam", are applied to Q and
+            Kᵀ themselves, where "default" means "random".
+        distribution: of the noise in "mimetic" queries and keys: "normal", of variance 1/D (arXiv
+            2305.09828), or "uniform", of variance 1/(3D) (arXiv 2401.12511).
         values: of W_v and W_o: "default", as ``nn.Linear``, or "mimetic".
         offsets: [heads, 2], the (dy, dx) of every head; None draws them.
-        method, weight_norm, peak: of the fit; see :func:`convinit.fit_qk`. The fit sees (1−α) P in Model I,
-            LayerNorm(P) in the vanilla variant, whose tokens come out of a norm, and P in Models II and III.
+        method, weight_norm, peak: of the fit; see :func:`convinit.fit_qk`. The fit sees LayerNorm(P) in the
+            vanilla variant, whose tokens come out of a norm, and P in Models II and III. In Model I "newton"
+            sees (1−α) P, the positional part of its queries and keys, and the papers' methods see P, as
+            theirs do. In Model III "adam" fits Q and K without P, as theirs does.
         pos_embed: P [N, D]; None means the fixed 2-D sin-cos of grid and dim, which needs a D divisible by 4.
             A given P is data: it is saved with the state_dict, and after ``to_empty`` it must be loaded.
         attn_head_dim, dim_out, qk_norm, scale_norm, gated, norm_layer: taken so that the module can stand in
@@ -102,10 +106,10 @@ class ConvInitAttention(nn.Module):
     Raises:
         ValueError, TypeError: an argument is out of range, or the input is not on this grid.
 
-    Source: arXiv 2401.12511, Models I to III. Two departures: the position term (1−α) P W is made once a step
-    and not once an image, with the same result; and the fit of Model I sees (1−α) P, the positional part of
-    its queries and keys, so that ``peak`` is what the layer has on zero content; content softens it further.
-    The papers fit P itself: their result is a ``set_qk_`` away.
+    Source: arXiv 2401.12511, Models I to III; its weights are those of ``init="impulse", method="adam",
+    scale=0.1``. Two departures: the position term (1−α) P W is made once a step and not once an image, with
+    the same result; and "newton" fits (1−α) P in Model I, so that ``peak`` is what the layer has on zero
+    content; content softens it further.
     """
 
     pos_embed: Tensor
@@ -135,6 +139,7 @@ class ConvInitAttention(nn.Module):
         trainable_mixing: bool = True,
         padding_mode: str = "zeros",
         init: str = "impulse",
+        distribution: str = "normal",
         values: str = "default",
         method: str | Method = "newton",
         weight_norm: float | None = None,
@@ -158,6 +163,7 @@ class ConvInitAttention(nn.Module):
         head_dim = _head_dim(dim, num_heads, head_dim if attn_head_dim is None else attn_head_dim)
         check_choice("variant", variant, VARIANTS)
         check_choice("init", init, _INITS)
+        check_choice("distribution", distribution, ("normal", "uniform"))
         check_choice("values", values, _VALUES)
         check_choice("backend", backend, BACKENDS)
         check_padding_mode(padding_mode)
@@ -200,6 +206,7 @@ class ConvInitAttention(nn.Module):
         self.backend = backend
         self.padding_mode = padding_mode
         self.init = init
+        self.distribution = distribution
         self.values = values
         self.method = method
         self.weight_norm = weight_norm
@@ -300,14 +307,22 @@ class ConvInitAttention(nn.Module):
         if self.variant == "III":
             pos_embed = self.pos_embed.double()
             wq, wk = (pos_embed @ w.to(pos_embed) for w in (wq, wk))
-        own_wq, own_wk = (self.q_map, self.k_map.mT) if self.variant == "III" else self.qk_weights()
+        self._write_qk_(wq, wk)
+        return self
+
+    def _write_qk_(self, wq: Tensor, wk: Tensor) -> None:
+        """Writes W_q and W_k, or Q and Kᵀ of Model III, and biases of 0."""
+        own_wq, own_wk = self._own_qk()
         new_wq, new_wk = rounded("wq", own_wq, wq), rounded("wk", own_wk, wk)
         own_wq.copy_(new_wq)
         own_wk.copy_(new_wk)
         bias = self._qk_bias()
         if bias is not None:
             bias.zero_()
-        return self
+
+    def _own_qk(self) -> tuple[Tensor, Tensor]:
+        """What the layer has of queries and keys, as views: W_q and W_k [heads, D, r], or Q and Kᵀ."""
+        return (self.q_map, self.k_map.mT) if self.variant == "III" else self.qk_weights()
 
     def get_extra_state(self) -> Tensor:
         """What the state_dict keeps beside weights and buffers: alpha and scale, [2] float64."""
@@ -331,9 +346,9 @@ class ConvInitAttention(nn.Module):
         bias = self._qk_bias()
         if bias is not None:
             bias.zero_()
-        wq, wk = (self.q_map, self.k_map.mT) if self.variant == "III" else self.qk_weights()
+        wq, wk = self._own_qk()
         if self.init == "mimetic":
-            init_.mimetic_qk_(wq, wk, generator=generator)
+            init_.mimetic_qk_(wq, wk, distribution=self.distribution, generator=generator)
         elif self.init == "random" or self.variant == "III":
             init_.random_qk_(wq, wk, generator=generator)
         else:
@@ -500,13 +515,16 @@ def reset_mixing_(layers: Sequence[ConvInitAttention], generator: torch.Generato
         return
 
     pos_embed = first.pos_embed.cpu()
-    if first.variant == "I":
-        pos_embed = (1 - first.alpha) * pos_embed
+    method = METHODS[first.method] if isinstance(first.method, str) else first.method
+    if isinstance(method, Adam) and method.heads == 0:  # the papers fit layer by layer
+        method = replace(method, heads=first.num_heads)
+    free = first.variant == "III" and isinstance(method, Adam)  # Q and K themselves, whatever P is
+    if free:
+        pos_embed = torch.eye(len(pos_embed), dtype=pos_embed.dtype, device="cpu")
     elif first.variant == "vanilla":
         pos_embed = F.layer_norm(pos_embed, (first.dim,))
-    method = first.method
-    if method == "adam" or (isinstance(method, Adam) and method.heads == 0):  # the papers fit layer by layer
-        method = replace(Adam() if isinstance(method, str) else method, heads=first.num_heads)
+    elif first.variant == "I" and isinstance(method, Newton):
+        pos_embed = (1 - first.alpha) * pos_embed
     weight_norm: float | Tensor | None = first.weight_norm
     if first.init == "impulse" or weight_norm is None:  # a control takes its weight norm from the impulse fit
         fit = fit_qk(
@@ -523,7 +541,7 @@ def reset_mixing_(layers: Sequence[ConvInitAttention], generator: torch.Generato
         )
         wq, wk, weight_norm = fit.wq, fit.wk, fit.weight_norm
     else:
-        wq, wk = torch.empty(2, len(offsets), first.dim, first.head_dim, device="cpu")
+        wq, wk = torch.empty(2, len(offsets), pos_embed.shape[1], first.head_dim, device="cpu")
     if first.init == "norm_matched":
         init_.norm_matched_qk_(wq, wk, weight_norm, generator=generator)
     elif first.init == "scrambled":
@@ -532,7 +550,9 @@ def reset_mixing_(layers: Sequence[ConvInitAttention], generator: torch.Generato
         )
     weights = (wq.split(first.num_heads), wk.split(first.num_heads), parts)
     for layer, own_wq, own_wk, own_offsets in zip(layers, *weights, strict=True):
-        layer.set_qk_(own_wq, own_wk, own_offsets)
+        layer.offsets.copy_(own_offsets)
+        write_ = layer._write_qk_ if free else layer.set_qk_
+        write_(own_wq, own_wk)
 
 
 def _head_dim(dim: int, num_heads: int, head_dim: int | None) -> int:

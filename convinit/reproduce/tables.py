@@ -94,14 +94,15 @@ class Table:
             ValueError: `given` sets what the table varies or what its labels and readings rest on, or a value
                 is wrong.
         """
-        varied = {key for each in (*self.rows, *self.columns) for key in each.settings} - _MAY_BE_SET
-        taken = (varied | _NOT_TO_SET) & set(given)
+        varied = [each.settings for each in (*self.rows, *self.columns)]
+        whole = {key for layer in varied for key, each in layer.items() if not isinstance(each, dict)}
+        taken = (whole - _MAY_BE_SET | _NOT_TO_SET) & set(given)
         if any(each.times != 1 for each in self.columns):  # their epochs rest on it
             taken |= {"recipe.batch_size"} & set(given)
-        for key, each in given.items():
-            own = self.settings.get(key)
-            if isinstance(own, dict) and isinstance(each, dict):
-                taken |= {f"{key}.{name}" for name in set(own) & set(each)}
+        for layer in (self.settings, *varied):
+            for key, own in layer.items():
+                if isinstance(own, dict) and isinstance(given.get(key), dict):
+                    taken |= {f"{key}.{name}" for name in set(own) & set(given[key])}
         if taken:
             raise ValueError(
                 f"table {self.name!r} sets {', '.join(sorted(taken))} itself; it cannot be set for all runs"
@@ -136,7 +137,15 @@ _MIMETIC = Choice("mimetic", {"init.method": "mimetic"})
 _IMPULSE = Choice("impulse", {"init.method": "impulse"})
 _SCRAMBLED = Choice("control: scrambled", {"init.method": "scrambled"}, control=True)
 _NORM_MATCHED = Choice("control: norm-matched", {"init.method": "norm_matched"}, control=True)
-_INITS = (_RANDOM, _MIMETIC, _IMPULSE, _SCRAMBLED, _NORM_MATCHED)
+_MIMETIC_PAPER = Choice(
+    "mimetic, as in the paper",
+    {"init.method": "mimetic", "init.distribution": "uniform", "init.values": "default"},
+)
+_IMPULSE_PAPER = Choice(
+    "impulse, as in the paper",
+    {"init.method": "impulse", "init.fit": "adam", "model.options": {"scale": 0.1}, "init.values": "default"},
+)
+_INITS = (_RANDOM, _MIMETIC, _MIMETIC_PAPER, _IMPULSE, _IMPULSE_PAPER, _SCRAMBLED, _NORM_MATCHED)
 USUAL_ROWS = tuple(row.label for row in _INITS)
 _MODEL_I = Choice("Model I", {"model.variant": "I"})
 
@@ -238,7 +247,8 @@ def _kernel_size(data: str) -> Table:
     rows = (
         Choice("random", _RANDOM.settings, everywhere=True),
         Choice("mimetic", _MIMETIC.settings, everywhere=True),
-        _IMPULSE, _SCRAMBLED, _NORM_MATCHED,
+        replace(_MIMETIC_PAPER, everywhere=True),
+        _IMPULSE, _IMPULSE_PAPER, _SCRAMBLED, _NORM_MATCHED,
     )  # fmt: skip
     return Table(
         "kernel-size",
@@ -258,7 +268,11 @@ def _kernel_size(data: str) -> Table:
 def _sigma(data: str) -> Table:
     small = data == "digits"
     norm = {"init.method": "impulse", "init.weight_norm": 10.4 if small else 8.77}
-    rows = (_RANDOM, _MIMETIC, _IMPULSE, Choice("impulse at one norm", norm), _SCRAMBLED, _NORM_MATCHED)
+    rows = (
+        _RANDOM, _MIMETIC, replace(_MIMETIC_PAPER, everywhere=True), _IMPULSE,
+        Choice("impulse at one norm", norm), replace(_IMPULSE_PAPER, everywhere=True), _SCRAMBLED,
+        _NORM_MATCHED,
+    )  # fmt: skip
     return Table(
         "sigma",
         "Model I: softmax temperature σ",
@@ -272,8 +286,9 @@ def _sigma(data: str) -> Table:
         readings=("accuracy", "shifted-1", "start-peak", "trained-peak"),
         log_x=True,
         note="“impulse” asks for one peak, so its weight norm falls as σ grows; “at one norm” keeps the "
-        f"norm of {norm['init.weight_norm']}, so its peak grows with σ. It is not known what Figure 5 of the "
-        "paper holds fixed; this table has both.",
+        f"norm of {norm['init.weight_norm']}, so its peak grows with σ. Rows as in the paper keep its σ: "
+        "0.1 of impulses and r^-½ of mimetic weights. Figure 5 of the paper is another thing: maps of "
+        "random queries and keys at σ = 1, 100 and 10,000.",
     )
 
 
@@ -427,4 +442,17 @@ def declared(name: str, data: str = "digits") -> Table:
     own: dict[str, Any] = {} if data == "digits" else {"data.name": data}
     if data == "tiny-imagenet":
         own["model.patch_size"] = 4  # of 64 pixels
-    return replace(table, settings={**table.settings, **own})
+    note = f"{table.note} {_AS_IN_THE_PAPER}".strip() if _IMPULSE_PAPER.label in labels(table) else table.note
+    return replace(table, settings={**table.settings, **own}, note=note)
+
+
+def labels(table: Table) -> list[str]:
+    """The names of a table's rows."""
+    return [row.label for row in table.rows]
+
+
+_AS_IN_THE_PAPER = (
+    "As in the paper (arXiv 2401.12511): impulses by 10,000 steps of Adam at σ = 0.1, fitted to P whatever α "
+    "is; mimetic noise uniform, of a third of the variance; values and output layer as nn.Linear makes them. "
+    "Its random weights are those of nn.Linear."
+)

@@ -45,8 +45,8 @@ def _simple_vit(
     }  # fmt: skip
     options = {
         "channels": channels, "dim": dim, "head_dim": model.head_dim, "mlp_dim": model.mlp_dim or dim,
-        "trainable_mixing": model.train_mixing, "init": init.method, "values": init.values,
-        "method": init.fit, "padding_mode": init.padding_mode, **_without_none(given),
+        "trainable_mixing": model.train_mixing, "init": init.method, "distribution": init.distribution,
+        "values": init.values, "method": init.fit, "padding_mode": init.padding_mode, **_without_none(given),
     }  # fmt: skip
     with _Options(model):
         return SimpleViT(

@@ -147,7 +147,14 @@ class InitConfig(_Section):
     weight_norm: float | None = option(
         None, "Norm of each head's W_q and W_k, instead of the peak.", above=0, unset="as the peak needs"
     )
-    fit: str = option("newton", "Solver of the fit: ours, or the papers'.", choices=("newton", "adam", "svd"))
+    fit: str = option(
+        "newton", "Solver of the fit: ours, or the papers', which fit P whatever alpha is.",
+        choices=("newton", "adam", "svd"),
+    )  # fmt: skip
+    distribution: str = option(
+        "normal", "Of the noise in mimetic queries and keys: normal, or the paper's uniform, a third of its "
+        "variance.", choices=("normal", "uniform"),
+    )  # fmt: skip
     padding_mode: str = option(
         "zeros", "Where tokens look whose target is off the grid.",
         choices=("zeros", "replicate", "circular", "reflect"),
@@ -340,13 +347,14 @@ class Config:
                 "peak",
                 "weight_norm",
                 "fit",
+                "distribution",
                 "padding_mode",
                 "offsets",
                 "pos_embed_gain",
             ),
             "simple_vit": ("offsets", "pos_embed_gain", "num_cells", "variance"),
         }
-        for key in fields.get(self.model.name, ("num_cells", "variance")):
+        for key in fields.get(self.model.name, ("num_cells", "variance", "distribution")):
             if getattr(self.init, key) != default_of(InitConfig, key):
                 raise ValueError(f"init.{key} must not be set for model {self.model.name!r}, which has none")
 

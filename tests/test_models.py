@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import pickle
 
@@ -172,6 +173,36 @@ def test_shared_layers_have_one_weight_and_their_own_assignment():
     assert first.weight is second.weight and first.weight.shape == (4, 1, 3, 3)
     assert not torch.equal(first.assignment, second.assignment)
     assert first.bias is not second.bias
+
+
+def test_shared_filters_are_dealt_anew_in_each_layer():
+    """Without replacement, and in each layer in another order, also where every channel has a filter."""
+    for num_filters, channels in ((None, {1}), (12, {1}), (5, {2, 3})):
+        model = mixer(init="impulse", num_filters=num_filters, share_layers=True)
+        dealt = [block.spatial.assignment for block in model.blocks]
+        for assignment in dealt:
+            assert {*assignment.bincount(minlength=num_filters or 12).tolist()} == channels
+        assert not any(torch.equal(a, b) for a, b in itertools.combinations(dealt, 2))
+
+
+def test_spatial_mixing_of_the_papers_code():
+    """arXiv 2401.12511 has no GELU there, and an option without bias; 2404.01139 has the gain √(1/f)."""
+    options = {"spatial_gelu": False, "spatial_bias": False, "gain": 5**-0.5, "kernel_size": 5, "depth": 1}
+    model = mixer(init="impulse", **options).eval()
+    block = model.blocks[0]
+    assert block.spatial.bias is None and block.spatial.weight.max().item() == pytest.approx(0.4472, abs=1e-4)
+    x = model.patch_embed(images())
+    conv = F.conv2d(x, block.spatial.weight, padding=2, groups=12)
+    x = block.pointwise(x + block.spatial_norm[1](conv))
+    torch.testing.assert_close(model(images()), model.head(x.mean(dim=(2, 3))))
+    box = mixer(init="box", num_cells=25, **options).blocks[0].spatial.weight
+    torch.testing.assert_close(box, torch.full_like(box, 125**-0.5))  # "box25": all cells alike
+    matrix = mixer(init="impulse", matrix_form=True, **options).blocks[0].spatial.weight
+    assert matrix.max().item() == pytest.approx(0.4472, abs=1e-4)
+    with pytest.raises(ValueError, match="kernel_size must be odd, so that the window has a centre"):
+        mixer(init="impulse", matrix_form=True, kernel_size=4)
+    with pytest.raises(ValueError, match="gain must be"):
+        mixer(init="impulse", gain=-1.0)
 
 
 def test_matrix_form_of_the_impulse_is_the_filter():

@@ -126,6 +126,16 @@ def test_rows_as_in_the_paper_have_its_weights(name, data):
         assert config.init.values == "default" and config.model.options == {}
 
 
+def test_the_convmixer_as_in_the_paper():
+    """The kinds of its script (random, softmax, box1, which is the impulse, and box25) without the GELU."""
+    cells = Grid.of(declared("convmixer", "cifar10"), (0,), {}).configs
+    found = {cell[0]: configs[0] for cell, configs in cells.items() if cell[0].endswith("as in the paper")}
+    kinds = {(config.init.method, config.init.num_cells) for config in found.values()}
+    assert kinds == {("impulse", None), ("box", 25), ("softmax", None), ("random", None)}
+    for label, (config,) in {cell[0]: configs for cell, configs in cells.items()}.items():
+        assert config.model.options == ({"spatial_gelu": False} if label in found else {})
+
+
 def test_tables_share_their_runs():
     grids = {name: Grid.of(declared(name), (0,), {}) for name in TABLES}
 

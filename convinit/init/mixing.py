@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -10,10 +9,9 @@ from torch import Tensor
 
 from convinit._checks import check_generator, check_grid_size, check_kernel_size, check_real, check_tensor
 from convinit.init._shared import rand, rounded
+from convinit.init.filters import GAIN  # the second moment of a row is that of a filter
 from convinit.offsets import sample_offsets
 from convinit.ops.impulse_matrix import impulse_matrix
-
-_GAIN = math.sqrt(1 / 3)  # the second moment of a row is that of a filter
 
 
 @torch.no_grad()
@@ -22,7 +20,7 @@ def impulse_mixing_(
     grid_size: Sequence[int],
     kernel_size: int,
     *,
-    gain: float = _GAIN,
+    gain: float = GAIN,
     padding_mode: str = "zeros",
     generator: torch.Generator | None = None,
 ) -> Tensor:
@@ -53,7 +51,7 @@ def impulse_mixing_(
 
 @torch.no_grad()
 def permutation_mixing_(
-    weight: Tensor, *, gain: float = _GAIN, generator: torch.Generator | None = None
+    weight: Tensor, *, gain: float = GAIN, generator: torch.Generator | None = None
 ) -> Tensor:
     """Every output pixel takes gain · a random input pixel, drawn with replacement (the papers' "rand*").
 
@@ -70,7 +68,7 @@ def permutation_mixing_(
 
 @torch.no_grad()
 def full_permutation_mixing_(
-    weight: Tensor, *, gain: float = _GAIN, generator: torch.Generator | None = None
+    weight: Tensor, *, gain: float = GAIN, generator: torch.Generator | None = None
 ) -> Tensor:
     """gain · a random permutation matrix: every input pixel goes to exactly one output pixel.
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from convinit._checks import check_flag, check_int, check_tensor
 from convinit.init import default_
+from convinit.init.filters import GAIN
 from convinit.models.pretrained import Pretrained
 from convinit.models.simple_vit import pair, patch_grid
 from convinit.nn.spatial_conv import SpatialConv
@@ -22,6 +23,9 @@ class ConvMixer(Pretrained, nn.Module):
 
     block:  x = x + BatchNorm(GELU(spatial(x)));   x = BatchNorm(GELU(pointwise(x)))
 
+    The first GELU is that of ConvMixer and of timm; the published code of arXiv 2401.12511 has none where it
+    mixes by filters: ``spatial_gelu=False``.
+
     ``init="random"`` with ``trainable_mixing=True`` is the ordinary, learned ConvMixer.
 
     Args:
@@ -31,11 +35,12 @@ class ConvMixer(Pretrained, nn.Module):
         depth: blocks.
         kernel_size: f of the depthwise filters, and of the window of a matrix's impulse.
         channels: of the images.
-        init, num_cells, variance: kind of the spatial filters; see :class:`convinit.nn.SpatialConv`.
+        init, num_cells, variance, gain: kind of the spatial filters; see :class:`convinit.nn.SpatialConv`.
         matrix_form: mix by N×N matrices: "impulse", "permutation" or "full_permutation".
         num_filters: filters of a layer, which its channels share; None means one a channel.
-        share_layers: one set of filters for all layers; each layer still assigns them to its channels and has
-            its own bias.
+        share_layers: one set of filters for all layers; each layer still deals them to its channels in an
+            order of its own, and has its own bias.
+        spatial_gelu, spatial_bias: False leaves out the GELU after, or the bias of, the spatial mixing.
         trainable_mixing: False freezes filters and their bias. On a CPU frozen impulse filters are then
             copies, no convolutions; see :class:`convinit.nn.SpatialConv`.
         generator: CPU generator of the initial values; None means torch's own.
@@ -62,9 +67,12 @@ class ConvMixer(Pretrained, nn.Module):
         init: str = "random",
         num_cells: int = 9,
         variance: float = 1.0,
+        gain: float = GAIN,
         matrix_form: bool = False,
         num_filters: int | None = None,
         share_layers: bool = False,
+        spatial_gelu: bool = True,
+        spatial_bias: bool = True,
         trainable_mixing: bool = True,
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
@@ -76,6 +84,8 @@ class ConvMixer(Pretrained, nn.Module):
         flags = {
             "matrix_form": matrix_form,
             "share_layers": share_layers,
+            "spatial_gelu": spatial_gelu,
+            "spatial_bias": spatial_bias,
             "trainable_mixing": trainable_mixing,
         }
         for name, flag in flags.items():
@@ -100,14 +110,16 @@ class ConvMixer(Pretrained, nn.Module):
                 kernel_size,
                 init=init,
                 grid_size=self.grid_size if matrix_form else None,
-                num_filters=num_filters,
+                num_filters=dim if share_layers and num_filters is None else num_filters,
                 num_cells=num_cells,
                 variance=variance,
+                gain=gain,
+                bias=spatial_bias,
                 trainable=trainable_mixing,
                 weight=self.blocks[0].spatial.weight if share_layers and layer > 0 else None,
                 **factory,
             )
-            self.blocks.append(Block(spatial, **factory))
+            self.blocks.append(Block(spatial, spatial_gelu, **factory))
         self.head = nn.Linear(dim, num_classes, **factory)
         self.register_load_state_dict_post_hook(_tie_layers)
 
@@ -162,6 +174,7 @@ class Block(nn.Module):
     def __init__(
         self,
         spatial: SpatialConv,
+        gelu: bool,
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -170,7 +183,9 @@ class Block(nn.Module):
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         dim = spatial.dim
         self.spatial = spatial
-        self.spatial_norm = nn.Sequential(nn.GELU(), nn.BatchNorm2d(dim, **factory))
+        self.spatial_norm = nn.Sequential(
+            nn.GELU() if gelu else nn.Identity(), nn.BatchNorm2d(dim, **factory)
+        )
         self.pointwise = nn.Sequential(
             nn.Conv2d(dim, dim, 1, **factory), nn.GELU(), nn.BatchNorm2d(dim, **factory)
         )

@@ -20,6 +20,7 @@ from convinit._checks import (
     check_same_device,
     check_tensor,
 )
+from convinit.init.filters import GAIN
 from convinit.ops.impulse_conv import impulse_conv
 from convinit.ops.transforms import transforms_active
 
@@ -39,8 +40,8 @@ class SpatialConv(nn.Module):
     ``init``                  initial weights; see :mod:`convinit.init`
     ========================  ========================================================================
     ``"random"``              U(±1/f): the ordinary learned depthwise convolution
-    ``"impulse"``             √(1/3) at one random cell; in matrix form √(1/3) · impulse matrix
-    ``"box"``                 √(1/(3m)) at m = ``num_cells`` random cells
+    ``"impulse"``             ``gain`` at one random cell; in matrix form gain · impulse matrix
+    ``"box"``                 gain / √m at m = ``num_cells`` random cells
     ``"gaussian"``            a Gaussian of ``variance`` around a random cell
     ``"softmax"``             the filter is the softmax of the weights, U(±1/f), in training too
     ``"permutation"``         matrix form: every pixel takes a random pixel
@@ -50,13 +51,15 @@ class SpatialConv(nn.Module):
     Args:
         dim: channels C.
         kernel_size: f, of the filter and of the window from which a matrix's impulse is drawn; the window is
-            at most 2·min(H, W) − 1 wide.
+            at most 2·min(H, W) − 1 wide, and odd; filters may be even.
         init: see the table.
         grid_size: (H, W) for the matrix form; None for the filter form.
         num_filters: filters shared by the channels, each channel taking one at random (a(c), the buffer
-            ``assignment``); None gives every channel its own.
+            ``assignment``): each filter goes to as many channels, or one more. With num_filters = C they are
+            permuted. None gives every channel its own.
         num_cells: m of "box".
         variance: of "gaussian", in cells².
+        gain: √(Σ w²) of all but "random" and "softmax"; √(1/3) is arXiv 2401.12511's, √(1/f) 2404.01139's.
         trainable: False freezes weight and bias.
         bias: one number a channel, U(±1/f) at first.
         weight: weights of another layer to share. They are then not drawn here but by that layer.
@@ -84,6 +87,7 @@ class SpatialConv(nn.Module):
         num_filters: int | None = None,
         num_cells: int = 9,
         variance: float = 1.0,
+        gain: float = GAIN,
         trainable: bool = True,
         bias: bool = True,
         weight: nn.Parameter | None = None,
@@ -108,6 +112,7 @@ class SpatialConv(nn.Module):
                 f"num_filters must be at most dim = {dim}, or None for one a channel, got {num_filters}"
             )
         num_cells, variance = check_int("num_cells", num_cells), check_number("variance", variance)
+        gain = check_number("gain", gain)
         if init == "box" and num_cells > kernel_size**2:
             raise ValueError(
                 f"num_cells must be at most {kernel_size**2}, the cells of a filter, got {num_cells}"
@@ -121,6 +126,7 @@ class SpatialConv(nn.Module):
         self.num_filters = dim if num_filters is None else num_filters
         self.num_cells = num_cells
         self.variance = variance
+        self.gain = gain
 
         shape: tuple[int, ...]
         if self.grid_size is None:
@@ -150,25 +156,27 @@ class SpatialConv(nn.Module):
         if self.owns_weight:
             self._draw_weight(generator)
         if self.assignment is not None:
-            draw = torch.randint(self.num_filters, (self.dim,), generator=generator, device="cpu")
-            self.assignment.copy_(draw)
+            order = torch.randperm(self.dim, generator=generator, device="cpu")
+            self.assignment.copy_(order % self.num_filters)
         if self.bias is not None:
             fan_in = torch.empty(1, 1, self.kernel_size, self.kernel_size, device="meta")
             init_.default_(fan_in, self.bias, generator=generator)
 
     def _draw_weight(self, generator: torch.Generator | None) -> None:
         if self.init == "permutation":
-            init_.permutation_mixing_(self.weight, generator=generator)
+            init_.permutation_mixing_(self.weight, gain=self.gain, generator=generator)
         elif self.init == "full_permutation":
-            init_.full_permutation_mixing_(self.weight, generator=generator)
+            init_.full_permutation_mixing_(self.weight, gain=self.gain, generator=generator)
         elif self.grid_size is not None:
-            init_.impulse_mixing_(self.weight, self.grid_size, self.kernel_size, generator=generator)
+            init_.impulse_mixing_(
+                self.weight, self.grid_size, self.kernel_size, gain=self.gain, generator=generator
+            )
         elif self.init == "impulse":
-            init_.impulse_filter_(self.weight, generator=generator)
+            init_.impulse_filter_(self.weight, gain=self.gain, generator=generator)
         elif self.init == "box":
-            init_.box_filter_(self.weight, self.num_cells, generator=generator)
+            init_.box_filter_(self.weight, self.num_cells, gain=self.gain, generator=generator)
         elif self.init == "gaussian":
-            init_.gaussian_filter_(self.weight, self.variance, generator=generator)
+            init_.gaussian_filter_(self.weight, self.variance, gain=self.gain, generator=generator)
         else:  # "random", and "softmax", whose weights are the numbers under the softmax
             init_.random_filter_(self.weight, generator=generator)
 

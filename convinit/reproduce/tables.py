@@ -177,12 +177,28 @@ def _convmixer(data: str) -> Table:
         control = label.startswith("control")
         return Choice(label, settings, control=control, against=against)
 
+    def as_in_paper(name: str, init: str, num_cells: int | None = None) -> Choice:
+        row = kind(f"{name}, as in the paper", init, num_cells=num_cells)
+        against = "" if init == "impulse" else "impulse, as in the paper"
+        return replace(
+            row, settings={**row.settings, "model.options": {"spatial_gelu": False}}, against=against
+        )
+
     rows = (
         kind("impulse", "impulse"),
         kind("box", "box", num_cells=5),
         kind("gaussian", "gaussian"),
         kind("softmax of weights", "softmax"),
         kind("control: random", "random"),
+        *(
+            as_in_paper(*each)
+            for each in (
+                ("impulse", "impulse"),
+                ("box of all cells", "box", 9 if small else 25),
+                ("softmax of weights", "softmax"),
+                ("random", "random"),
+            )
+        ),
         kind(matrix, "impulse", in_matrices=True),
         kind("control: random pixels, N×N matrices", "permutation", in_matrices=True),
         kind("control: permutations, N×N matrices", "full_permutation", in_matrices=True),
@@ -199,7 +215,10 @@ def _convmixer(data: str) -> Table:
         "dots",
         note="Random filters, trained, are the ordinary ConvMixer. U(±1/f) has an impulse's norm √(1/3), "
         "so it is the norm-matched control. The matrices have N² free numbers a channel when trained; their "
-        "controls look at pixels anywhere instead of near by, and are judged against impulses in that form.",
+        "controls look at pixels anywhere instead of near by, and are judged against impulses in that form. "
+        "As in the paper (arXiv 2401.12511): its published code has no GELU after the spatial convolution; "
+        "ConvMixer, timm's and all other rows have one. Its script trains without augmentation: "
+        "`--set data.augment=none`.",
     )
 
 
@@ -442,13 +461,9 @@ def declared(name: str, data: str = "digits") -> Table:
     own: dict[str, Any] = {} if data == "digits" else {"data.name": data}
     if data == "tiny-imagenet":
         own["model.patch_size"] = 4  # of 64 pixels
-    note = f"{table.note} {_AS_IN_THE_PAPER}".strip() if _IMPULSE_PAPER.label in labels(table) else table.note
+    papers = any(row.settings == _IMPULSE_PAPER.settings for row in table.rows)
+    note = f"{table.note} {_AS_IN_THE_PAPER}".strip() if papers else table.note
     return replace(table, settings={**table.settings, **own}, note=note)
-
-
-def labels(table: Table) -> list[str]:
-    """The names of a table's rows."""
-    return [row.label for row in table.rows]
 
 
 _AS_IN_THE_PAPER = (

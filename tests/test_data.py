@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import hashlib
 import os
@@ -17,7 +18,6 @@ import torch
 from convinit.serve import image_files
 from convinit.train import (
     Augmented,
-    AugmentOptions,
     augmentation,
     load_data,
     load_digits_split,
@@ -268,7 +268,6 @@ def test_svhn(tmp_path, monkeypatch):
     assert np.array_equal(data.train.images.numpy(), images)
     assert data.test.labels.tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 0, 0]
     assert data.mean == (0.4377, 0.4438, 0.4728) and data.image_size == (32, 32)
-    assert not augmentation("flip-crop", data).options.flip
     (tmp_path / "test_32x32.mat").unlink()
     with pytest.raises(FileNotFoundError, match=r"test_32x32.mat is missing; .*download=True"):
         load_data("svhn", tmp_path)
@@ -485,7 +484,7 @@ def test_folder_with_train_and_val(tmp_path):
     with pytest.raises(ValueError, match="differ in size; give load_data an image_size"):
         augmentation("none", data)
     data = load_data("folder", tmp_path, image_size=(16, 24))
-    for name in ("none", "flip-crop", "paper", "paper-code"):
+    for name in ("none", "flip-crop", "paper", "timm"):
         assert Augmented(data.train, augmentation(name, data)).batch([0, 1, 2])[0].shape == (3, 3, 16, 24)
 
     write_image(tmp_path / "val" / "dog" / "0.png")
@@ -616,33 +615,24 @@ def test_images_stand_upright(name, orientation, tmp_path):
 # ---- Augmentation
 
 
-def test_augment_options_refuse():
-    assert AugmentOptions(scale=[0.5, 1.0]).scale == (0.5, 1.0)
-    for bad in (
-        {"magnitude": 31},
-        {"crop": "centre"},
-        {"scale": (0.5, 0.2)},
-        {"erasing": 1.5},
-        {"num_ops": -1},
-        {"flip": 1},
-        {"erasing": "0.1"},
-        {"erasing": True},
-        {"scale": 0.5},
-        {"scale": ("a", 1)},
-        {"magnitude": 2.5},
+def test_augmentation_refuses():
+    data = load_data("digits")
+    for bad, options, message in (
+        ("strong", {}, "augmentation must be one of none, flip-crop, paper, timm, got 'strong'"),
+        ("paper", {"scale": 1}, "options must be empty for augmentation 'paper'"),
+        ("timm", {"erasing": 0.1}, "data.augment_options must be among .*re_prob.*, got 'erasing'"),
+        ("timm", {"auto_augment": "strong"}, "timm takes no such data.augment_options"),
     ):
-        with pytest.raises((ValueError, TypeError), match=f"{next(iter(bad))} must be"):
-            AugmentOptions(**bad)
-    with pytest.raises(ValueError, match="augmentation must be AugmentOptions or one of none, "):
-        augmentation("strong", load_data("digits"))
+        with pytest.raises(ValueError, match=message):
+            augmentation(bad, data, options)
 
 
+AUTO = {"auto_augment": "rand-m9-mstd0.5-inc1"}
 OPTIONS = [
-    "flip-crop",
-    "paper",
-    "paper-code",
-    AugmentOptions(flip=True),
-    AugmentOptions(crop="resized", scale=(0.3, 0.9), erasing=0.5),
+    ("flip-crop", {}),
+    ("paper", {}),
+    ("timm", AUTO | {"scale": [1.0, 1.0], "ratio": [1.0, 1.0]}),
+    ("timm", AUTO | {"color_jitter": 0.4, "re_prob": 0.25}),
 ]
 
 
@@ -650,7 +640,7 @@ OPTIONS = [
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_draws_depend_on_seed_epoch_and_index_alone(options):
     data = load_data("digits", train_count=24)
-    dataset = Augmented(data.train, augmentation(options, data), seed=3)
+    dataset = Augmented(data.train, augmentation(options[0], data, options[1]), seed=3)
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()
     first = [dataset[i][0] for i in range(24)]
     assert torch.equal(states[0], torch.get_rng_state()) and states[1] == random.getstate()
@@ -665,7 +655,7 @@ def test_draws_depend_on_seed_epoch_and_index_alone(options):
     assert not torch.equal(dataset.batch(range(24))[0], torch.stack(first))
     dataset.set_epoch(0)
     assert torch.equal(dataset.batch(range(24))[0], torch.stack(first))
-    again = Augmented(data.train, augmentation(options, data), seed=4)
+    again = Augmented(data.train, augmentation(options[0], data, options[1]), seed=4)
     assert not torch.equal(again.batch(range(24))[0], torch.stack(first))
 
 
@@ -673,12 +663,13 @@ def test_draws_depend_on_seed_epoch_and_index_alone(options):
 def test_flip_and_crop_move_pixels_only():
     """Every result is a window of the zero-padded image or of its mirror image."""
     data = load_data("digits", train_count=10)
-    dataset = Augmented(data.train, augmentation(AugmentOptions(flip=True, crop="pad", padding=2), data))
+    data = dataclasses.replace(data, name="images")  # digits are not mirrored
+    dataset = Augmented(data.train, augmentation("flip-crop", data))
     plain = Augmented(data.train, augmentation("none", data))
     flipped = 0
     for i in range(10):
-        padded = torch.nn.functional.pad(plain[i][0], (2, 2, 2, 2))
-        windows = [padded[:, y : y + 8, x : x + 8] for y in range(5) for x in range(5)]
+        padded = torch.nn.functional.pad(plain[i][0], (4, 4, 4, 4))
+        windows = [padded[:, y : y + 8, x : x + 8] for y in range(9) for x in range(9)]
         got = dataset[i][0]
         straight = any(torch.equal(got, window) for window in windows)
         mirrored = any(torch.equal(got, window.flip(-1)) for window in windows)
@@ -695,6 +686,20 @@ def test_resizing_covers_and_cuts_in_the_middle():
     assert torch.equal(fit(image, (2, 2)), image[..., 2:4])
     assert fit(image, (7, 5)).shape == (1, 7, 5)
     assert fit(image, (2, 6)) is image
+    # A share of 1/2 is kept: the image is made twice as large first, and cut in the middle.
+    assert fit(image, (2, 6), 0.5).shape == (1, 2, 6) and not torch.equal(fit(image, (2, 6), 0.5), image)
+    data = load_data("digits", crop_pct=0.5)
+    middle = Augmented(data.test, augmentation("none", data))[0][0]
+    assert not torch.equal(middle, augmentation("none", load_data("digits"))(data.test[0][0]))
+
+
+@needs_torchvision
+def test_the_papers_augmentation_is_its_scripts():
+    """RandAugment(2, 14), flip, random resized crop, in this order; SVHN is flipped as well."""
+    data = dataclasses.replace(load_data("digits"), name="svhn")
+    steps = [type(step).__name__ for step in augmentation("paper", data)._steps[:3]]
+    assert steps == ["RandAugment", "RandomHorizontalFlip", "RandomResizedCrop"]
+    assert len(augmentation("flip-crop", data)._steps) == 3  # fitted, cropped, normalised: no flip
 
 
 # ---- Loaders
@@ -758,7 +763,7 @@ def test_loaders_leave_torch_alone():
 
 def test_workers_change_nothing():
     data = load_data("digits", train_count=60)
-    options = "none" if torchvision is None else "paper-code"
+    options = "none" if torchvision is None else "paper"
     dataset = Augmented(data.train, augmentation(options, data), seed=1)
     runs = [
         list(train_loader(dataset, 16, seed=0, epoch=4, num_workers=workers, start_batch=1))

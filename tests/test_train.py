@@ -7,6 +7,8 @@ from torch import nn
 
 from convinit.train import accuracy, batches, load_digits_split, shift_images, train
 from convinit.train.accelerator import plain_accelerator
+from convinit.train.config import RecipeConfig
+from convinit.train.optim import make_schedule
 
 
 def test_digits_are_split_without_overlap_and_the_same_every_time():
@@ -167,3 +169,21 @@ def test_other_engines_are_refused(name, monkeypatch):
     monkeypatch.setenv(f"ACCELERATE_{name}", "true")
     with pytest.raises(ValueError, match=f"ACCELERATE_{name} must not be set"):
         plain_accelerator()
+
+
+def test_the_schedule_is_timms():
+    """Warm-up in the place of the cosine's first epochs, as timm's scheduler at each step."""
+    scheduler = pytest.importorskip("timm.scheduler")
+    recipe = RecipeConfig(lr=2e-3, epochs=30, warmup_epochs=5, warmup_lr=1e-6, min_lr=1e-5)
+    weight = torch.nn.Parameter(torch.zeros(2))
+    ours, theirs = (torch.optim.SGD([weight], lr=recipe.lr) for _ in range(2))
+    schedule = make_schedule(ours, recipe, steps_per_epoch=4)
+    expected, _ = scheduler.create_scheduler_v2(
+        theirs, sched="cosine", num_epochs=30, warmup_epochs=5, warmup_lr=1e-6, min_lr=1e-5,
+        step_on_epochs=False, updates_per_epoch=4,
+    )  # fmt: skip
+    for step in range(120):
+        assert ours.param_groups[0]["lr"] == pytest.approx(theirs.param_groups[0]["lr"], rel=1e-9), step
+        ours.step()
+        schedule.step()
+        expected.step_update(step + 1)

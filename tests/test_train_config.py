@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from convinit.train.build import build_model
 from convinit.train.config import SECTIONS, Config, DataConfig, ModelConfig, RecipeConfig, default_of, kind_of
 from convinit.train.config_files import PRESETS, parse, read_toml, resolve, to_toml
 
@@ -37,13 +38,57 @@ def test_presets_hold_for_every_kind_of_model():
     paper = resolve("paper").recipe
     assert (paper.optimizer, paper.lr, paper.schedule, paper.batch_size) == ("adam", 1e-4, "cosine", 512)
     assert resolve("paper", given={"model.name": "convmixer"}).recipe.lr == 1e-3
-    structured = resolve("structured").recipe
-    assert (structured.clip, structured.eps, structured.warmup_epochs, structured.min_lr) == (
-        3.0,
-        1e-3,
-        10,
-        1e-6,
-    )
+
+
+def test_presets_are_the_recipes_of_the_authors():
+    """What timm's train.py is given in the READMEs of the repositories of 2404.01139 and 2505.19985."""
+    config = resolve("2404.01139")
+    assert (config.model.pos_embed, config.model.patch_size) == ("sincos", 2)
+    assert config.model.options == {"class_token": False, "global_pool": "avg"}
+    assert (config.init.method, config.init.fit, config.init.values) == ("impulse", "adam", "default")
+    options = {"auto_augment": "rand-m9-mstd0.5-inc1", "scale": [1.0, 1.0], "ratio": [1.0, 1.0]}
+    assert (config.data.augment, config.data.augment_options) == ("timm", options)
+    recipe = config.recipe
+    assert (recipe.optimizer, recipe.lr, recipe.epochs, recipe.batch_size) == ("adamw", 1e-3, 200, 512)
+    assert (recipe.warmup_epochs, recipe.warmup_lr, recipe.min_lr) == (10, 1e-6, 1e-6)
+    assert (recipe.weight_decay, recipe.eps, recipe.clip) == (0.01, 1e-3, 3.0)
+    assert (recipe.mixup, recipe.cutmix, recipe.label_smoothing, recipe.ema) == (0, 0, 0, None)
+
+    config = resolve("2505.19985")
+    assert config.model.options == {"weight_init": "skip", "drop_path_rate": 0.1}
+    assert (config.init.fit, config.init.offsets, config.init.pos_embed_gain) == ("svd", "fixed", 18.0)
+    assert (config.data.image_size, config.data.crop_pct) == (224, 0.875)
+    options = {"auto_augment": "rand-m9-mstd0.5-inc1", "color_jitter": 0.4, "re_prob": 0.25}
+    assert (config.data.augment, config.data.augment_options) == ("timm", options)
+    recipe = config.recipe
+    assert (recipe.optimizer, recipe.lr, recipe.epochs, recipe.batch_size) == ("adamw", 2e-3, 300, 512)
+    assert (recipe.warmup_epochs, recipe.warmup_lr, recipe.min_lr) == (50, 1e-6, 1e-6)
+    assert (recipe.weight_decay, recipe.eps, recipe.clip) == (0.05, 1e-8, None)
+    assert (recipe.mixup, recipe.cutmix, recipe.label_smoothing, recipe.ema) == (0.8, 1.0, 0.1, 0.9999)
+    # Of another model the recipe and the images remain.
+    assert resolve("2404.01139", given={"model.name": "simple_vit"}).init.fit == "newton"
+
+
+def test_fixed_sincos_position_of_a_timm_model(monkeypatch):
+    """timm's build_sincos2d_pos_embed, frozen; the fit sees its LayerNorm, as arXiv 2404.01139."""
+    timm = pytest.importorskip("timm")
+    from convinit import fit_qk, sample_offsets
+
+    small = {"embed_dim": 32, "depth": 1, "num_heads": 2, "class_token": False, "global_pool": "avg"}
+    given = {"model.options": small, "init.fit": "svd", "model.patch_size": 4}
+    config = resolve("2404.01139", given=given)
+    model = build_model(config, image_size=16, channels=3, num_classes=10)
+    P = timm.layers.build_sincos2d_pos_embed((4, 4), 32)
+    assert torch.equal(model.pos_embed[0], P) and not model.pos_embed.requires_grad
+    seeded = torch.Generator().manual_seed(0)
+    offsets = sample_offsets(2, 3, stratified=True, generator=seeded)
+    seen = torch.nn.functional.layer_norm(P, (32,), eps=1e-6)
+    fit = fit_qk(seen, offsets, (4, 4), 16, scale=0.25, method="svd", generator=seeded)
+    wq = model.blocks[0].attn.qkv.weight[:32].unflatten(0, (2, 16)).mT
+    torch.testing.assert_close(wq, fit.wq, rtol=1e-3, atol=1e-4)
+    with pytest.raises(ValueError, match="sincos is for embeddings of patches alone"):
+        given = {"model.options": small | {"class_token": True, "global_pool": "token"}}
+        build_model(resolve("2404.01139", given=given), image_size=16, channels=3, num_classes=10)
 
 
 @pytest.mark.parametrize(

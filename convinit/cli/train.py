@@ -71,7 +71,7 @@ def train(
 
     - `convinit train --preset paper --root ~/data --download --init-values mimetic --out cifar10`
 
-    - `convinit train --preset structured --root ~/data --train-fraction 0.1 --dry-run`
+    - `convinit train --preset 2404.01139 --root ~/data --train-fraction 0.1 --dry-run`
 
     - `convinit train --preset paper --model vit_tiny_patch16_224 --patch-size 2 --init default --root ~/data`
 

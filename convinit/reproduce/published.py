@@ -43,11 +43,11 @@ _REVIEWS = "reviews quoting arXiv 2404.01139"
 _COURSE = "independent reproduction with the code of arXiv 2505.19985, a course project"
 _OWN_FIT = "the papers' own fit; fp16; crops at full size; one run"
 _UNKNOWN = "the papers' own fit, P not enlarged, values perhaps not mimetic; recipe and epochs not known"
-_BY_COURSE = "epochs and batch size not known; P enlarged in the forward pass, not in the weights"
+_BY_COURSE = "epochs and batch size not known; recipe, patch and image size not known"
 _KERNEL_3 = {"init.kernel_size": 3}
 
 _OURS_3, _OURS_5 = "impulse f = 3, P × 60", "impulse f = 5, P × 60"
-_PAPERS = "impulse f = 3, the papers' fit, P × 18"
+_PAPERS = "impulse f = 3, fit of 2505.19985, P × 18"
 
 
 def _course(data: str, column: str, default: float, mimetic: float, impulse: float) -> list[Reported]:

@@ -171,7 +171,7 @@ def _read(path: str, spec: ImageSpec) -> Tensor | str:
             return error.strerror
         return f"cannot be decoded as an image ({str(error) or type(error).__name__})"
     mean, std = (torch.tensor(each, dtype=torch.float32).view(-1, 1, 1) for each in (spec.mean, spec.std))
-    return normalise(fit(image, spec.image_size), mean, std)
+    return normalise(fit(image, spec.image_size, spec.crop_pct), mean, std)
 
 
 def _check_paths(name: str, paths: Sequence[str | Path]) -> None:

@@ -35,7 +35,7 @@ from convinit.train.build import build_model, timm_options
 from convinit.train.checkpoint import checkpoints, read_progress, verify
 from convinit.train.config import OWN_MODELS, Config, InitConfig
 from convinit.train.config_files import read_toml
-from convinit.train.data.subsets import check_real
+from convinit.train.data.subsets import check_fraction, check_real
 
 __all__ = ["ImageSpec", "TrainedModel", "load_trained", "save_trained"]
 
@@ -55,12 +55,14 @@ class ImageSpec:
         image_size: (H, W) in pixels.
         mean, std: of each channel, 1 (grey) or 3 (RGB), with pixels in [0, 1]; for normalisation.
         class_names: a name for each output.
+        crop_pct: side of the window that is cut out of the middle of an image, as a share of the image's.
     """
 
     image_size: tuple[int, int]
     mean: tuple[float, ...]
     std: tuple[float, ...]
     class_names: tuple[str, ...]
+    crop_pct: float = 1.0
 
     def __post_init__(self) -> None:
         for name in ("image_size", "mean", "std", "class_names"):
@@ -81,6 +83,7 @@ class ImageSpec:
             object.__setattr__(self, name, numbers)
         if not all(each > 0 for each in self.std):
             raise ValueError(f"std must be positive, got {self.std}")
+        object.__setattr__(self, "crop_pct", check_fraction("crop_pct", self.crop_pct))
         if not self.class_names or not all(isinstance(each, str) for each in self.class_names):
             raise ValueError(f"class_names must be texts, at least one, got {self.class_names!r:.100}")
 
@@ -92,7 +95,7 @@ class ImageSpec:
     @staticmethod
     def of(content: Any, source: Path) -> ImageSpec:
         """From a mapping that has the fields, among others; ValueError names the file that it came from."""
-        names = [each.name for each in dataclasses.fields(ImageSpec)]
+        names = [each.name for each in dataclasses.fields(ImageSpec) if each.default is dataclasses.MISSING]
         missing = [name for name in names if name not in content] if isinstance(content, Mapping) else names
         if missing:
             raise ValueError(
@@ -100,7 +103,8 @@ class ImageSpec:
                 "with save_pretrained(folder, metadata=dataclasses.asdict(convinit.serve.ImageSpec(...)))"
             )
         try:
-            return ImageSpec(**{name: content[name] for name in names})
+            crop_pct = content.get("crop_pct", 1.0)  # older ones have none
+            return ImageSpec(**{name: content[name] for name in names}, crop_pct=crop_pct)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{source}: {error}") from error
 
@@ -179,7 +183,7 @@ def save_trained(trained: TrainedModel, folder: str | Path) -> None:
         "label_names": list(images.class_names),
         "pretrained_cfg": {
             "input_size": size, "fixed_input_size": "img_size" in arguments, "interpolation": "bilinear",
-            "crop_pct": 1.0, "crop_mode": "center", "mean": images.mean, "std": images.std,
+            "crop_pct": images.crop_pct, "crop_mode": "center", "mean": images.mean, "std": images.std,
             "num_classes": len(images.class_names),
         },
         "metadata": {**dataclasses.asdict(images), "training": trained.training},

@@ -3,7 +3,6 @@
 from convinit.train.config import Config
 from convinit.train.data import (
     Augmented,
-    AugmentOptions,
     ImageData,
     ImageSplit,
     augmentation,
@@ -18,7 +17,6 @@ from convinit.train.loop import EpochRecord, accuracy, train
 from convinit.train.run import Result, RunInterrupted, Watcher, run_training
 
 __all__ = [
-    "AugmentOptions",
     "Augmented",
     "Config",
     "EpochRecord",

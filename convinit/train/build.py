@@ -87,6 +87,7 @@ def _timm(
             f"model {model.name!r} is not simple_vit or convmixer, so timm must have it, which cannot be "
             f"imported ({error}); pip install timm"
         ) from error
+    from convinit.adapters import init_vit_
     from convinit.adapters.timm import create_model
 
     if not timm.is_model(model.name):
@@ -110,9 +111,28 @@ def _timm(
     wanted = {"method": method, "values": values, "padding_mode": init.padding_mode, **_without_none(given)}
     with torch.random.fork_rng(devices=[]), _Options(model):
         torch.manual_seed(seed)  # timm draws from torch's own
-        if (method, values, init.pos_embed_gain) == ("keep", "keep", None):
-            return timm.create_model(model.name, **options)
-        return create_model(model.name, init=wanted, generator=generator, **options)
+        if model.pos_embed is None and (method, values, init.pos_embed_gain) != ("keep", "keep", None):
+            return create_model(model.name, init=wanted, generator=generator, **options)
+        network = timm.create_model(model.name, **options)
+        if model.pos_embed == "sincos":
+            _fix_sincos_(network, model.name)
+            init_vit_(network, generator=generator, **wanted)
+        return network
+
+
+def _fix_sincos_(network: nn.Module, name: str) -> None:
+    """timm's sin-cos position embedding in the place of a ViT's learned one, and not to be learned."""
+    from timm.layers import build_sincos2d_pos_embed
+
+    P, grid = getattr(network, "pos_embed", None), getattr(network, "patch_embed", None)
+    if not isinstance(P, nn.Parameter) or getattr(network, "num_prefix_tokens", 1):
+        raise ValueError(
+            f"model.pos_embed must not be set for {name}: sincos is for embeddings of patches alone; "
+            'leave the class token out with model.options = {class_token = false, global_pool = "avg"}'
+        )
+    with torch.no_grad():
+        P.copy_(build_sincos2d_pos_embed(grid.grid_size, P.shape[-1]))
+    P.requires_grad_(False)
 
 
 def timm_options(model: ModelConfig, image_size: Any, channels: int, num_classes: int) -> dict[str, Any]:

@@ -82,6 +82,9 @@ class ModelConfig(_Section):
     )
     dim: int | None = option(None, "Width of the tokens, or channels of convmixer.", low=1, unset="512")
     depth: int | None = option(None, "Blocks.", low=1, unset="6")
+    pos_embed: str | None = option(
+        None, "Position embedding of a timm model; sincos is fixed.", choices=("sincos",), unset="its own"
+    )
     heads: int | None = option(None, "Heads of a layer of simple_vit.", low=1, unset="8")
     head_dim: int | None = option(None, "Width of a head.", low=1, unset="dim / heads")
     mlp_dim: int | None = option(None, "Hidden width of the MLP of simple_vit.", low=1, unset="dim")
@@ -103,8 +106,8 @@ class ModelConfig(_Section):
     def check(self) -> None:
         _name("model.name", self.name)
         wrong = {
-            "simple_vit": ("matrix_form", "num_filters", "share_layers"),
-            "convmixer": ("variant", "heads", "head_dim", "mlp_dim", "alpha"),
+            "simple_vit": ("matrix_form", "num_filters", "share_layers", "pos_embed"),
+            "convmixer": ("variant", "heads", "head_dim", "mlp_dim", "alpha", "pos_embed"),
         }.get(
             self.name,
             ("variant", "dim", "depth", "heads", "head_dim", "mlp_dim", "alpha", "train_mixing",
@@ -202,15 +205,18 @@ class DataConfig(_Section):
         0, "Of the choice of those images; the same for all runs.", low=0, high=2**63 - 1, flag="data-seed"
     )
     augment: str = option(
-        "none", "Augmentation of the training images; paper: RandAugment(2, 14), flip, random resized crop.",
-        choices=("none", "flip-crop", "paper", "paper-code"),
+        "none", "Augmentation of the training images; paper: RandAugment(2, 14), flip, random resized crop; "
+        "timm: timm.data.create_transform.", choices=("none", "flip-crop", "paper", "timm"),
     )  # fmt: skip
     augment_options: dict[str, Any] = option(
-        dict, "NAME=VALUE that changes the augmentation, such as erasing=0.25; may be repeated.",
+        dict, "NAME=VALUE for create_transform, such as auto_augment=rand-m9-mstd0.5-inc1; may be repeated.",
         flag="augment-option",
     )  # fmt: skip
     image_size: int | None = option(
         None, "Pixels on a side that images are resized to.", low=1, unset="as stored"
+    )
+    crop_pct: float = option(
+        1.0, "Side of the window that is cut out of a test image, as a share of the image's.", above=0, high=1
     )
     workers: int = option(0, "Processes that load images, for each training process.", low=0, fixed=False)
 

@@ -20,9 +20,51 @@ Tree = dict[str, dict[str, Any]]
 
 PRESETS = {
     "paper": "arXiv 2401.12511: Adam 1e-4 (ConvMixer 1e-3), cosine, batch 512, 200 epochs, RandAugment.",
-    "structured": "arXiv 2505.19985: AdamW 1e-3, cosine after 10 epochs of warm-up, batch 512, 200 epochs.",
+    "2404.01139": "arXiv: ViT-Tiny, no class token, fixed sin-cos P, AdamW 1e-3, 200 epochs, 32 px.",
+    "2505.19985": "arXiv, small data sets: ViT-Tiny, AdamW 2e-3, 300 epochs, mixup, CutMix, EMA, 224 px.",
     "quick": "8×8 digits, minutes on a CPU: the settings of convinit demo.",
 }
+
+
+# What timm's train.py is given in the READMEs of the two papers' repositories.
+_AUGMENT = {"auto_augment": "rand-m9-mstd0.5-inc1"}
+_COMMON = {
+    "optimizer": "adamw", "schedule": "cosine", "batch_size": 512, "warmup_lr": 1e-6, "min_lr": 1e-6,
+    "decay": "matrices", "precision": "bf16",
+}  # fmt: skip
+_TIMM: dict[str, Tree] = {
+    "2404.01139": {
+        "model": {
+            "name": "vit_tiny_patch16_224", "patch_size": 2, "pos_embed": "sincos",
+            "options": {"class_token": False, "global_pool": "avg"},
+        },
+        "init": {"fit": "adam", "kernel_size": 3},
+        "data": {
+            "name": "cifar10", "augment": "timm",
+            "augment_options": {**_AUGMENT, "scale": [1.0, 1.0], "ratio": [1.0, 1.0]},
+        },
+        "recipe": {
+            **_COMMON, "lr": 1e-3, "epochs": 200, "warmup_epochs": 10, "weight_decay": 0.01, "eps": 1e-3,
+            "clip": 3.0,
+        },
+    },
+    "2505.19985": {
+        "model": {
+            "name": "vit_tiny_patch16_224", "options": {"weight_init": "skip", "drop_path_rate": 0.1},
+        },
+        "init": {
+            "fit": "svd", "offsets": "fixed", "pos_embed_gain": 18.0, "values": "mimetic", "kernel_size": 3,
+        },
+        "data": {
+            "name": "cifar10", "image_size": 224, "crop_pct": 0.875, "augment": "timm",
+            "augment_options": {**_AUGMENT, "color_jitter": 0.4, "re_prob": 0.25},
+        },
+        "recipe": {
+            **_COMMON, "lr": 2e-3, "epochs": 300, "warmup_epochs": 50, "weight_decay": 0.05, "mixup": 0.8,
+            "cutmix": 1.0, "label_smoothing": 0.1, "ema": 0.9999,
+        },
+    },
+}  # fmt: skip
 
 
 def preset(name: str, model: str | None = None) -> Tree:
@@ -41,17 +83,10 @@ def preset(name: str, model: str | None = None) -> Tree:
             "data": {"name": "cifar10", "augment": "paper"},
             "recipe": {**recipe, "schedule": "cosine", "batch_size": 512, "epochs": 200},
         }
-    if name == "structured":
-        recipe = {
-            "optimizer": "adamw", "lr": 1e-3, "schedule": "cosine", "warmup_epochs": 10, "min_lr": 1e-6,
-            "batch_size": 512, "epochs": 200, "clip": 3.0, "weight_decay": 0.01, "decay": "matrices",
-            "eps": 1e-3, "precision": "bf16",
-        }  # fmt: skip
-        tree: Tree = {"data": {"name": "cifar10", "augment": "paper"}, "recipe": recipe}
-        if model is None:
-            tree["model"] = {"name": "vit_tiny_patch16_224", "patch_size": 2}
-        if model != "convmixer":
-            tree["init"] = {"values": "mimetic", "kernel_size": 3}
+    if name in _TIMM:
+        tree: Tree = {section: {**part} for section, part in _TIMM[name].items()}
+        if model not in (None, tree["model"]["name"]):
+            del tree["model"], tree["init"]
         return tree
     if name == "quick":
         tree = {

@@ -128,9 +128,7 @@ class Engine:
         recipe, seed = config.recipe, config.run.seed
         with accelerator.main_process_first():  # one process downloads
             self.data = _load(config)
-        train_images = augmentation(config.data.augment, self.data)
-        if config.data.augment_options:
-            train_images = _changed(train_images.options, config.data.augment_options, self.data)
+        train_images = augmentation(config.data.augment, self.data, config.data.augment_options)
         self.train_set = Augmented(self.data.train, train_images, seed)
         self.test_set = Augmented(self.data.test, augmentation("none", self.data))
         assert self.data.image_size is not None  # `augmentation` refuses None
@@ -361,7 +359,8 @@ class Engine:
             "train_images": len(self.train_set),
             # What must be known to use the weights without the data set.
             "images": {
-                name: getattr(self.data, name) for name in ("image_size", "mean", "std", "class_names")
+                name: getattr(self.data, name)
+                for name in ("image_size", "mean", "std", "class_names", "crop_pct")
             },
         }
         return tensors, {**numbers_of_run, "optimizer": numbers, "schedule": schedule, "scaler": scaler}
@@ -406,15 +405,8 @@ def _load(config: Config) -> ImageData:
         seed=data.seed,
         download=data.download,
         image_size=data.image_size,
+        crop_pct=data.crop_pct,
     )
-
-
-def _changed(options: Any, changes: dict[str, Any], data: ImageData) -> Any:
-    known = [each.name for each in dataclasses.fields(options)]
-    for name in changes:
-        if name not in known:
-            raise ValueError(f"data.augment_options must be among {', '.join(known)}, got {name!r}")
-    return augmentation(dataclasses.replace(options, **changes), data)
 
 
 def _batch_sizes(images: int, batch_size: int, drop_last: bool) -> list[int]:

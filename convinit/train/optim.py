@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -49,22 +50,23 @@ def make_schedule(
 ) -> lr_scheduler.LRScheduler:
     """torch's schedules, to be stepped after every step of the optimiser.
 
-    A linear warm-up from ``warmup_lr``, then cosine to ``min_lr`` or constant; one-cycle has its own.
+    Cosine to ``min_lr`` over all epochs, or constant; a linear warm-up from ``warmup_lr`` stands in the place
+    of its first epochs, as in timm. one-cycle has its own.
     """
     total = recipe.epochs * steps_per_epoch
     if recipe.schedule == "one-cycle":
         return lr_scheduler.OneCycleLR(optimizer, max_lr=recipe.lr, total_steps=total)
-    warmup = round(recipe.warmup_epochs * steps_per_epoch)
-    rest = max(total - warmup, 1)
-    after: lr_scheduler.LRScheduler
-    if recipe.schedule == "cosine":
-        after = lr_scheduler.CosineAnnealingLR(optimizer, rest, eta_min=recipe.min_lr)
-    else:
-        after = lr_scheduler.ConstantLR(optimizer, factor=1.0, total_iters=0)
-    if warmup == 0:
-        return after
-    rise = lr_scheduler.LinearLR(optimizer, recipe.warmup_lr / recipe.lr, total_iters=warmup)
-    return lr_scheduler.SequentialLR(optimizer, [rise, after], milestones=[warmup])
+    warmup, lr = round(recipe.warmup_epochs * steps_per_epoch), recipe.lr
+
+    def share(step: int) -> float:
+        if step < warmup:
+            return (recipe.warmup_lr + (lr - recipe.warmup_lr) * step / warmup) / lr
+        if recipe.schedule == "constant":
+            return 1.0
+        end = recipe.min_lr / lr
+        return end + (1 - end) * (1 + math.cos(math.pi * min(step / total, 1))) / 2
+
+    return lr_scheduler.LambdaLR(optimizer, share)
 
 
 class MovingAverage(AveragedModel):

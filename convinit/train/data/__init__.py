@@ -1,6 +1,6 @@
 """Image data sets: read, cut to subsets, augmented and loaded."""
 
-from convinit.train.data.augment import PRESETS, Augmentation, Augmented, AugmentOptions, augmentation
+from convinit.train.data.augment import AUGMENTATIONS, Augmentation, Augmented, augmentation
 from convinit.train.data.in_memory import ImageSplit, batches, load_digits_split, shift_images
 from convinit.train.data.loaders import test_loader, train_loader
 from convinit.train.data.sources import DATA_SETS, ImageData, load_data
@@ -8,8 +8,7 @@ from convinit.train.data.subsets import subset_indices
 
 __all__ = [
     "DATA_SETS",
-    "PRESETS",
-    "AugmentOptions",
+    "AUGMENTATIONS",
     "Augmentation",
     "Augmented",
     "ImageData",

@@ -1,9 +1,10 @@
-"""Augmentation: options that a configuration can hold, and draws that depend on the image alone."""
+"""Augmentation whose draws depend on the image alone."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+import inspect
+import random
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,102 +14,44 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 from convinit._checks import check_int
+from convinit.train.config import near
 from convinit.train.data.draws import derived_seed
 from convinit.train.data.images import require
 from convinit.train.data.sources import ImageData
-from convinit.train.data.subsets import check_real
 
-
-@dataclass(frozen=True)
-class AugmentOptions:
-    """How training images are changed, in this order: resized crop, RandAugment, padded crop, flip, erasing.
-
-    Attributes:
-        num_ops: operations of RandAugment on an image; 0 leaves RandAugment out.
-        magnitude: of RandAugment's operations, 0 to 30.
-        flip: mirror every second image, left to right.
-        crop: "none"; "pad", a random window of the image padded with zeros; "resized", a random window of
-            random size and aspect ratio (3/4 to 4/3), resized.
-        padding: pixels on each side, for crop "pad".
-        scale: smallest and largest area of the window as shares of the image's, for crop "resized".
-        erasing: probability that a random rectangle is set to the mean.
-    """
-
-    num_ops: int = 0
-    magnitude: int = 14
-    flip: bool = False
-    crop: str = "none"
-    padding: int = 4
-    scale: tuple[float, float] = (0.08, 1.0)
-    erasing: float = 0.0
-
-    def __post_init__(self) -> None:
-        for name in ("num_ops", "magnitude", "padding"):  # NumPy's integers become Python's
-            number = check_int(name, getattr(self, name), minimum=1 if name == "padding" else 0)
-            object.__setattr__(self, name, number)
-        if not isinstance(self.flip, bool):
-            raise TypeError(f"flip must be True or False, got {self.flip!r}")
-        if self.magnitude > 30:
-            raise ValueError(f"magnitude must be 0 to 30, got {self.magnitude}")
-        if self.crop not in ("none", "pad", "resized"):
-            raise ValueError(f"crop must be none, pad or resized, got {self.crop!r}")
-        if not isinstance(self.scale, list | tuple) or len(self.scale) != 2:  # a config file gives a list
-            raise TypeError(f"scale must be (smallest, largest), got {self.scale!r}")
-        object.__setattr__(self, "scale", tuple(check_real("scale", each) for each in self.scale))
-        if not 0 < self.scale[0] <= self.scale[1] <= 1:
-            raise ValueError(f"scale must be (smallest, largest), above 0 and at most 1, got {self.scale}")
-        if not 0 <= check_real("erasing", self.erasing) <= 1:
-            raise ValueError(f"erasing must be a probability, 0 to 1, got {self.erasing}")
-
-    @property
-    def random(self) -> bool:
-        """Whether anything is drawn."""
-        return bool(self.num_ops or self.flip or self.crop != "none" or self.erasing)
-
-
-PRESETS = {
-    "none": AugmentOptions(),
-    "flip-crop": AugmentOptions(flip=True, crop="pad"),
-    "paper": AugmentOptions(num_ops=2, magnitude=14, flip=True, crop="resized"),
-    # What the authors' training script does, unlike the text of the paper.
-    "paper-code": AugmentOptions(num_ops=2, magnitude=14, flip=True, crop="pad"),
-}
-
+AUGMENTATIONS = ("none", "flip-crop", "paper", "timm")
 _NOT_MIRRORED = ("digits", "svhn")  # a mirrored digit is another sign
 
 
 class Augmentation:
     """Image → float32 tensor, changed at random, resized and normalised; made by `augmentation`.
 
-    Draws come from torch's CPU generator; `Augmented` seeds it for each image.
+    Draws come from the generators of torch (CPU), Python and NumPy; `Augmented` seeds them for each image.
 
     Attributes:
-        options: what it does.
         random: False where nothing is drawn; then whole batches [B, C, H, W] of uint8 are taken too.
     """
 
-    def __init__(self, options: AugmentOptions, data: ImageData) -> None:
+    def __init__(self, name: str, data: ImageData, options: Mapping[str, Any]) -> None:
         if data.image_size is None:
             raise ValueError(
                 f"the images of {data.name!r} differ in size; give load_data an image_size to resize them to"
             )
-        self.options, self.random = options, options.random
-        size = data.image_size
-        steps: list[Callable[[Any], Any]] = [partial(fit, size=size)]
-        if options.random:
+        size, self.random = data.image_size, name != "none"
+        fitted = partial(fit, size=size, crop_pct=1.0 if self.random else data.crop_pct)
+        normalised = partial(normalise, mean=_per_channel(data.mean), std=_per_channel(data.std))
+        steps: list[Callable[[Any], Any]] = [fitted]
+        if name == "timm":
+            self._steps = (_to_pil, _timm_transform(data, options))
+            return
+        if self.random:
             v2 = require("torchvision.transforms.v2", "augmentation")
-            if options.crop == "resized":
-                steps = [v2.RandomResizedCrop(size, scale=options.scale)]
-            if options.num_ops:
-                steps.append(v2.RandAugment(options.num_ops, options.magnitude))
-            if options.crop == "pad":
-                steps.append(v2.RandomCrop(size, padding=options.padding))
-            if options.flip:
-                steps.append(v2.RandomHorizontalFlip())
-        steps.append(partial(normalise, mean=_per_channel(data.mean), std=_per_channel(data.std)))
-        if options.erasing:
-            steps.append(v2.RandomErasing(options.erasing))
-        self._steps = tuple(steps)
+        if name == "flip-crop":
+            steps += [v2.RandomCrop(size, padding=4)]
+            steps += [v2.RandomHorizontalFlip()] * (data.name not in _NOT_MIRRORED)
+        elif name == "paper":
+            steps = [v2.RandAugment(2, 14), v2.RandomHorizontalFlip(), v2.RandomResizedCrop(size)]
+        self._steps = (*steps, normalised)
 
     def __call__(self, image: Any) -> Tensor:
         for step in self._steps:
@@ -116,37 +59,69 @@ class Augmentation:
         return image
 
 
-def augmentation(name_or_options: str | AugmentOptions, data: ImageData) -> Augmentation:
+def augmentation(name: str, data: ImageData, options: Mapping[str, Any] | None = None) -> Augmentation:
     """The transform of a data set's images: PIL image or uint8 [C, H, W] → float32 [C, H, W], normalised.
 
     Args:
-        name_or_options: "none", resized and normalised only, for test images; "flip-crop", a window of the
-            image padded by 4 and a flip; "paper", RandAugment (2 operations, magnitude 14), flip and resized
-            crop; "paper-code", as the authors' script: RandAugment, window of the image padded by 4, flip.
-            The presets do not flip digits and SVHN. Or options spelled out.
+        name: "none", resized and normalised only, for test images; "flip-crop", a window of the image padded
+            by 4 and, but for digits and SVHN, a flip; "paper", RandAugment (2 operations, magnitude 14), flip
+            and random resized crop, as the script of arXiv 2401.12511, also for SVHN; "timm", what
+            `timm.data.create_transform` makes for training.
         data: gives the size, mean and std.
+        options: of "timm" alone: arguments of `timm.data.create_transform`, such as auto_augment, scale,
+            ratio, color_jitter, re_prob.
 
     Raises:
-        ImportError: torchvision is not installed ("none" without resizing does without it).
-        ValueError: there is no such preset, or the data set has no image size.
+        ImportError: torchvision or timm is not installed ("none" without resizing does without them).
+        ValueError: there is no such augmentation, it does not take the options, or the data set has no image
+            size.
     """
-    if isinstance(name_or_options, AugmentOptions):
-        return Augmentation(name_or_options, data)
-    if name_or_options not in PRESETS:
+    if name not in AUGMENTATIONS:
         raise ValueError(
-            f"augmentation must be AugmentOptions or one of {', '.join(PRESETS)}, got {name_or_options!r}"
+            f"augmentation must be one of {', '.join(AUGMENTATIONS)}, got {name!r}{near(name, AUGMENTATIONS)}"
         )
-    options = PRESETS[name_or_options]
-    return Augmentation(replace(options, flip=options.flip and data.name not in _NOT_MIRRORED), data)
+    if options and name != "timm":
+        raise ValueError(
+            f"options must be empty for augmentation {name!r}, which has none, got {dict(options)}"
+        )
+    return Augmentation(name, data, options or {})
 
 
-def fit(image: Any, size: tuple[int, int]) -> Any:
-    """A PIL image or tensor [..., H, W], scaled to cover `size` and cut to it in the middle."""
+def _timm_transform(data: ImageData, options: Mapping[str, Any]) -> Callable[[Any], Tensor]:
+    """timm's transform of PIL images for training."""
+    create_transform = require("timm.data", "augmentation by timm").create_transform
+    taken = [name for name in inspect.signature(create_transform).parameters if name not in _GIVEN_TO_TIMM]
+    for name in options:
+        if name not in taken:
+            raise ValueError(f"data.augment_options must be among {', '.join(taken)}, got {name!r}")
+    assert data.image_size is not None  # the caller has looked
+    given: dict[str, Any] = {
+        "input_size": (data.channels, *data.image_size), "is_training": True, "mean": data.mean,
+        "std": data.std,
+    }  # fmt: skip
+    try:
+        return create_transform(**given, **options)
+    except (TypeError, AssertionError) as error:
+        raise ValueError(f"timm takes no such data.augment_options, {dict(options)}: {error}") from error
+
+
+_GIVEN_TO_TIMM = ("input_size", "is_training", "mean", "std", "use_prefetcher", "normalize", "separate")
+
+
+def _to_pil(image: Any) -> Any:
+    """A PIL image of itself or of a uint8 tensor [C, H, W]."""
+    if not isinstance(image, Tensor):
+        return image
+    return require("torchvision.transforms.v2", "augmentation").functional.to_pil_image(image)
+
+
+def fit(image: Any, size: tuple[int, int], crop_pct: float = 1.0) -> Any:
+    """A PIL image or tensor [..., H, W], scaled to cover size / crop_pct and cut to `size` in the middle."""
     height, width = image.shape[-2:] if isinstance(image, Tensor) else (image.height, image.width)
-    if (height, width) == size:
+    if (height, width) == size and crop_pct == 1:
         return image
     functional = require("torchvision.transforms.v2", "resizing images").functional
-    scale = max(size[0] / height, size[1] / width)
+    scale = max(size[0] / height, size[1] / width) / crop_pct
     covering = [max(size[0], round(height * scale)), max(size[1], round(width * scale))]
     return functional.center_crop(functional.resize(image, covering, antialias=True), list(size))
 
@@ -171,11 +146,11 @@ class Augmented(Dataset):
     """A data set under a transform whose draws depend on (seed, epoch, index) alone.
 
     So an image of an epoch is the same with any number of workers and processes, and after an interruption.
-    The state of torch's CPU generator is put back after each image.
+    The states of torch's CPU generator, Python's and NumPy's are put back after each image.
 
     Args:
         dataset: map-style, of (image, class index).
-        transform: image → tensor. Its draws, if any, are from torch's CPU generator; where it has an
+        transform: image → tensor. Its draws, if any, are from those generators; where it has an
             attribute `random` that is False, there are none.
         seed: at least 0.
     """
@@ -203,12 +178,17 @@ class Augmented(Dataset):
             return self.transform(image), label
         # Not torch.manual_seed, which would seed the accelerators' generators too and take 40 times as long.
         generator = torch.default_generator
-        state = generator.get_state()
-        generator.manual_seed(derived_seed("augment", self.seed, self.epoch, index))
+        states = generator.get_state(), random.getstate(), np.random.get_state()  # timm draws from all three
+        seed = derived_seed("augment", self.seed, self.epoch, index)
+        generator.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
         try:
             return self.transform(image), label
         finally:
-            generator.set_state(state)
+            generator.set_state(states[0])
+            random.setstate(states[1])
+            np.random.set_state(states[2])
 
     def batch(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Images [B, C, H, W] and labels [B]; by one indexing where in memory and nothing is drawn."""

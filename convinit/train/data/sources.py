@@ -14,7 +14,7 @@ from convinit.train.data.fashion_mnist import MEAN, STD, USUAL, read_fashion_mni
 from convinit.train.data.folders import read_folder, read_tiny_imagenet
 from convinit.train.data.images import ImageFiles, ImageTensors
 from convinit.train.data.in_memory import load_digits_split
-from convinit.train.data.subsets import subset_indices
+from convinit.train.data.subsets import check_fraction, subset_indices
 from convinit.train.data.torchvision_sets import read_cifar, read_svhn
 
 DATA_SETS = ("cifar10", "cifar100", "svhn", "fashion-mnist", "tiny-imagenet", "folder", "digits")
@@ -37,6 +37,7 @@ class ImageData:
             for.
         channels: 1 or 3.
         mean, std: of each channel, with pixels in [0, 1]; for normalisation.
+        crop_pct: side of the window that is cut out of the middle of a test image, as a share of the image's.
     """
 
     name: str
@@ -48,6 +49,7 @@ class ImageData:
     channels: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    crop_pct: float = 1.0
 
 
 def load_data(
@@ -59,6 +61,7 @@ def load_data(
     seed: int = 0,
     download: bool = False,
     image_size: int | Sequence[int] | None = None,
+    crop_pct: float = 1.0,
     test_fraction: float = 0.2,
     split_seed: int = 0,
 ) -> ImageData:
@@ -81,6 +84,8 @@ def load_data(
             processes let one do it first.
         image_size: side in pixels or (H, W) that `augmentation` resizes to. Default: as stored; folders have
             no default.
+        crop_pct: of test images: side of the window in the middle that is kept, as a share of the image's,
+            above 0 to 1.
         test_fraction: share of a folder without train/ that becomes the test set, classes in proportion.
         split_seed: of that split; apart from `seed`, so that all seeds are tested on the same images.
 
@@ -97,7 +102,7 @@ def load_data(
         )
     check_int("seed", seed, minimum=0)
     check_int("split_seed", split_seed, minimum=0)
-    size = _check_size(image_size)
+    size, crop_pct = _check_size(image_size), check_fraction("crop_pct", crop_pct)
     train: ImageTensors | ImageFiles
     test: ImageTensors | ImageFiles
     if download and name in ("tiny-imagenet", "folder"):
@@ -130,7 +135,7 @@ def load_data(
         train = train.take(
             subset_indices(train.labels, count=train_count, fraction=train_fraction, seed=seed)
         )
-    return ImageData(name, train, test, len(names), names, size, len(mean), mean, std)
+    return ImageData(name, train, test, len(names), names, size, len(mean), mean, std, crop_pct)
 
 
 def _digits() -> tuple[ImageTensors, ImageTensors, tuple[str, ...], tuple[float, ...], tuple[float, ...]]:

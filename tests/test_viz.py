@@ -249,3 +249,17 @@ def test_viz_needs_no_matplotlib_until_it_draws_and_never_pyplot():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_figure_5_of_the_paper():
+    """At σ = 1 the maps are nearly uniform, at 10,000 binary, and not one column is much preferred."""
+    maps, figure = viz.temperature_maps(generator=torch.Generator().manual_seed(0))
+    assert maps.shape == (3, 256, 256) and len(figure.axes) == 3
+    torch.testing.assert_close(maps.sum(dim=-1), torch.ones(3, 256))
+    flat, middle, binary = maps.max(dim=-1).values.mean(dim=-1).tolist()
+    assert flat < 1.1 / 256 and 5 / 256 < middle < 0.5 and binary > 0.95
+    assert len(maps[2].argmax(dim=-1).unique()) > 0.5 * 256
+    again, _ = viz.temperature_maps((1e4,), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(again[0], maps[2])
+    with pytest.raises(ValueError, match="scales must be positive"):
+        viz.temperature_maps((0.0,))

@@ -72,6 +72,8 @@ class Report:
             parts += [f"**{name[:1].upper()}{name[1:]}**"] if name else []
             parts.append(_markdown(rows, table.ours))
         parts.append(f"![{table.title}]({self.stem()}.png)")
+        if table.name == "sigma":
+            parts.append(f"{_FIGURE_5}\n\n![Maps of random queries and keys]({self.stem()}-maps.png)")
         if sentences := conclusions(self):
             parts.append("\n".join(f"- {each}" for each in sentences))
         parts.append(self._reported_text())
@@ -272,6 +274,8 @@ def write_report(report: Report, out: Path, command: str) -> list[Path]:
         command: that made it.
     """
     texts = {".md": report.markdown(command), ".csv": report.csv()}
+    from convinit.viz import temperature_maps
+
     paths = []
     for suffix, text in texts.items():
         path = out / f"{report.stem()}{suffix}"
@@ -281,7 +285,19 @@ def write_report(report: Report, out: Path, command: str) -> list[Path]:
     if picture is not None:
         paths.append(out / f"{report.stem()}.png")
         picture.savefig(paths[-1], dpi=130)
+    if report.grid.table.name == "sigma":
+        paths.append(out / f"{report.stem()}-maps.png")
+        _, maps = temperature_maps(generator=torch.Generator().manual_seed(0))
+        maps.savefig(paths[-1], dpi=200)  # a token is two pixels
     return paths
+
+
+_FIGURE_5 = (
+    "Figure 5 of the paper illustrates σ: softmax(σ Q Kᵀ) on 16 × 16 tokens with random Q and K is nearly "
+    "uniform at σ = 1 and binary at σ = 10,000, near a random permutation matrix: every row chooses one "
+    "column, though rows choose freely (62 % of the columns are chosen). Such a map hardly lets a gradient "
+    "through, so a very large σ is hard to train. Every map has its own scale of colours."
+)
 
 
 def _markdown(lines: Sequence[Sequence[str]], bold: str) -> str:

@@ -447,7 +447,7 @@ def _timm(data: str) -> Table:
         note="P × g: the position embedding is enlarged g times at first. Both columns have as many epochs. "
         "The fit of arXiv 2505.19985 is its closed form, but orthogonal to the class token, to which theirs "
         "looks more, and with biases of 0. The model of arXiv 2404.01139 has no class token and a fixed "
-        "sin-cos P; its impulses are made by 10,000 steps of Adam on LayerNorm(P), values as timm draws them.",
+        "sin-cos P; its impulses are made by 10,000 steps of Adam on LayerNorm(P), values are timm's.",
     )
 
 

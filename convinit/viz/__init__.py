@@ -8,7 +8,7 @@ Colours stay apart for colour-blind readers and in grey.
 of plain tensors     ``attention_filter``  ``attention_filters``  ``attention_maps``  ``fit_filters``
 of a whole model     ``head_maps``  ``model_filters``  ``model_maps``
 of training          ``learning_curves``  ``drift``
-of experiments       ``grid_lines``  ``grid_dots``
+of experiments       ``grid_lines``  ``grid_dots``  ``temperature_maps``
 ===================  ============================================================================
 """
 
@@ -17,6 +17,7 @@ from convinit.viz.curves import drift, learning_curves
 from convinit.viz.grids import grid_dots, grid_lines
 from convinit.viz.heads import attention_filter, attention_filters, attention_maps, fit_filters
 from convinit.viz.model import model_filters, model_maps
+from convinit.viz.temperature import temperature_maps
 
 __all__ = [
     "attention_filter",
@@ -30,4 +31,5 @@ __all__ = [
     "learning_curves",
     "model_filters",
     "model_maps",
+    "temperature_maps",
 ]

@@ -66,7 +66,7 @@ def reproduce(
 
     Every run is kept as it is finished, and tables share runs: after Ctrl-C, kill -9 or a crash the same
     command goes on where it was, in the middle of a run too. Writes DATA-TABLE.md, .csv and .png: the table,
-    what it shows and what it does not, and beside it what others reported for the same settings.
+    what it shows and what it does not.
 
     Examples:
 

@@ -1,7 +1,7 @@
 """`convinit reproduce`: the papers' experiments as grids of training runs (extra `train`).
 
 tables → grid → cells: what is varied, which runs that makes, one run. readings → report: what is read off the
-runs, and what is written of it; published: what others reported.
+runs, and what is written of it. What others reported is in docs/published.md.
 """
 
 from convinit.reproduce.cells import run_cell

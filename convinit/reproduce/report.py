@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +19,6 @@ from convinit._over_seeds import Figure, over_seeds
 from convinit.reproduce import readings
 from convinit.reproduce.conclusions import conclusions
 from convinit.reproduce.grid import Cell, Grid
-from convinit.reproduce.published import reported
 from convinit.reproduce.tables import USUAL_ROWS, Choice
 from convinit.train.config import Config
 
@@ -26,8 +26,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure as Picture
 
 _COLUMNS = (
-    "table", "data", "row", "column", "reading", "mean", "sd", "seeds", "values", "reported", "source",
-    "differs",
+    "table", "data", "row", "column", "reading", "mean", "sd", "seeds", "values",
 )  # fmt: skip
 
 
@@ -65,7 +64,7 @@ class Report:
     # --- text -----------------------------------------------------------------------------------------------
 
     def markdown(self, command: str) -> str:
-        """The page: setting, tables, what they show, what was reported."""
+        """The page: setting, tables, what they show."""
         table = self.grid.table
         parts = [f"# {table.title}", f"{table.question} {table.note}".strip(), self.setting()]
         for name, rows in self.tables():
@@ -76,7 +75,6 @@ class Report:
             parts.append(f"{_FIGURE_5}\n\n![Maps of random queries and keys]({self.stem()}-maps.png)")
         if sentences := conclusions(self):
             parts.append("\n".join(f"- {each}" for each in sentences))
-        parts.append(self._reported_text())
         parts.append(f"Made by `{command}`; [all figures]({self.stem()}.csv).")
         return "\n\n".join(parts) + "\n"
 
@@ -164,49 +162,18 @@ class Report:
         own = [configs for (row, _), configs in self.grid.configs.items() if row == self.grid.table.ours]
         return own[-1][0]
 
-    # --- reported figures -----------------------------------------------------------------------------------
-
-    def _reported_text(self) -> str:
-        lines = [["row", "column", "reading", "measured here", "reported", "source", "what differs"]]
-        for cell, reading in self._all():
-            for each in self._reported(cell, reading):
-                measured = self.figure(cell, reading)
-                lines.append(
-                    [
-                        *cell,
-                        self.title(reading),
-                        "–" if measured is None else str(measured),
-                        f"{each.value:.2f}",
-                        each.source,
-                        each.differs,
-                    ]
-                )
-        if len(lines) == 1:
-            return "No published result is known for just these settings."
-        return "**Reported by others** (not measured here)\n\n" + _markdown(lines, "")
-
-    def _reported(self, cell: Cell, reading: str) -> list[Any]:
-        config = self.grid.configs[cell][0]
-        return reported(self.grid.data, self.grid.table.name, *cell, reading, config)
-
-    def _all(self) -> list[tuple[Cell, str]]:
-        return [(cell, reading) for cell in self.grid.configs for reading in self.grid.table.readings]
-
     def csv(self) -> str:
-        """A line for each cell and reading, or one for each figure that was reported for it."""
+        """A line for each cell and reading."""
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(_COLUMNS)
-        for cell, reading in self._all():
+        for cell, reading in itertools.product(self.grid.configs, self.grid.table.readings):
             values, figure = self.values(cell, reading), self.figure(cell, reading)
             numbers = ["", "", 0] if figure is None else [
                 f"{figure.mean:.3f}", "" if figure.sd is None else f"{figure.sd:.3f}", figure.n,
             ]  # fmt: skip
-            base = [self.grid.table.name, self.grid.data, *cell, self.title(reading), *numbers]
-            base.append(" ".join(f"{each:.3f}" for each in values))
-            for each in self._reported(cell, reading) or [None]:
-                others = ["", "", ""] if each is None else [each.value, each.source, each.differs]
-                writer.writerow([*base, *others])
+            line = [self.grid.table.name, self.grid.data, *cell, self.title(reading), *numbers]
+            writer.writerow([*line, " ".join(f"{each:.3f}" for each in values)])
         return text.getvalue()
 
     # --- figure ---------------------------------------------------------------------------------------------

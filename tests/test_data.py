@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import hashlib
+import json
 import os
 import pickle
 import random
@@ -278,6 +279,97 @@ def test_svhn_labels_of_the_wrong_number(tmp_path, monkeypatch):
     write_svhn(tmp_path, monkeypatch, labels=11)
     with pytest.raises(ValueError, match=r"train_32x32.mat must hold a label for each image, got 12 .* 11"):
         load_data("svhn", tmp_path)
+
+
+# ---- STL-10, and data sets in files
+
+
+@needs_torchvision
+def test_stl10(tmp_path, monkeypatch):
+    """stl10_binary/: uint8 images [n, 3, 96, 96], column by column, labels from 1, names in a text file."""
+    STL10 = torchvision.datasets.STL10
+    folder = tmp_path / STL10.base_folder
+    folder.mkdir()
+    images = np.random.default_rng(0).integers(0, 256, (6, 3, 96, 96), dtype=np.uint8)
+    for name, part in (("train", images[:4]), ("test", images[4:]), ("unlabeled", images[:0])):
+        part.transpose(0, 1, 3, 2).tofile(folder / f"{name}_X.bin")
+        (np.arange(len(part), dtype=np.uint8) + 1).tofile(folder / f"{name}_y.bin")
+    names = ["airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck"]
+    (folder / "class_names.txt").write_text("\n".join(names) + "\n")
+    for listed in ("train_list", "test_list"):
+        files = [[file, md5(folder / file)] for file, _ in getattr(STL10, listed)]
+        monkeypatch.setattr(STL10, listed, files)
+    data = load_data("stl10", tmp_path)
+    assert np.array_equal(data.train.images.numpy(), images[:4]) and data.test.labels.tolist() == [0, 1]
+    assert (data.image_size, data.channels, data.num_classes) == ((96, 96), 3, 10)
+    assert data.class_names == tuple(names) and data.mean == (0.485, 0.456, 0.406)
+    (folder / "test_y.bin").write_bytes(b"\x01")
+    with pytest.raises(ValueError, match="test_y.bin is damaged or incomplete"):
+        load_data("stl10", tmp_path)
+
+
+def write_food101(root: Path) -> None:
+    folder = root / "food-101"
+    (folder / "meta").mkdir(parents=True)
+    for split, count in (("train", 3), ("test", 2)):
+        listed = {name: [f"{name}/{split}{i}" for i in range(count)] for name in ("apple_pie", "waffles")}
+        (folder / "meta" / f"{split}.json").write_text(json.dumps(listed))
+        for path in sum(listed.values(), []):
+            write_image(folder / "images" / f"{path}.jpg", (50, 40))
+
+
+def write_flowers102(root: Path, monkeypatch) -> None:
+    savemat = pytest.importorskip("scipy.io").savemat
+    folder = root / "flowers-102"
+    for i in range(1, 11):
+        write_image(folder / "jpg" / f"image_{i:05d}.jpg", (40, 50))
+    savemat(folder / "imagelabels.mat", {"labels": np.array([[1, 2, 102, 4, 5, 1, 2, 102, 4, 5]])})
+    sets = {"trnid": [[1, 2, 3, 4]], "valid": [[5, 6]], "tstid": [[8, 7, 9, 10]]}
+    savemat(folder / "setid.mat", {name: np.array(ids) for name, ids in sets.items()})
+    names = {"label": "imagelabels.mat", "setid": "setid.mat"}
+    listed = {key: (name, md5(folder / name)) for key, name in names.items()}
+    cls = torchvision.datasets.Flowers102
+    monkeypatch.setattr(cls, "_file_dict", {**cls._file_dict, **listed})
+
+
+def write_pets(root: Path) -> None:
+    folder = root / "oxford-iiit-pet"
+    (folder / "annotations").mkdir(parents=True)
+    pets = (("Abyssinian", 1, 1), ("american_bulldog", 2, 2), ("Bengal", 3, 1))
+    for split, numbers in (("trainval", (100, 101)), ("test", (1,))):
+        lines = [f"{name}_{i} {label} {kind} 1\n" for name, label, kind in pets for i in numbers]
+        (folder / "annotations" / f"{split}.txt").write_text("".join(lines))
+        for line in lines:
+            write_image(folder / "images" / f"{line.split()[0]}.jpg", (60, 45))
+
+
+@needs_torchvision
+@pytest.mark.parametrize(
+    "name, classes, train, test, last",
+    [
+        ("food101", 2, [0, 0, 0, 1, 1, 1], [0, 0, 1, 1], "waffles/test1.jpg"),
+        ("flowers102", 102, [0, 1, 101, 3], [101, 1, 3, 4], "image_00010.jpg"),
+        ("pets", 3, [0, 0, 1, 1, 2, 2], [0, 1, 2], "Bengal_1.jpg"),
+    ],
+)
+def test_data_sets_in_files(name, classes, train, test, last, tmp_path, monkeypatch):
+    if name == "flowers102":
+        write_flowers102(tmp_path, monkeypatch)
+    else:
+        {"food101": write_food101, "pets": write_pets}[name](tmp_path)
+    data = load_data(name, tmp_path)
+    assert (data.num_classes, len(data.class_names), data.channels) == (classes, classes, 3)
+    assert data.train.labels.tolist() == train and data.test.labels.tolist() == test
+    assert data.test.paths[-1].endswith(last) and data.mean == (0.485, 0.456, 0.406)
+    with pytest.raises(ValueError, match="differ in size; give load_data an image_size"):
+        augmentation("none", data)
+    data = load_data(name, tmp_path, image_size=32)
+    assert Augmented(data.train, augmentation("none", data)).batch([0, 1])[0].shape == (2, 3, 32, 32)
+    Path(data.test.paths[-1]).unlink()
+    with pytest.raises(FileNotFoundError, match=f"{last} is missing; needed is "):
+        load_data(name, tmp_path)
+    with pytest.raises((ValueError, FileNotFoundError), match="needed is .*download=True"):
+        load_data(name, tmp_path / "food-101" if name == "food101" else Path(data.test.paths[0]).parent)
 
 
 # ---- Fashion-MNIST

@@ -186,8 +186,10 @@ class DataConfig(_Section):
 
     name: str = option(
         "cifar10",
-        "Data set: cifar10, cifar100, svhn, fashion-mnist, tiny-imagenet, digits, or folder (see --root).",
-        choices=("cifar10", "cifar100", "svhn", "fashion-mnist", "tiny-imagenet", "digits", "folder"),
+        "Data set: cifar10, cifar100, svhn, fashion-mnist, stl10, food101, flowers102, pets, tiny-imagenet, "
+        "digits, or folder (see --root).",
+        choices=("cifar10", "cifar100", "svhn", "fashion-mnist", "stl10", "food101", "flowers102", "pets",
+                 "tiny-imagenet", "digits", "folder"),
         flag="data",
     )  # fmt: skip
     root: str | None = option(

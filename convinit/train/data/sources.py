@@ -15,9 +15,12 @@ from convinit.train.data.folders import read_folder, read_tiny_imagenet
 from convinit.train.data.images import ImageFiles, ImageTensors
 from convinit.train.data.in_memory import load_digits_split
 from convinit.train.data.subsets import check_fraction, subset_indices
-from convinit.train.data.torchvision_sets import read_cifar, read_svhn
+from convinit.train.data.torchvision_sets import read_cifar, read_files, read_stl10, read_svhn
 
-DATA_SETS = ("cifar10", "cifar100", "svhn", "fashion-mnist", "tiny-imagenet", "folder", "digits")
+DATA_SETS = (
+    "cifar10", "cifar100", "svhn", "fashion-mnist", "stl10", "food101", "flowers102", "pets", "tiny-imagenet",
+    "folder", "digits",
+)  # fmt: skip
 
 _CIFAR = (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)
 _SVHN = (0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970)
@@ -71,19 +74,21 @@ def load_data(
 
     Args:
         name: "cifar10", "cifar100" or "svhn", by torchvision; "fashion-mnist", 28×28 and grey, from its four
-            idx files; "tiny-imagenet", in the layout of its archive
-            with the validation images as test set; "folder", images in a folder for each class, below train/
-            and val/ or test/ or not split yet; "digits", the 8×8 digits of scikit-learn.
-        root: folder with the data: of cifar-10-batches-py/ or cifar-100-python/, of train_32x32.mat and
-            test_32x32.mat, of (or itself) tiny-imagenet-200/, of train/ or the class folders. "digits" need
+            idx files; "stl10", 96×96, "food101", "flowers102" and "pets" (Oxford-IIIT), by torchvision, the
+            last three in sizes of their own; "tiny-imagenet", in its archive's layout with the validation
+            images as test set; "folder", images in a folder for each class, below train/ and val/ or test/ or
+            not split yet; "digits", the 8×8 digits of scikit-learn.
+        root: folder with the data: of cifar-10-batches-py/, cifar-100-python/, stl10_binary/, food-101/,
+            flowers-102/ or oxford-iiit-pet/, of train_32x32.mat and test_32x32.mat, of (or itself)
+            tiny-imagenet-200/, of train/ or the class folders. "digits" need
             none, and "fashion-mnist" none where Debian's package dataset-fashion-mnist is installed.
         train_count: training images to keep, classes in proportion; or
         train_fraction: the share of them to keep, above 0 to 1. With neither, all of them.
         seed: of the subset, the same on every machine.
-        download: fetch what is missing (cifar10, cifar100, svhn, fashion-mnist) into root. Of several
+        download: fetch what is missing into root, where torchvision knows the data set. Of several
             processes let one do it first.
-        image_size: side in pixels or (H, W) that `augmentation` resizes to. Default: as stored; folders have
-            no default.
+        image_size: side in pixels or (H, W) that `augmentation` resizes to. Default: as stored; images that
+            differ in size have no default.
         crop_pct: of test images: side of the window in the middle that is kept, as a share of the image's,
             above 0 to 1.
         test_fraction: share of a folder without train/ that becomes the test set, classes in proportion.
@@ -106,9 +111,7 @@ def load_data(
     train: ImageTensors | ImageFiles
     test: ImageTensors | ImageFiles
     if download and name in ("tiny-imagenet", "folder"):
-        raise ValueError(
-            f"download=True is for cifar10, cifar100, svhn and fashion-mnist, got name = {name!r}"
-        )
+        raise ValueError(f"download=True is for the data sets of torchvision, got name = {name!r}")
     if name == "digits":
         train, test, names, mean, std = _digits()
     elif name == "fashion-mnist":
@@ -123,6 +126,10 @@ def load_data(
             size = size or (64, 64)
         elif name == "folder":
             train, test, names = read_folder(folder, test_fraction, split_seed)
+        elif name == "stl10":
+            train, test, names = read_stl10(folder, download)
+        elif name in ("food101", "flowers102", "pets"):
+            train, test, names = read_files(name, folder, download)
         elif name == "svhn":
             train, test, names = read_svhn(folder, download)
             mean, std = _SVHN

@@ -1,4 +1,4 @@
-"""CIFAR-10, CIFAR-100 and SVHN, read by torchvision.
+"""Data sets that torchvision reads.
 
 torchvision unpickles the CIFAR files itself, and only after their MD5 sums were found right.
 """
@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from convinit.train.data.images import ImageTensors, require
+from convinit.train.data.images import ImageFiles, ImageTensors, require
 
 
 def read_cifar(name: str, root: Path, download: bool) -> tuple[ImageTensors, ImageTensors, tuple[str, ...]]:
@@ -50,6 +50,61 @@ def read_svhn(root: Path, download: bool) -> tuple[ImageTensors, ImageTensors, t
     return parts[0], parts[1], tuple("0123456789")
 
 
+def read_stl10(root: Path, download: bool) -> tuple[ImageTensors, ImageTensors, tuple[str, ...]]:
+    """Labelled training set, test set and class names of STL-10."""
+    stl10 = require("torchvision.datasets", "the data set 'stl10'").STL10
+    folder = root / stl10.base_folder
+    files = [(folder / file, md5) for file, md5 in [*stl10.train_list, *stl10.test_list]]
+    source = f"the archive {stl10.filename} from {stl10.url}, unpacked so that {folder} holds it"
+    try:
+        sets = [stl10(root, split=split, download=download) for split in ("train", "test")]
+    except Exception as error:
+        raise _explained("stl10", files, source, download, error) from error
+    train, test = (_tensors(part.data, part.labels, 10, f"stl10 in {root}", source, side=96) for part in sets)
+    return train, test, tuple(getattr(sets[0], "classes", map(str, range(10))))
+
+
+# Class of torchvision, names of its splits for training and test, where it has the paths, and what is needed.
+_IN_FILES = {
+    "food101": (
+        "Food101", "train", "test", "_image_files", "food-101/ with images/ and meta/, of food-101.tar.gz",
+    ),
+    "flowers102": (
+        "Flowers102", "train", "test", "_image_files",
+        "flowers-102/ with jpg/ of 102flowers.tgz, imagelabels.mat and setid.mat",
+    ),
+    "pets": (
+        "OxfordIIITPet", "trainval", "test", "_images",
+        "oxford-iiit-pet/ with images/ and annotations/, of images.tar.gz and annotations.tar.gz",
+    ),
+}  # fmt: skip
+
+
+def read_files(name: str, root: Path, download: bool) -> tuple[ImageFiles, ImageFiles, tuple[str, ...]]:
+    """Training set, test set and class names of "food101", "flowers102" or "pets"; images in files.
+
+    Split as published: of Flowers-102 the 1,020 images for training without the 1,020 for validation, of the
+    pets both.
+    """
+    kind, *splits, paths, needed = _IN_FILES[name]
+    cls = getattr(require("torchvision.datasets", f"the data set {name!r}"), kind)
+    if name == "flowers102":
+        require("scipy.io", f"the data set {name!r}")
+    try:
+        sets = [cls(root, split=split, download=download) for split in splits]
+    except Exception as error:
+        raise _explained(name, [], f"{root}/{needed}", download, error) from error
+    names = tuple(sets[0].classes)
+    parts = [ImageFiles([*map(str, getattr(part, paths))], torch.tensor(part._labels)) for part in sets]
+    for part in parts:
+        if not len(part) or part.labels.min() < 0 or part.labels.max() >= len(names):
+            raise ValueError(f"{root} must hold images of {len(names)} classes; needed is {root}/{needed}")
+        missing = next((path for path in part.paths if not Path(path).is_file()), None)
+        if missing is not None:
+            raise FileNotFoundError(f"{missing} is missing; needed is {root}/{needed}")
+    return parts[0], parts[1], names
+
+
 def _explained(
     name: str, files: Sequence[tuple[Path, str]], source: str, download: bool, error: Exception
 ) -> FileNotFoundError | ValueError:
@@ -71,13 +126,15 @@ def _explained(
 
 
 def _tensors(
-    images: np.ndarray, labels: Sequence[int], classes: int, where: str, source: str
+    images: np.ndarray, labels: Sequence[int], classes: int, where: str, source: str, side: int = 32
 ) -> ImageTensors:
-    """[n, 3, 32, 32] uint8 and n labels as tensors; ValueError where they are not that."""
+    """[n, 3, side, side] uint8 and n labels as tensors; ValueError where they are not that."""
     targets = np.atleast_1d(np.asarray(labels, dtype=np.int64))
-    if images.dtype != np.uint8 or images.shape[1:] != (3, 32, 32):
+    if images.dtype != np.uint8 or images.shape[1:] != (3, side, side):
         found = f"{images.dtype} of shape {list(images.shape)}"
-        raise ValueError(f"{where} must hold uint8 images [n, 3, 32, 32], got {found}; needed is {source}")
+        raise ValueError(
+            f"{where} must hold uint8 images [n, 3, {side}, {side}], got {found}; needed is {source}"
+        )
     if len(images) != len(targets):
         raise ValueError(
             f"{where} must hold a label for each image, got {len(images)} images and {len(targets)} labels; "

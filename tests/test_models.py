@@ -14,6 +14,7 @@ import convinit.nn.spatial_conv
 from convinit import impulse_targets
 from convinit.models import ConvMixer, SimpleViT
 from convinit.nn import SpatialConv
+from convinit.offsets import attention_on_targets
 
 VARIANTS = ["vanilla", "I", "II", "III"]
 VIT = {"dim": 32, "depth": 2, "num_heads": 4, "head_dim": 8, "mlp_dim": 24, "kernel_size": 3}
@@ -123,6 +124,33 @@ def test_position_enters_where_the_variant_says():
             model.attention_maps(images())[0],
             attn.attention_map(model.blocks[0].norm(entry)).expand(3, -1, -1, -1),
         )
+
+
+def test_options_of_the_papers_code():
+    """P = I, P at the entry of Models II and III, and one fit for all layers."""
+    model = vit(variant="II", pos_embed="identity", init="impulse", kernel_size=3, dim=32, alpha=0.25,
+                input_pos_embed=True, layers_alike=True)  # fmt: skip
+    tokens = model.grid_size[0] * model.grid_size[1]
+    assert torch.equal(model.pos_embed, torch.eye(tokens, 32))
+    assert torch.equal(model.blocks[0].attn.pos_embed, model.pos_embed)
+    x = model.patch_embed(model.patchify(images()))
+    torch.testing.assert_close(model.embed(images()), 0.25 * x + 0.75 * torch.eye(tokens, 32))
+    (first, second), target = [block.attn for block in model.blocks[:2]], 0.7
+    assert torch.equal(first.offsets, second.offsets)
+    for a, b in zip(first.qk_weights(), second.qk_weights(), strict=True):
+        assert torch.equal(a, b)
+    maps = first.attention_map()[0]
+    assert attention_on_targets(maps, first.offsets, model.grid_size) == pytest.approx(target, abs=0.02)
+    loaded = copy.deepcopy(model)
+    loaded.load_state_dict(model.state_dict())
+    assert torch.equal(loaded(images()), model(images()))
+    for options, message in (
+        ({"variant": "I", "input_pos_embed": True}, "input_pos_embed must be False for variant 'I'"),
+        ({"pos_embed": "identity", "dim": 16, "num_heads": 2, "head_dim": 8}, "dim must be at least N = 24"),
+        ({"pos_embed": "learned"}, "pos_embed must be one of sincos, identity"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            vit(**options)
 
 
 def test_attention_maps_of_model_two_are_the_impulses():

@@ -8,13 +8,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from convinit._checks import check_choice, check_int, check_offsets, check_pair, check_share, check_tensor
+from convinit._checks import (
+    check_choice,
+    check_flag,
+    check_int,
+    check_offsets,
+    check_pair,
+    check_share,
+    check_tensor,
+)
 from convinit.fit.api import Method
 from convinit.init import default_
 from convinit.models.pretrained import Pretrained
 from convinit.nn.attention import VARIANTS, ConvInitAttention, reset_mixing_
 from convinit.nn.linear import Linear
-from convinit.nn.position import fill_sincos_
+from convinit.nn.position import fill_position_
 
 __all__ = ["SimpleViT"]
 
@@ -31,9 +39,10 @@ class SimpleViT(Pretrained, nn.Module):
     "III"        nothing: Q [heads, N, r] and K [heads, r, N] free    LN(x)
     ===========  ===================================================  =============
 
-    P is the fixed sin-cos embedding of the patch grid. ``init="default"`` leaves queries and keys as
-    ``nn.Linear`` makes them; "random" and "mimetic" are the papers' baselines; "impulse" is fitted, all
-    layers and heads in one call of :func:`convinit.fit_qk`; "scrambled" and "norm_matched" are its controls.
+    P is fixed: the sin-cos embedding of the patch grid, or the identity. ``init="default"`` leaves queries
+    and keys as ``nn.Linear`` makes them; "random" and "mimetic" are the papers' baselines; "impulse" is
+    fitted, all layers and heads in one call of :func:`convinit.fit_qk`; "scrambled" and "norm_matched" are
+    its controls.
 
     Args:
         image_size, patch_size: pixels, one number or (height, width).
@@ -46,6 +55,10 @@ class SimpleViT(Pretrained, nn.Module):
         variant, alpha: see the table.
         init, distribution, values, kernel_size, scale, padding_mode, method, weight_norm, peak, value, proj,
             trainable_mixing: see :class:`convinit.nn.ConvInitAttention`.
+        pos_embed: P, "sincos" or "identity", a unit vector a token, which needs N ≤ D.
+        input_pos_embed: mix α·x + (1−α)·P at the entry in Models II and III too, as the vanilla variant
+            always does. Not for Model I, whose layers see P.
+        layers_alike: every layer starts from the queries and keys of the first, as in arXiv 2404.01139.
         attn_drop, proj_drop: dropout on attention weights, and on the outputs of attention and MLP.
         offsets: [depth·heads, 2], or [heads, 2] for all layers alike, (dy, dx) of heads; None draws them.
         generator: CPU generator of the initial values; None means torch's own.
@@ -86,6 +99,9 @@ class SimpleViT(Pretrained, nn.Module):
         weight_norm: float | None = None,
         peak: float | None = None,
         offsets: Tensor | None = None,
+        pos_embed: str = "sincos",
+        input_pos_embed: bool = False,
+        layers_alike: bool = False,
         value: bool = True,
         proj: bool = True,
         trainable_mixing: bool = True,
@@ -105,7 +121,17 @@ class SimpleViT(Pretrained, nn.Module):
         self.patch_size = pair("patch_size", patch_size)
         self.grid_size = patch_grid(image_size, patch_size)
         self.image_size = pair("image_size", image_size)
-        self.entry_alpha = check_share("alpha", alpha) if variant == "vanilla" else None
+        check_flag("layers_alike", layers_alike)
+        if check_flag("input_pos_embed", input_pos_embed) and variant == "I":
+            raise ValueError("input_pos_embed must be False for variant 'I', whose layers see P themselves")
+        if layers_alike and offsets is not None and len(offsets) != num_heads:
+            raise ValueError(
+                f"offsets must be [{num_heads}, 2] with layers_alike, of one layer, got {list(offsets.shape)}"
+            )
+        self.layers_alike = layers_alike
+        self.fixed_position = pos_embed
+        mixed = variant == "vanilla" or input_pos_embed
+        self.entry_alpha = check_share("alpha", alpha) if mixed else None
 
         # Made on the meta device, so that nothing is drawn twice.
         factory: dict[str, Any] = {"device": "meta", "dtype": dtype}
@@ -148,6 +174,7 @@ class SimpleViT(Pretrained, nn.Module):
                 method=method,
                 weight_norm=weight_norm,
                 peak=peak,
+                pos_embed=pos_embed,
                 offsets=None if offsets is None else offsets[first : first + num_heads],
                 **factory,
             )
@@ -170,9 +197,9 @@ class SimpleViT(Pretrained, nn.Module):
         Args:
             generator: CPU generator. The same seed gives the same model.
         """
-        fill_sincos_(self, self.grid_size, self.dim)
+        _fill_position(self, None)
         layers = [block.attn for block in self.blocks]
-        reset_mixing_(layers, generator)  # one fit for all layers
+        reset_mixing_(layers, generator, alike=self.layers_alike)  # one fit for all layers
         for layer in layers:
             layer.reset_values(generator)
         others = [self.patch_embed, self.norm, self.head]
@@ -227,7 +254,7 @@ class SimpleViT(Pretrained, nn.Module):
 
 
 def _fill_position(model: SimpleViT, _: Any) -> None:
-    fill_sincos_(model, model.grid_size, model.dim)
+    fill_position_(model, model.fixed_position, model.grid_size, model.dim)
 
 
 class Block(nn.Module):

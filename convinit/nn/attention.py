@@ -29,7 +29,7 @@ from convinit.fit import Adam, Newton, fit_qk
 from convinit.fit.api import METHODS, Method
 from convinit.init._shared import rounded
 from convinit.nn.linear import Linear
-from convinit.nn.position import fill_sincos_, sincos_2d
+from convinit.nn.position import check_position, fill_position_
 from convinit.offsets import sample_offsets
 from convinit.ops.fused import BACKENDS
 from convinit.ops.positional_attention import packed_attention, positional_attention
@@ -90,8 +90,9 @@ class ConvInitAttention(nn.Module):
             vanilla variant, whose tokens come out of a norm, and P in Models II and III. In Model I "newton"
             sees (1−α) P, the positional part of its queries and keys, and the papers' methods see P, as
             theirs do. In Model III "adam" fits Q and K without P, as theirs does.
-        pos_embed: P [N, D]; None means the fixed 2-D sin-cos of grid and dim, which needs a D divisible by 4.
-            A given P is data: it is saved with the state_dict, and after ``to_empty`` it must be loaded.
+        pos_embed: P [N, D]; "sincos", the fixed 2-D sin-cos of grid and dim, which needs a D divisible by 4;
+            or "identity", a unit vector a token, which needs N ≤ D. A given P is data: it is saved with the
+            state_dict, and after ``to_empty`` it must be loaded.
         attn_head_dim, dim_out, qk_norm, scale_norm, gated, norm_layer: taken so that the module can stand in
             a timm block. ``attn_head_dim`` is timm's name of head_dim; norm_layer is not used, as in timm
             when there is no norm; what would change the fitted map or the output is refused.
@@ -145,7 +146,7 @@ class ConvInitAttention(nn.Module):
         weight_norm: float | None = None,
         peak: float | None = None,
         offsets: Tensor | None = None,
-        pos_embed: Tensor | None = None,
+        pos_embed: Tensor | str = "sincos",
         attn_head_dim: int | None = None,
         dim_out: int | None = None,
         qk_norm: bool = False,
@@ -238,15 +239,15 @@ class ConvInitAttention(nn.Module):
         self.proj_drop = nn.Dropout(proj_drop)
 
         self._given_offsets = None if offsets is None else offsets.detach().cpu().to(torch.int64, copy=True)
-        self._sincos = pos_embed is None
-        if pos_embed is None:
-            sincos_2d((1, 1), dim)  # refuses such a dim; `_fill_position` gives P its values
+        self._fixed = pos_embed if isinstance(pos_embed, str) else None
+        if isinstance(pos_embed, str):
+            check_position(pos_embed, self.grid_size, dim)  # refuses such a dim; `_fill_position` fills P
             pos_embed = torch.empty(tokens, dim, **factory)
         elif check_tensor("pos_embed", pos_embed, f"[{tokens}, {dim}]").shape != (tokens, dim):
             raise ValueError(f"pos_embed must be [{tokens}, {dim}], N and dim, got {list(pos_embed.shape)}")
         else:
             pos_embed = pos_embed.detach().to(device, dtype or torch.get_default_dtype(), copy=True)
-        self.register_buffer("pos_embed", pos_embed, persistent=not self._sincos)
+        self.register_buffer("pos_embed", pos_embed, persistent=self._fixed is None)
         self.register_buffer("offsets", torch.empty(num_heads, 2, dtype=torch.int64, device=device))
         self.register_load_state_dict_post_hook(_fill_position)
         if not self.offsets.is_meta:
@@ -332,9 +333,9 @@ class ConvInitAttention(nn.Module):
         self.alpha, self.scale = state.tolist()
 
     def _fill_position(self) -> None:
-        """The sin-cos P is not saved, and ``to_empty`` leaves it blank."""
-        if self._sincos:
-            fill_sincos_(self, self.grid_size, self.dim)
+        """A fixed P is not saved, and ``to_empty`` leaves it blank."""
+        if self._fixed is not None:
+            fill_position_(self, self._fixed, self.grid_size, self.dim)
 
     def init_weights(self) -> None:
         """:meth:`reset_parameters` under the name that timm calls after it has drawn every ``nn.Linear``."""
@@ -492,16 +493,26 @@ def _check_own(module: nn.Module, layer: nn.Linear) -> None:
 
 
 @torch.no_grad()
-def reset_mixing_(layers: Sequence[ConvInitAttention], generator: torch.Generator | None = None) -> None:
+def reset_mixing_(
+    layers: Sequence[ConvInitAttention], generator: torch.Generator | None = None, *, alike: bool = False
+) -> None:
     """Draw offsets, queries and keys of layers made with the same arguments: one fit serves them all.
 
     Args:
         layers: each a ConvInitAttention; they differ in their draws alone.
         generator: CPU generator.
+        alike: every layer gets the draws of the first.
     """
     if not layers:
         return
     first = layers[0]
+    if alike:
+        reset_mixing_(layers[:1], generator)
+        for layer in layers[1:]:
+            layer._fill_position()
+            layer.offsets.copy_(first.offsets)
+            layer._write_qk_(*first._own_qk())
+        return
     for layer in layers:
         layer._fill_position()
     drawn = sample_offsets(len(layers) * first.num_heads, first.kernel_size, generator=generator)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from convinit._checks import came, check_grid_size, check_int, check_number
+from convinit._checks import came, check_choice, check_grid_size, check_int, check_number
 
 __all__ = ["sincos_2d"]
 
@@ -57,9 +57,23 @@ def sincos_2d(
     return embedding.to(dtype=dtype, device=device or torch.get_default_device())
 
 
+FIXED = ("sincos", "identity")
+
+
+def check_position(kind: str, grid_size: tuple[int, int], dim: int) -> None:
+    """Refuses a fixed P [N, D] that there is not: D is not a multiple of 4, or, for "identity", below N."""
+    if check_choice("pos_embed", kind, FIXED) == "sincos":
+        sincos_2d((1, 1), dim)
+    elif grid_size[0] * grid_size[1] > dim:
+        tokens = grid_size[0] * grid_size[1]
+        raise ValueError(f"dim must be at least N = {tokens} for pos_embed='identity', got {dim}")
+
+
 @torch.no_grad()
-def fill_sincos_(module: nn.Module, grid_size: tuple[int, int], dim: int) -> None:
-    """Gives a module's buffer ``pos_embed``, which its state_dict leaves out, the values of `sincos_2d`.
+def fill_position_(module: nn.Module, kind: str, grid_size: tuple[int, int], dim: int) -> None:
+    """Gives a module's buffer ``pos_embed``, which its state_dict leaves out, its values.
+
+    They are `sincos_2d`, or of kind "identity" a unit vector a token.
 
     In place where it can be. ``load_state_dict(assign=True)`` gives weights another device or dtype, and
     leaves the buffer as it was, on the meta device for one: then a new one like the weights takes its place.
@@ -67,7 +81,8 @@ def fill_sincos_(module: nn.Module, grid_size: tuple[int, int], dim: int) -> Non
     old = module.pos_embed
     assert isinstance(old, Tensor)
     like = next((each for each in module.parameters() if each.is_floating_point()), old)
-    P = sincos_2d(grid_size, dim, device="cpu")
+    identity = kind == "identity"
+    P = torch.eye(len(old), dim, device="cpu") if identity else sincos_2d(grid_size, dim, device="cpu")
     if (old.device, old.dtype) == (like.device, like.dtype):
         old.copy_(P)
     else:

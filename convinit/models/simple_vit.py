@@ -181,8 +181,8 @@ class SimpleViT(Pretrained, nn.Module):
             self.blocks.append(Block(attn, mlp_dim, proj_drop, **factory))
         self.norm = nn.LayerNorm(dim, **factory)
         self.head = Linear(dim, num_classes, **factory)
-        pos_embed = torch.empty(self.grid_size[0] * self.grid_size[1], dim, **factory)
-        self.register_buffer("pos_embed", pos_embed, persistent=False)
+        P = torch.empty(self.grid_size[0] * self.grid_size[1], dim, **factory)
+        self.register_buffer("pos_embed", P, persistent=False)
         self.register_load_state_dict_post_hook(_fill_position)
 
         device = torch.get_default_device() if device is None else torch.device(device)

@@ -410,7 +410,7 @@ def _timm(data: str) -> Table:
             "model.options": {"class_token": True, "global_pool": "token"},
         }  # fmt: skip
         columns = (Choice("10 %", {"data.train_fraction": 0.1}), Choice("all images"))
-    rows = (
+    rows: tuple[Choice, ...] = (
         Choice("default", {"init.method": "default", "init.values": "default"}),
         Choice("default, P × 60", {"init.method": "default", "init.values": "default", **gain}),
         Choice("mimetic", {"init.method": "mimetic"}),

@@ -124,14 +124,16 @@ def _fix_sincos_(network: nn.Module, name: str) -> None:
     """timm's sin-cos position embedding in the place of a ViT's learned one, and not to be learned."""
     from timm.layers import build_sincos2d_pos_embed
 
-    P, grid = getattr(network, "pos_embed", None), getattr(network, "patch_embed", None)
-    if not isinstance(P, nn.Parameter) or getattr(network, "num_prefix_tokens", 1):
+    P: Any = getattr(network, "pos_embed", None)
+    prefix: Any = getattr(network, "num_prefix_tokens", None)
+    if not isinstance(P, nn.Parameter) or prefix != 0:
         raise ValueError(
             f"model.pos_embed must not be set for {name}: sincos is for embeddings of patches alone; "
             'leave the class token out with model.options = {class_token = false, global_pool = "avg"}'
         )
     with torch.no_grad():
-        P.copy_(build_sincos2d_pos_embed(grid.grid_size, P.shape[-1]))
+        patches: Any = network.get_submodule("patch_embed")
+        P.copy_(build_sincos2d_pos_embed(patches.grid_size, P.shape[-1]))
     P.requires_grad_(False)
 
 

@@ -38,20 +38,21 @@ class Augmentation:
                 f"the images of {data.name!r} differ in size; give load_data an image_size to resize them to"
             )
         size, self.random = data.image_size, name != "none"
-        fitted = partial(fit, size=size, crop_pct=1.0 if self.random else data.crop_pct)
         normalised = partial(normalise, mean=_per_channel(data.mean), std=_per_channel(data.std))
-        steps: list[Callable[[Any], Any]] = [fitted]
-        if name == "timm":
-            self._steps = (_to_pil, _timm_transform(data, options))
-            return
-        if self.random:
+        steps: list[Callable[[Any], Any]]
+        if name == "none":
+            steps = [partial(fit, size=size, crop_pct=data.crop_pct), normalised]
+        elif name == "timm":
+            steps = [_to_pil, _timm_transform(data, options)]
+        else:
             v2 = require("torchvision.transforms.v2", "augmentation")
-        if name == "flip-crop":
-            steps += [v2.RandomCrop(size, padding=4)]
-            steps += [v2.RandomHorizontalFlip()] * (data.name not in _NOT_MIRRORED)
-        elif name == "paper":
-            steps = [v2.RandAugment(2, 14), v2.RandomHorizontalFlip(), v2.RandomResizedCrop(size)]
-        self._steps = (*steps, normalised)
+            if name == "flip-crop":
+                steps = [partial(fit, size=size), v2.RandomCrop(size, padding=4)]
+                steps += [v2.RandomHorizontalFlip()] * (data.name not in _NOT_MIRRORED)
+            else:
+                steps = [v2.RandAugment(2, 14), v2.RandomHorizontalFlip(), v2.RandomResizedCrop(size)]
+            steps.append(normalised)
+        self._steps = tuple(steps)
 
     def __call__(self, image: Any) -> Tensor:
         for step in self._steps:

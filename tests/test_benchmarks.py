@@ -275,6 +275,7 @@ def pytest_run(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
     (folder / "bench_tiny.py").write_text(TINY)
     (folder / "pytest.ini").write_text("[pytest]\npython_files = bench_*.py\npython_functions = bench_*\n")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(BENCHMARKS)])}
+    environment.pop("PYTEST_XDIST_WORKER", None)  # under which pytest-benchmark would not time
     return subprocess.run(
         [sys.executable, *"-m pytest -q -s -p no:cacheprovider --benchmark-max-time=0.02".split(), *options],
         cwd=folder, env=environment, capture_output=True, text=True, timeout=120,

@@ -152,7 +152,7 @@ def half(*shape):
         (lambda: init.mimetic_qk_(half(2, 4, 4), half(2, 4, 4), noise=1e300), "noise"),
         (lambda: init.mimetic_vo_(half(4, 4), half(4, 4), identity=1e12), "wv"),
         (lambda: init.impulse_qk_(half(2, 16, 8), half(2, 16, 8), P * 1e-5, OFFSETS, GRID, scale=0.35), "wq"),
-        (lambda: ConvInitAttention(16, 2, GRID, offsets=OFFSETS, scale=1e-9, dtype=HALF), "pos_embed"),
+        (lambda: ConvInitAttention(16, 2, GRID, offsets=OFFSETS, scale=1e-12, dtype=HALF), "pos_embed"),
         (lambda: ConvInitAttention(16, 2, GRID, variant="III", init="random").half().set_qk_(
             torch.full((2, 16, 8), 1e6), torch.full((2, 16, 8), 1e6)), "wq"),
     ],

@@ -430,7 +430,7 @@ def test_an_interruption_leaves_what_was_found(folder, tmp_path, monkeypatch):
                 raise KeyboardInterrupt
             yield result
 
-    monkeypatch.setattr("convinit.cli.predict.predict", interrupted)
+    monkeypatch.setattr("convinit.serve.predict", interrupted)
     done = invoke("predict", folder, *files, "--out", tmp_path / "o.json")
     assert done.exit_code == 130
     assert len(json.loads((tmp_path / "o.json").read_text())) == 3

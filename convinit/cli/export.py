@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-_FORMATS = {".onnx": "onnx", ".pt2": "torch-export", "": "pretrained"}  # suffix → format
+_FORMATS = {".pt2": "torch-export", ".onnx": "onnx", "": "pretrained"}  # suffix → format
 
 
 def export_command(

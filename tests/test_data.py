@@ -26,6 +26,7 @@ from convinit.train import (
     train_loader,
 )
 from convinit.train.data import subset_indices
+from convinit.train.data.augment import _to_pil, fit
 from convinit.train.data.draws import derived_seed, permutation
 from convinit.train.data.images import decode, read_image
 
@@ -752,6 +753,18 @@ def test_draws_depend_on_seed_epoch_and_index_alone(options):
 
 
 @needs_torchvision
+def test_timm_posterizes_to_no_bits_at_all():
+    """At magnitude 10 timm keeps 0 bits, which Pillow 12 refuses; rand-m9-mstd0.5 draws 10 now and then."""
+    data = load_data("digits", train_count=24)
+    changed = augmentation("timm", data, {"auto_augment": "rand-m10-inc1-n4"})
+    posterize = [op for op in changed._steps[1].transforms[2].ops if op.name.startswith("Posterize")]
+    for operation in posterize:
+        operation.prob = 1.0
+        assert operation(_to_pil(data.train[0][0])).getextrema() == (0, 0)
+    assert posterize
+
+
+@needs_torchvision
 def test_flip_and_crop_move_pixels_only():
     """Every result is a window of the zero-padded image or of its mirror image."""
     data = load_data("digits", train_count=10)
@@ -772,8 +785,6 @@ def test_flip_and_crop_move_pixels_only():
 
 @needs_torchvision
 def test_resizing_covers_and_cuts_in_the_middle():
-    from convinit.train.data.augment import fit
-
     image = torch.arange(12, dtype=torch.uint8).view(1, 2, 6)
     assert torch.equal(fit(image, (2, 2)), image[..., 2:4])
     assert fit(image, (7, 5)).shape == (1, 7, 5)

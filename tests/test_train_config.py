@@ -69,6 +69,25 @@ def test_presets_are_the_recipes_of_the_authors():
     assert resolve("2404.01139", given={"model.name": "simple_vit"}).init.fit == "newton"
 
 
+def test_layers_are_linear_defaults_where_timm_skips_its_own():
+    """weight_init = skip leaves P and the class token undrawn in timm; they are drawn as timm would."""
+    pytest.importorskip("timm")
+    small = {"embed_dim": 64, "depth": 1, "num_heads": 2, "weight_init": "skip"}
+    given = {"model.options": small, "model.patch_size": 4, "init.pos_embed_gain": 1.0}
+    models = [
+        build_model(resolve("2505.19985", given=given), image_size=32, channels=3, num_classes=10)
+        for _ in range(2)
+    ]
+    for first, second in zip(*(model.state_dict().values() for model in models), strict=True):
+        assert torch.equal(first, second)
+    assert models[0].pos_embed.std().item() == pytest.approx(0.02, rel=0.05)
+    assert models[0].cls_token.abs().max() < 1e-5
+    assert models[0].blocks[0].mlp.fc1.weight.abs().max().item() == pytest.approx(64**-0.5, rel=0.01)
+    with pytest.raises(ValueError, match="model.options must not name trained weights"):
+        given["model.options"] = small | {"pretrained": True}
+        build_model(resolve("2505.19985", given=given), image_size=32, channels=3, num_classes=10)
+
+
 def test_fixed_sincos_position_of_a_timm_model(monkeypatch):
     """timm's build_sincos2d_pos_embed, frozen; the fit sees its LayerNorm, as arXiv 2404.01139."""
     timm = pytest.importorskip("timm")

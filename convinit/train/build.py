@@ -88,7 +88,6 @@ def _timm(
             f"imported ({error}); pip install timm"
         ) from error
     from convinit.adapters import init_vit_
-    from convinit.adapters.timm import create_model
 
     if not timm.is_model(model.name):
         near = difflib.get_close_matches(model.name, timm.list_models(), n=3, cutoff=0.5)
@@ -111,13 +110,28 @@ def _timm(
     wanted = {"method": method, "values": values, "padding_mode": init.padding_mode, **_without_none(given)}
     with torch.random.fork_rng(devices=[]), _Options(model):
         torch.manual_seed(seed)  # timm draws from torch's own
-        if model.pos_embed is None and (method, values, init.pos_embed_gain) != ("keep", "keep", None):
-            return create_model(model.name, init=wanted, generator=generator, **options)
+        initialised = (method, values, init.pos_embed_gain) != ("keep", "keep", None)
+        if initialised and (options.get("pretrained") or options.get("checkpoint_path")):
+            raise ValueError(
+                f"model.options must not name trained weights for {model.name}: the initialisation would "
+                "overwrite them; to keep them set init.method and init.values to default"
+            )
         network = timm.create_model(model.name, **options)
+        if options.get("weight_init") == "skip":
+            _draw_tokens_(network)
         if model.pos_embed == "sincos":
             _fix_sincos_(network, model.name)
+        if initialised:
             init_vit_(network, generator=generator, **wanted)
         return network
+
+
+def _draw_tokens_(network: nn.Module) -> None:
+    """What timm's weight_init="skip" leaves as the memory was: P and the tokens, drawn as timm would."""
+    for name, std in (("pos_embed", 0.02), ("cls_token", 1e-6), ("reg_token", 1e-6)):
+        each = getattr(network, name, None)
+        if isinstance(each, nn.Parameter):
+            nn.init.normal_(each, std=std)
 
 
 def _fix_sincos_(network: nn.Module, name: str) -> None:

@@ -101,9 +101,22 @@ def _timm_transform(data: ImageData, options: Mapping[str, Any]) -> Callable[[An
         "std": data.std,
     }  # fmt: skip
     try:
-        return create_transform(**given, **options)
+        transform = create_transform(**given, **options)
     except (TypeError, AssertionError) as error:
         raise ValueError(f"timm takes no such data.augment_options, {dict(options)}: {error}") from error
+    for step in transform.transforms:
+        for operation in getattr(step, "ops", ()):  # of RandAugment
+            if operation.name.startswith("Posterize"):
+                operation.aug_fn = _posterize
+    return transform
+
+
+def _posterize(image: Any, bits: int, **_: Any) -> Any:
+    """timm's, but for the 0 bits that it draws at full magnitude and newer Pillows refuse: a black image."""
+    if bits < 1:
+        return image.point(lambda value: 0)
+    ops = require("PIL.ImageOps", "augmentation by timm")
+    return image if bits >= 8 else ops.posterize(image, bits)
 
 
 _GIVEN_TO_TIMM = ("input_size", "is_training", "mean", "std", "use_prefetcher", "normalize", "separate")

@@ -31,7 +31,7 @@ def plot(
         str,
         typer.Option(
             help="How init_vit_ sets queries and keys: newton, adam, svd, mimetic, norm_matched, scrambled, "
-            "keep (timm's own)."
+            "position_only, keep (timm's own)."
         ),
     ] = "newton",
     kernel_size: Annotated[

@@ -532,9 +532,9 @@ def test_dry_run_measures_and_writes_nothing(tmp_path, monkeypatch):
     done = invoke("models", "alpha", "--dry-run", "--jobs", 2, "--out", tmp_path / "o")
     assert done.exit_code == 0, done.output
     lines = {line.split()[0]: line.split() for line in done.output.splitlines() if line.strip()}
-    assert lines["models"][1:6] == ["23", "69", "69", "128", "500.0"]
-    assert lines["alpha"][1:6] == ["30", "90", "75", "128", "500.0"]  # 15 of them are Model I's
-    assert "144 runs to do, 2 at once" in done.output and "about 1 h 16 min" in done.output
+    assert lines["models"][1:6] == ["31", "93", "93", "128", "500.0"]
+    assert lines["alpha"][1:6] == ["42", "126", "105", "128", "500.0"]  # 21 of them are Model I's
+    assert "198 runs to do, 2 at once" in done.output and "about 1 h 46 min" in done.output
     assert not (tmp_path / "o").exists()
 
 
@@ -576,7 +576,7 @@ def test_the_papers_size_on_files_in_the_genuine_format(tmp_path, monkeypatch):
     words = ["convergence", "--data", "cifar10", "--root", tmp_path / "data", "--seeds", 1, *words]
     plan = invoke(*words, "--dry-run", "--out", tmp_path / "o")
     assert plan.exit_code == 0, plan.output
-    assert "5 runs to do" in plan.output and not (tmp_path / "o").exists()
+    assert "7 runs to do" in plan.output and not (tmp_path / "o").exists()
     done = invoke(*words, "--out", tmp_path)
     assert done.exit_code == 0, done.output
     (path,) = tmp_path.glob("cifar10-convergence-*.md")

@@ -284,7 +284,7 @@ def _print_plan(grids: Sequence[Any], out: Path, data: Any, at_once: int) -> Non
     Console().print(sheet, highlight=False)
     Console().print(
         f"{len(todo)} runs to do, {at_once} at once on {_device(todo)}: about {duration(total)} by the steps "
-        "as measured now, without tests and reading. Runs that tables share stand in the first of them.",
+        "as measured now, without tests, reading or fits. Runs that tables share stand in the first of them.",
         highlight=False,
     )
 

@@ -480,7 +480,8 @@ def declared(name: str, data: str = "digits") -> Table:
     if data == "tiny-imagenet":
         own["model.patch_size"] = 4  # of 64 pixels
     papers = any(row.settings == _IMPULSE_PAPER.settings for row in table.rows)
-    note = f"{table.note} {_AS_IN_THE_PAPER}".strip() if papers else table.note
+    parts = (table.note, _AS_IN_THE_PAPER if papers else "", _SMALL if papers and data == "digits" else "")
+    note = " ".join(part for part in parts if part)
     return replace(table, settings={**table.settings, **own}, note=note)
 
 
@@ -488,4 +489,8 @@ _AS_IN_THE_PAPER = (
     "As in the paper (arXiv 2401.12511): impulses by 10,000 steps of Adam at σ = 0.1, fitted to P whatever α "
     "is; mimetic noise uniform, of a third of the variance; values and output layer as nn.Linear makes them. "
     "Its random weights are those of nn.Linear."
+)
+_SMALL = (
+    "At the size of these networks that fit hardly makes maps (peak 0.03, where uniform attention has 0.016); at "
+    "the paper's size it does (0.32)."
 )

@@ -449,7 +449,7 @@ def test_unfinished_tables_say_so(tmp_path):
         grid, {cell: found[:1] if cell[0] != "random" else [] for cell, found in whole.outcomes.items()}
     )
     page = part.markdown("convinit")
-    assert "**Unfinished: 19 of 69 runs.**" in page and "| random | – | – | – | – |" in page
+    assert "**Unfinished: 27 of 93 runs.**" in page and "| random | – | – | – | – |" in page
     assert part.picture() is not None
     assert Report(grid, grid.outcomes(tmp_path)).picture() is None
     one = fake(Grid.of(declared("models"), (0,), {}), spread)
@@ -534,7 +534,7 @@ def test_dry_run_measures_and_writes_nothing(tmp_path, monkeypatch):
     lines = {line.split()[0]: line.split() for line in done.output.splitlines() if line.strip()}
     assert lines["models"][1:6] == ["31", "93", "93", "128", "500.0"]
     assert lines["alpha"][1:6] == ["42", "126", "105", "128", "500.0"]  # 21 of them are Model I's
-    assert "198 runs to do, 2 at once" in done.output and "about 1 h 46 min" in done.output
+    assert "198 runs to do, 2 at once" in done.output and "about 1 h 45 min" in done.output
     assert not (tmp_path / "o").exists()
 
 

@@ -491,6 +491,6 @@ _AS_IN_THE_PAPER = (
     "Its random weights are those of nn.Linear."
 )
 _SMALL = (
-    "At the size of these networks that fit hardly makes maps (peak 0.03, where uniform attention has 0.016); at "
-    "the paper's size it does (0.32)."
+    "At the size of these networks that fit hardly makes maps (peak 0.03, uniform attention having 0.016); "
+    "at the paper's size it does (0.32)."
 )

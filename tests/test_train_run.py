@@ -43,7 +43,7 @@ def test_a_run_is_the_loop_written_out(tmp_path):
         for x, y in train_loader(images, 32, seed=0, epoch=epoch):
             lr = 1e-6 + (0.01 - 1e-6) * step / 2  # half an epoch of warm-up
             if step >= 2:
-                lr = 0.005 * (1 + math.cos(math.pi * (step - 2) / 6))
+                lr = 0.005 * (1 + math.cos(math.pi * step / 8))  # in whose place the warm-up stood
             optimizer.param_groups[0]["lr"] = lr
             loss = F.cross_entropy(model(x), y, label_smoothing=0.1)
             optimizer.zero_grad()
@@ -323,7 +323,9 @@ def test_schedules_end_where_they_should():
             rates.append(optimizer.param_groups[0]["lr"])
             optimizer.step()
             schedule.step()
-        assert rates[0] == pytest.approx(1e-6) and rates[10] == max(rates) == pytest.approx(0.01)
+        after = 1e-4 + 0.0099 * (1 + math.cos(math.pi / 3)) / 2 if name == "cosine" else 0.01
+        assert rates[0] == pytest.approx(1e-6) and rates[10] == pytest.approx(after)
+        assert rates[:10] == pytest.approx([1e-6 + (0.01 - 1e-6) * step / 10 for step in range(10)])
         assert optimizer.param_groups[0]["lr"] == pytest.approx(end)
 
 

@@ -103,9 +103,11 @@ def _timm(
             "'random'; default is how timm draws its weights"
         )
     values = {"default": "keep"}.get(init.values, init.values)
+    papers = init.method == "impulse" and init.fit in ("adam", "svd")  # which know no subspace
     given = {
         "kernel_size": init.kernel_size, "peak": init.peak, "weight_norm": init.weight_norm,
         "offsets": init.offsets, "pos_embed_gain": init.pos_embed_gain,
+        "position": "keep" if papers and init.pos_embed_gain is None else None,
     }  # fmt: skip
     wanted = {"method": method, "values": values, "padding_mode": init.padding_mode, **_without_none(given)}
     with torch.random.fork_rng(devices=[]), _Options(model):

@@ -41,9 +41,9 @@ def test_a_run_is_the_loop_written_out(tmp_path):
     for epoch in range(2):
         total = 0.0
         for x, y in train_loader(images, 32, seed=0, epoch=epoch):
-            lr = 1e-6 + (0.01 - 1e-6) * step / 2  # half an epoch of warm-up
+            lr = 1e-6 + (0.01 - 1e-6) * step / 2  # half an epoch of warm-up, in place of the cosine's start
             if step >= 2:
-                lr = 0.005 * (1 + math.cos(math.pi * step / 8))  # in whose place the warm-up stood
+                lr = 0.005 * (1 + math.cos(math.pi * step / 8))
             optimizer.param_groups[0]["lr"] = lr
             loss = F.cross_entropy(model(x), y, label_smoothing=0.1)
             optimizer.zero_grad()
@@ -279,9 +279,7 @@ def test_timm_by_config():
     changed = {
         name for name, each in states["impulse"].items() if not torch.equal(each, states["default"][name])
     }
-    # Queries and keys; P, and all that must be orthogonal to it.
-    writers = ("pos_embed", "cls_token", "patch_embed", "attn.qkv.weight", "attn.proj", "mlp.fc2")
-    assert changed and all(any(part in name for part in writers) for name in changed)
+    assert changed and all("attn.qkv" in name for name in changed)
     with pytest.raises(ValueError, match="a name that timm knows, such as .*vit_tiny_patch16_224"):
         build_model(resolve(given={"model.name": "vit_tinny_patch16_224"}), **DIGITS)
 
@@ -314,7 +312,7 @@ def test_the_average_has_statistics_of_its_own():
 
 
 def test_schedules_end_where_they_should():
-    for name, end in (("cosine", 1e-4), ("constant", 0.01)):
+    for name, after_warmup, end in (("cosine", 0.007525, 1e-4), ("constant", 0.01, 0.01)):
         recipe = small(recipe__schedule=name, recipe__min_lr=1e-4, recipe__warmup_epochs=1).recipe
         optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=recipe.lr)
         schedule = make_schedule(optimizer, recipe, 10)
@@ -323,9 +321,7 @@ def test_schedules_end_where_they_should():
             rates.append(optimizer.param_groups[0]["lr"])
             optimizer.step()
             schedule.step()
-        after = 1e-4 + 0.0099 * (1 + math.cos(math.pi / 3)) / 2 if name == "cosine" else 0.01
-        assert rates[0] == pytest.approx(1e-6) and rates[10] == pytest.approx(after)
-        assert rates[:10] == pytest.approx([1e-6 + (0.01 - 1e-6) * step / 10 for step in range(10)])
+        assert rates[0] == pytest.approx(1e-6) and rates[10] == pytest.approx(after_warmup)
         assert optimizer.param_groups[0]["lr"] == pytest.approx(end)
 
 

@@ -104,7 +104,9 @@ def test_fixed_sincos_position_of_a_timm_model(monkeypatch):
     seen = torch.nn.functional.layer_norm(P, (32,), eps=1e-6)
     fit = fit_qk(seen, offsets, (4, 4), 16, scale=0.25, method="svd", generator=seeded)
     wq = model.blocks[0].attn.qkv.weight[:32].unflatten(0, (2, 16)).mT
-    torch.testing.assert_close(wq, fit.wq, rtol=1e-3, atol=1e-4)
+    assert (wq - fit.wq).norm() <= 0.05 * fit.wq.norm()  # whose noise is drawn after other things
+    raw = fit_qk(P, offsets, (4, 4), 16, scale=0.25, method="svd", generator=seeded)
+    assert (wq - raw.wq).norm() > 0.2 * fit.wq.norm()
     with pytest.raises(ValueError, match="sincos is for embeddings of patches alone"):
         given = {"model.options": small | {"class_token": True, "global_pool": "token"}}
         build_model(resolve("2404.01139", given=given), image_size=16, channels=3, num_classes=10)

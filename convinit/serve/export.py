@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from convinit._checks import check_int
+from convinit._checks import check_int, check_real
 from convinit.nn import ConvInitAttention
-from convinit.train.data.subsets import check_real
 
 __all__ = ["FORMATS", "export"]
 

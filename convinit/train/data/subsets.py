@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import math
-import numbers
-
 import numpy as np
 from torch import Tensor
 
-from convinit._checks import check_int
+from convinit._checks import check_int, check_real
 from convinit.train.data.draws import permutation
 
 
@@ -69,12 +66,3 @@ def check_fraction(name: str, value: float) -> float:
     if not 0 < value <= 1:
         raise ValueError(f"{name} must be above 0 and at most 1, got {value}")
     return value
-
-
-def check_real(name: str, value: object) -> float:
-    """`value`, NumPy's numbers among them, as a finite float; TypeError or ValueError otherwise."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
-    if not math.isfinite(value):
-        raise ValueError(f"{name} must be finite, got {value}")
-    return float(value)

@@ -279,7 +279,9 @@ def test_timm_by_config():
     changed = {
         name for name, each in states["impulse"].items() if not torch.equal(each, states["default"][name])
     }
-    assert changed and all("attn.qkv" in name for name in changed)
+    writers = ("patch_embed.proj", "cls_token", "attn.proj", "mlp.fc2")  # to P's subspace, which they leave
+    assert {"pos_embed", "blocks.1.attn.qkv.weight", "blocks.1.mlp.fc2.weight"} <= changed
+    assert all(any(part in name for part in ("pos_embed", "attn.qkv", *writers)) for name in changed)
     with pytest.raises(ValueError, match="a name that timm knows, such as .*vit_tiny_patch16_224"):
         build_model(resolve(given={"model.name": "vit_tinny_patch16_224"}), **DIGITS)
 

@@ -370,5 +370,5 @@ def fastest(
 
 
 def _key(dtype: torch.dtype, tokens: int, rank: int) -> tuple[int, int, int, int]:
-    device = torch.device("cuda", torch.cuda.current_device())
+    device = torch.empty(0, device=verify.DEVICE).device  # with its number
     return configs.generation(device), dtype.itemsize, tokens, rank

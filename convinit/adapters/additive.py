@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from convinit import init as init_
 from convinit.adapters.calibrate import Plan, Seen, calibrate_, qk_norm_weights
@@ -187,8 +188,9 @@ class AdditiveLayout(Layout):
         frozen = [
             self._name(writer.weight.tensor)
             for writer in (*(self.writers or ()), *outputs)
-            if writer is not None and writer.frozen
+            if writer is not None and (writer.frozen or (writer.bias is not None and writer.bias.frozen))
         ]
+        frozen += [self._name(slot.tensor) for slot in self.prefix if slot.frozen and slot.read().any()]
         if self.writers is None:
             raise ValueError(
                 f'position must be "keep" for {name}: not all layers that write to its tokens are known'
@@ -199,6 +201,14 @@ class AdditiveLayout(Layout):
                 raise ValueError(f'position must be "keep" for {name}: {why}')
             self.notes.append(f"position embedding kept as it is: {why}")
             return False
+        modules = list(self.root.modules())
+        behind = modules[modules.index(self.content) :] if self.content in modules else []
+        for module in behind[len(list(self.content.modules())) if self.content is not None else 0 :]:
+            if isinstance(module, _BatchNorm):
+                raise ValueError(
+                    f'position must be "keep" for {name}: in training {type(module).__name__} divides each '
+                    "channel by its own spread, which turns the content into P's subspace"
+                )
         norms = [self.entry, *(attention.norm for attention in self.attentions), *self.between]
         for norm in norms:
             if not _uniform(norm):
@@ -217,6 +227,12 @@ class AdditiveLayout(Layout):
         constant = bool((P == P[0]).all())
         drawn = constant or (not self.position.frozen and looks_drawn(P, self.grid_size))
         if drawn or request.position == "new":
+            if not self._is_saved():
+                raise ValueError(
+                    f"position embedding of {type(self.root).__name__} must be in its state_dict, or a new "
+                    "one would be lost with the weights: make it a parameter or a persistent buffer, or give "
+                    'position="keep"'
+                )
             size = float((P - P.mean(dim=0)).square().mean().sqrt()) or POSITION_TO_CONTENT
             if self.content is not None and images is not None:
                 with self.whole_grid():
@@ -337,11 +353,15 @@ class AdditiveLayout(Layout):
         self._check_saved()
         _rescale_(self.root, "position", [self.position], request.pos_embed_gain)
 
-    def _check_saved(self) -> None:
-        """A P that is to be changed must be the model's own, and saved with it."""
+    def _is_saved(self) -> bool:
         assert self.position is not None
         memory = memory_of(self.position.tensor)
-        if any(memory == memory_of(tensor) for tensor in self.root.state_dict(keep_vars=True).values()):
+        saved = self.root.state_dict(keep_vars=True).values()
+        return any(isinstance(x, Tensor) and memory == memory_of(x) for x in saved)
+
+    def _check_saved(self) -> None:
+        """A P that is to be changed must be the model's own, and saved with it."""
+        if self._is_saved():
             return
         if not self.own_position:
             raise ValueError(

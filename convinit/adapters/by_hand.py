@@ -35,6 +35,9 @@ def by_hand(
     for name, layer in model.named_modules():
         if not isinstance(layer, (nn.Linear, nn.Conv2d)) or len(layer.weight) != dim:
             continue
+        owner, _, last = name.rpartition(".")
+        if last == "linear1" and isinstance(model.get_submodule(owner), nn.TransformerEncoderLayer):
+            continue  # as wide as the tokens, but what it makes is not added to them
         if any(not block or name == block or name.startswith(f"{block}.") for block in blocks):
             if id(layer.weight) not in inner:
                 inside.append(layer)

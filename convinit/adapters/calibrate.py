@@ -170,6 +170,7 @@ def _share(name: str, x: Tensor, V: Tensor, alone: Tensor) -> float:
 
 def _gain(attention: SelfAttention, x: Tensor, targets: Tensor, goal: float) -> float:
     """log2 of the factor of queries and of keys with which the mean attention on the targets is `goal`."""
+    x = x[:: max(1, len(x) // _IMAGES)]
     queries, keys = attention.queries_keys(x)  # [B, heads, T, r]
     prefix = queries.shape[2] - targets.shape[1]
     step = round(queries[..., prefix:, 0].numel() / _ROWS) | 1  # odd, to meet all columns of a grid

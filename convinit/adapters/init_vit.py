@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from convinit._checks import came, check_grid_size, check_int, check_kernel_size
 from convinit.adapters.additive import AdditiveLayout
 from convinit.adapters.find import find_layouts, unwrapped
 from convinit.adapters.layout import Layout, is_sharded, reshard_
-from convinit.adapters.measure import measure_on_images_
+from convinit.adapters.measure import measure_on_images_, without_autocast
 from convinit.adapters.report import InitReport, LayerRecord
 from convinit.adapters.request import Request
 from convinit.fit.api import Method
@@ -151,17 +152,22 @@ def init_vit_(
     dealt = _deal(offsets, kernel_size, [layout.attentions[i].num_heads for layout, i in chosen], generator)
 
     records: list[LayerRecord] = []
-    for layout in found:
-        mine = [j for j, (owner, _) in enumerate(chosen) if owner is layout]
-        if not mine:
-            continue
-        own = layout.init_(request, [chosen[j][1] for j in mine], torch.cat([dealt[j] for j in mine]))
-        for j, record in zip(mine, own, strict=True):
-            record.layer = layer_numbers[j]
-        records += own
+    with ExitStack() as contexts, without_autocast(model):
+        for layout in found:  # undone in all parts of the model, if one is refused
+            if isinstance(layout, AdditiveLayout):
+                contexts.enter_context(layout.undone_on_error())
+        for layout in found:
+            mine = [j for j, (owner, _) in enumerate(chosen) if owner is layout]
+            if not mine:
+                continue
+            own = layout.init_(request, [chosen[j][1] for j in mine], torch.cat([dealt[j] for j in mine]))
+            for j, record in zip(mine, own, strict=True):
+                record.layer = layer_numbers[j]
+            records += own
     options = {
-        "position": request.position, "pos_embed_gain": pos_embed_gain, "values": values,
-        "kernel_size": kernel_size, "peak": request.target_peak, "weight_norm": weight_norm, "alpha": alpha,
+        "position": request.position, "pos_embed_gain": request.pos_embed_gain, "values": values,
+        "kernel_size": None if kernel_size is None else int(kernel_size), "peak": request.target_peak,
+        "weight_norm": request.weight_norm, "alpha": request.alpha,
         "padding_mode": padding_mode, "layers": str(layers), "seed": seed,
         "offsets": "given" if isinstance(offsets, Tensor) else offsets or "stratified",
     }  # fmt: skip

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -55,7 +56,7 @@ def watch_inputs(
         model.eval()
         # Some models draw even then, such as masked autoencoders. Named devices: fork_rng warns of all GPUs.
         gpus = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
-        with torch.random.fork_rng(devices=gpus):
+        with torch.random.fork_rng(devices=gpus), without_autocast(model):
             model(images)
     except _Enough:
         pass
@@ -74,6 +75,16 @@ def watch_inputs(
         reshard_(model)
 
 
+@contextmanager
+def without_autocast(model: nn.Module) -> Iterator[None]:
+    """Autocast rounds what is computed, and keeps copies of weights that are changed here."""
+    with ExitStack() as contexts:
+        for kind in {"cpu", *(parameter.device.type for parameter in model.parameters())}:
+            contexts.enter_context(torch.autocast(kind, enabled=False))
+        yield
+    torch.clear_autocast_cache()
+
+
 @torch.no_grad()
 def output_of(part: nn.Module, model: nn.Module, images: Any) -> Tensor:
     """What a part of the model makes when the model runs on the images; the pass ends there."""
@@ -89,6 +100,8 @@ def output_of(part: nn.Module, model: nn.Module, images: Any) -> Tensor:
         watch_inputs([], model, images, lambda i, x: None)
     finally:
         handle.remove()
+    if not made:
+        raise ValueError(f"model must run the {type(part).__name__} that makes its tokens, but does not")
     return made[0]
 
 

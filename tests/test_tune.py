@@ -195,16 +195,6 @@ def test_a_shipped_file_serves_its_capability(tmp_path, monkeypatch):
     assert not tuned._load(0).choices
 
 
-def test_shipped_files_are_whole():
-    """They serve every version of torch, so they choose between what does not depend on it."""
-    from convinit import kernels
-
-    for path in (p for folder in kernels.__path__ for p in tuned.Path(folder).glob("sm_*.json")):
-        shipped = tuned.read(path)
-        assert f"sm_{shipped['machine']['capability'].replace('.', '')}.json" == path.name
-        assert {row["choice"] for row in shipped["choices"]} <= {"triton", "torch"}
-
-
 def test_a_machine_is_described_without_a_gpu_at_hand(monkeypatch):
     """By what every torch has: a name that one release lacks would stop all attention on CUDA."""
     gpu = SimpleNamespace(name="NVIDIA Test 3000", multi_processor_count=132, major=9, minor=9)

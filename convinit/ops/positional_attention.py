@@ -44,8 +44,8 @@ def positional_attention(
             that CPUs with AVX512-BF16 multiply bfloat16 as it is, numbers below 1.2e-38 being 0 to them; no
             dropout. "sdpa": mixed q and k go to :func:`torch.nn.functional.scaled_dot_product_attention`.
             "eager": the formula. "auto": kernels where measurements say that they are faster, else "sdpa".
-            On CUDA that is what `convinit tune` measured as fastest on this GPU, or what is known of GPUs of
-            its kind, for the dtype, N and r: "triton" or a back end of SDPA, if B·heads is at least half of
+            On CUDA that is what `convinit tune` measured as fastest on this GPU for the dtype, N and r:
+            "triton" or a back end of SDPA, if B·heads is at least half of
             what it was then. On a CPU with AVX2 or AVX-512 it is "native" in all it serves, if B·heads·N²·r
             is 2²⁰ or more, except for bfloat16 and float16 where the CPU has AMX; what is smaller, or
             float64, is "eager" where it needs a gradient. With dropout, and while a model is exported or

@@ -36,7 +36,7 @@ def shared_attention(
             128); "native" (the CPU kernels of the compiled library: float32, bfloat16 and float16); "sdpa"
             (:func:`torch.nn.functional.scaled_dot_product_attention` with q_map and k_map expanded over the
             batch: a map, and a dropout mask, an image); "eager" (the formula); or "auto": "triton" where
-            it was measured faster, by `convinit tune` or on a GPU of the same kind; "native" on a CPU with
+            `convinit tune` measured it as faster on this GPU; "native" on a CPU with
             AVX2 or AVX-512, unless the problem is tiny, in float16 (but with AMX) and in float32 where MKL
             uses half of the CPU's vectors (Zen 5); else PyTorch's product, one tall one a head. A single
             image's inference on a CPU, which has nothing to share, is

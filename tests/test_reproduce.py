@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from convinit.cli.app import app
 from convinit.fit import Adam
-from convinit.fit.api import METHODS
+from convinit.fit.api import SOLVERS
 from convinit.reproduce import DATA, TABLES, Grid, Report, declared, run_all, unfinished
 from convinit.reproduce import write_report as write
 from convinit.reproduce.cells import OUTCOME, folder_of, identity, read_outcome, run_cell
@@ -101,7 +101,7 @@ def test_every_table_is_whole(name, data):
 
 @pytest.mark.parametrize("name", TABLES)
 def test_every_small_cell_can_be_built(name, monkeypatch):
-    monkeypatch.setitem(METHODS, "adam", Adam(steps=2))
+    monkeypatch.setitem(SOLVERS, "adam", Adam(steps=2))
     for configs in Grid.of(declared(name), (0,), {}).configs.values():
         model = build_model(configs[0], image_size=8, channels=1, num_classes=10)
         assert model(torch.zeros(1, 1, 8, 8)).shape == (1, 10)

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from convinit import init as init_
 from convinit.adapters.calibrate import Plan, Seen, calibrate_, qk_norm_weights
 from convinit.adapters.layout import Layout, Linear, SelfAttention, Slot, apply_norm, memory_of
 from convinit.adapters.measure import output_of
@@ -30,8 +29,7 @@ from convinit.adapters.subspace import (
     smooth_position,
 )
 from convinit.adapters.synthetic import synthetic_images
-from convinit.fit import fit_qk
-from convinit.offsets import impulse_targets
+from convinit.init.query_key import fitted_qk
 
 _SMALLEST_POSITION = 0.1  # rms of a P that attention may see without a norm
 
@@ -115,10 +113,10 @@ class AdditiveLayout(Layout):
         if V is not None:
             self._separate_writers_(V)
         plans: dict[int, Plan] = {}
-        if request.method == "mimetic":
+        if request.draws:
             for attention in live.values():
                 attention.share = None
-                attention.set_mimetic_qk_(request.generator)
+                attention.draw_qk_(request)
         elif request.fits:
             for attention in live.values():
                 attention.share = None
@@ -371,7 +369,7 @@ class AdditiveLayout(Layout):
         warnings.warn(
             f"the position embedding of {type(self.root).__name__} is not in its state_dict. Before these "
             "weights are loaded into a new model, scale its P too: "
-            'init_vit_(new, method="keep", values="keep", pos_embed_gain=...)',
+            'init_vit_(new, method="default", values="default", pos_embed_gain=...)',
             stacklevel=8,
         )
 
@@ -389,32 +387,17 @@ class AdditiveLayout(Layout):
         subspace: bool,
     ) -> dict[int, Plan]:
         """Weights of layers that see the same P, seen [n + N, D], from one fit."""
-        first, generator = next(iter(members.values())), request.generator
+        first = next(iter(members.values()))
         heads = [attention.num_heads for attention in members.values()]
         P = _without(seen[prefix:], seen[:prefix])
         offsets = torch.cat([dealt[i] for i in members])
         # A LayerNorm of queries takes off their mean over r: one direction less, and none of it is wasted.
         rank = first.head_dim - first.has_qk_norm
-        weight_norm: float | Tensor
-        aim: Any = None
-        if request.method == "norm_matched" and request.weight_norm is not None:
-            wq, wk = P.new_empty(2, len(offsets), P.shape[1], rank)
-            weight_norm = request.weight_norm
-            targets = impulse_targets(offsets, self.grid_size, padding_mode=request.padding_mode)
-        else:
-            fit = fit_qk(
-                P, offsets, self.grid_size, rank, scale=first.scale, method=request.fit_method(heads[0]),
-                weight_norm=request.weight_norm, peak=request.peak, padding_mode=request.padding_mode,
-                generator=generator,
-            )  # fmt: skip
-            wq, wk, weight_norm, targets = fit.wq, fit.wk, fit.weight_norm, fit.targets
-            aim = self._parts(first, heads, wq.clone(), wk.clone(), targets, fit.peak)
-        if request.method == "norm_matched":
-            init_.norm_matched_qk_(wq, wk, weight_norm, generator=generator)
-        elif request.method == "scrambled":
-            targets = init_.scrambled_qk_(
-                wq, wk, P, scale=first.scale, weight_norm=weight_norm, generator=generator
-            ).targets
+        wq, wk, targets, fit = fitted_qk(
+            request, P, offsets, self.grid_size, rank, scale=first.scale, num_heads=heads[0],
+            generator=request.generator,
+        )  # fmt: skip
+        aim = None if fit is None else self._parts(first, heads, fit.wq, fit.wk, fit.targets, fit.peak)
         own = self._parts(first, heads, wq, wk, targets)
         plans = {}
         for j, (i, attention) in enumerate(members.items()):

@@ -7,7 +7,7 @@ runs, and what is written of it. What others reported is in docs/published.md.
 from convinit.reproduce.cells import run_cell
 from convinit.reproduce.grid import Grid, run_all, unfinished
 from convinit.reproduce.report import Report, write_report
-from convinit.reproduce.tables import DATA, TABLES, Choice, Table, declared
+from convinit.reproduce.tables import DATA, TABLES, Choice, Table, declared, tables_of
 
 __all__ = [
     "DATA",
@@ -17,6 +17,7 @@ __all__ = [
     "Report",
     "Table",
     "declared",
+    "tables_of",
     "run_all",
     "run_cell",
     "unfinished",

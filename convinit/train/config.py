@@ -361,7 +361,7 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
-        kinds = _FILTER_INITS if self.model.name == "convmixer" else _VIT_INITS
+        kinds = {"convmixer": _FILTER_INITS, "simple_vit": _VIT_INITS[:-1]}.get(self.model.name, _VIT_INITS)
         if self.init.method not in kinds:
             raise ValueError(
                 f"init.method must be one of {', '.join(kinds)} for model {self.model.name!r}, got "

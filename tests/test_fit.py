@@ -526,3 +526,14 @@ def test_options_are_honoured():
     loose = fit_qk(**GOOD, weight_norm=4.0, fit=Newton(max_iterations=0))
     tight = fit_qk(**GOOD, weight_norm=4.0)
     assert (tight.mse < loose.mse).all()
+
+
+def test_a_missing_norm_is_named():
+    P, offsets = 0.02 * learned(49, 96), window(3)  # as it was drawn
+    with pytest.warns(UserWarning, match=r"rms 0\.0.*norm 1\d\d.*LayerNorm\(P\)") as caught:
+        fit_qk(P, offsets, (7, 7), 32, scale=32**-0.5)
+    assert caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fit_qk(F.layer_norm(P, (96,)), offsets, (7, 7), 32, scale=32**-0.5)
+        fit_qk(P, offsets, (7, 7), 32, scale=32**-0.5, weight_norm=150.0)  # which was asked for

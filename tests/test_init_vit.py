@@ -17,6 +17,7 @@ import convinit
 from convinit.adapters import AdditiveLayout
 from convinit.adapters.find import find_layouts
 from convinit.adapters.layout import Slot
+from convinit.adapters.subspace import row_space, smooth_position
 from convinit.nn import sincos_2d
 
 SIDE = 64  # pixels, in patches of 8
@@ -605,6 +606,34 @@ def test_other_initialisations(method):
         assert torch.equal(model.blocks[0].attn.qkv.weight[:96], timm_vit().blocks[0].attn.qkv.weight[:96])
     if method == "random":
         assert model.blocks[1].attn.qkv.weight[:96].abs().max() <= 48**-0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("grid_size", [(2, 2), (2, 3), (2, 4), (3, 3), (1, 4), (14, 14)])
+def test_a_second_call_knows_the_position_embedding_of_the_first(grid_size, dtype):
+    model = timm_vit(img_size=(8 * grid_size[0], 8 * grid_size[1]), embed_dim=192).to(dtype)
+    first = quietly(model)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    again = quietly(model)
+    after = model.state_dict()
+    assert (first.options["position"], again.options["position"]) == ("new", "subspace")
+    for name in ("pos_embed", "cls_token", "patch_embed.proj.weight", "blocks.1.mlp.fc2.weight"):
+        assert torch.equal(before[name], after[name])
+
+
+def test_rounding_adds_no_directions():
+    P = smooth_position((14, 14), 192, 64, torch.Generator().manual_seed(0))
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        assert row_space(P.to(dtype).float(), dtype).shape == (192, 64)
+
+
+def test_the_report_says_that_the_position_embedding_was_kept():
+    model = timm_vit()
+    model.blocks[0].mlp.fc2.weight.requires_grad_(False)
+    report = quietly(model)
+    assert (
+        report.options["position"] == "keep" and "kept as it is: blocks.0.mlp.fc2.weight" in report.notes[0]
+    )
 
 
 def test_the_papers_fits_leave_the_position_embedding():

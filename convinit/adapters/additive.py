@@ -29,9 +29,8 @@ from convinit.adapters.subspace import (
     smooth_position,
 )
 from convinit.adapters.synthetic import synthetic_images
+from convinit.fit.api import SMALLEST_POSITION
 from convinit.init.query_key import fitted_qk
-
-_SMALLEST_POSITION = 0.1  # rms of a P that attention may see without a norm
 
 
 @dataclass(eq=False)
@@ -54,6 +53,8 @@ class AdditiveLayout(Layout):
         position_is_given: P came from the caller, and need not be a part of the model.
         prefix_is_unknown: nobody said how many class and register tokens there are; a forward pass shows it,
             and `unknown_prefix` keeps it.
+        placed: what the last call did with P: "new", it was replaced; "subspace", it was kept, and V is its
+            row space; "keep".
     """
 
     position: Slot | None = None
@@ -69,6 +70,7 @@ class AdditiveLayout(Layout):
     position_is_given: bool = False
     prefix_is_unknown: bool = False
     unknown_prefix: int = 0
+    placed: str | None = None
     notes: list[str] = field(default_factory=list)
 
     takes_alpha: ClassVar[bool] = False
@@ -103,6 +105,7 @@ class AdditiveLayout(Layout):
         images = self._images(request, needed=subspace)
         V = self._separate_position_(request, images, seed) if subspace else None
         if V is None:
+            self.placed = None if self.takes_alpha else "keep"
             self._check_differs(request)
             self.scale_(request)
         for i, attention in chosen.items():
@@ -221,10 +224,12 @@ class AdditiveLayout(Layout):
     ) -> Tensor:
         """Gives P its subspace V [D, k]; P is replaced where it is as drawn."""
         assert self.position is not None
-        P = self.position.read()
+        P, dtype = self.position.read(), self.position.tensor.dtype
+        self.placed = "subspace"
         constant = bool((P == P[0]).all())
-        drawn = constant or (not self.position.frozen and looks_drawn(P, self.grid_size))
+        drawn = constant or (not self.position.frozen and looks_drawn(P, self.grid_size, dtype))
         if drawn or request.position == "new":
+            self.placed = "new"
             if not self._is_saved():
                 raise ValueError(
                     f"position embedding of {type(self.root).__name__} must be in its state_dict, or a new "
@@ -246,7 +251,7 @@ class AdditiveLayout(Layout):
             generator = torch.Generator().manual_seed(seed)
             rank = min(attention.head_dim for attention in self.attentions)
             self.position.write_(size * smooth_position(self.grid_size, P.shape[1], rank, generator))
-        V = row_space(self.position.read())
+        V = row_space(self.position.read(), dtype)
         if V.shape[1] > MOST_OF_WIDTH * V.shape[0]:
             raise ValueError(
                 f"position embedding must leave room for the content, but that of {type(self.root).__name__} "
@@ -438,7 +443,7 @@ class AdditiveLayout(Layout):
             )
         size = float(P.square().mean().sqrt()) * (request.pos_embed_gain or 1)
         unknown = self.prefix_is_unknown and all(attention.norm is None for attention in self.attentions)
-        if request.fits and unknown and size < _SMALLEST_POSITION:
+        if request.fits and unknown and size < SMALLEST_POSITION:
             raise ValueError(
                 f"pos_embed must be as large as attention sees it, but its rms is {size:.2g}, for which "
                 "queries and keys would need weights of 100 and more. A norm in front of the attention would "

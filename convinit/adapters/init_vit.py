@@ -157,13 +157,13 @@ def init_vit_(
             for j, record in zip(mine, own, strict=True):
                 record.layer = layer_numbers[j]
             records += own
+    placed = {layout.placed for layout in found if isinstance(layout, AdditiveLayout) and layout.placed}
     options = {
         "fit": (fit if isinstance(fit, str) else repr(fit)) if request.fits else None,
-        "values": values, "position": request.position, "pos_embed_gain": request.pos_embed_gain,
-        "kernel_size": kernel_size, "peak": request.target_peak,
-        "weight_norm": request.weight_norm, "alpha": request.alpha,
-        "padding_mode": padding_mode, "layers": str(layers), "seed": seed,
-        "offsets": request.rule,
+        "values": values, "position": ", ".join(sorted(placed)) or None,
+        "pos_embed_gain": request.pos_embed_gain, "kernel_size": kernel_size, "peak": request.target_peak,
+        "weight_norm": request.weight_norm, "alpha": request.alpha, "padding_mode": padding_mode,
+        "layers": str(layers), "seed": seed, "offsets": request.rule,
     }  # fmt: skip
     report = InitReport(
         records,

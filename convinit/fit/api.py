@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -28,6 +29,9 @@ from convinit.offsets import impulse_targets
 Solver = newton.Newton | papers.Adam | papers.SVD
 
 SOLVERS: dict[str, Solver] = {"newton": newton.Newton(), "adam": papers.Adam(), "svd": papers.SVD()}
+# Below this rms no norm has been in front of P, and above this weight norm something ought to be.
+SMALLEST_POSITION = 0.1
+_LARGEST_NORM = 100.0
 # Digits, 20 epochs, 3 seeds: peaks 0.5 and 0.7 kept 72 and 69 % on shifted images, 0.8 and 0.9 kept 64 and
 # 61 %. Speed of learning was not clearly apart.
 DEFAULT_PEAK = 0.7
@@ -77,7 +81,8 @@ def fit_qk(
             does not hold the fitted weights: whatever is returned is finite.
 
     Warns:
-        UserWarning: the wanted peak is out of reach; the best map is returned.
+        UserWarning: the wanted peak is out of reach; the best map is returned. Or P is so small that it must
+            be missing the LayerNorm in front of the attention.
 
     Source: arXiv 2401.12511, states the problem (mse of the maps). "newton" departs from
     it: it solves in the row space of P, once per distinct offset, under an exact weight norm.
@@ -205,12 +210,24 @@ def _fit(pos_embed, targets, rank, scale, fit, weight_norm, peak, generator, off
         if peak is not None:
             remedy = f"Rank {rank} or this position embedding allows no sharper map; ask for less."
             warn_if_missed(peak, metrics["peak"], remedy, stacklevel=4)  # fit_qk's caller, past its decorator
+            _warn_of_small_position(P, metrics["weight_norm"], stacklevel=5)
     device = pos_embed.device
     return QKFit(
         wq=wq.to(device), wk=wk.to(device), **metrics, targets=targets.to(device),
         offsets=None if offsets is None else offsets.to(device), pos_embed=P.to(device), scale=scale,
         fit=solver, seconds=time.perf_counter() - start,
     )  # fmt: skip
+
+
+def _warn_of_small_position(P: Tensor, weight_norm: Tensor, *, stacklevel: int) -> None:
+    size = P.double().square().mean().sqrt().item()
+    if size < SMALLEST_POSITION and (weight_norm > _LARGEST_NORM).any():
+        warnings.warn(
+            f"pos_embed is so small (rms {size:.2g}) that queries and keys get weights of norm "
+            f"{weight_norm.max().item():.3g}, with which any content saturates the maps. Attention behind a "
+            "LayerNorm sees LayerNorm(P), of rms 1: pass F.layer_norm(pos_embed, pos_embed.shape[1:])",
+            stacklevel=stacklevel,
+        )
 
 
 def _in_units(P: Tensor, scale: float) -> tuple[Tensor, float, int]:

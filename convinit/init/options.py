@@ -138,8 +138,8 @@ class InitOptions:
         """The offsets [heads, 2] of each layer.
 
         None deals them out so that every f² heads in a row cover the window once, over all layers; "random"
-        draws each by itself; "fixed" is the order of arXiv 2505.19985, the same in every layer. Offsets that
-        are given draw as None does, so that one seed gives the same weights to them as if they had been drawn.
+        draws each by itself; "fixed" is the order of arXiv 2505.19985, the same in every layer. Given offsets
+        draw as None does, so that one seed gives them the weights that they would have had if drawn.
         """
         if self.rule == "fixed":
             order = torch.tensor(FIXED_ORDER, device="cpu")

@@ -138,9 +138,12 @@ class InitOptions:
         """The offsets [heads, 2] of each layer.
 
         None deals them out so that every f² heads in a row cover the window once, over all layers; "random"
-        draws each by itself; "fixed" is the order of arXiv 2505.19985, the same in every layer. All draw
-        alike, so that one seed gives the same weights to offsets that are given as to the same ones drawn.
+        draws each by itself; "fixed" is the order of arXiv 2505.19985, the same in every layer. Given offsets
+        draw as None does, so that one seed gives them the weights that they would have had if drawn.
         """
+        if self.rule == "fixed":
+            order = torch.tensor(FIXED_ORDER, device="cpu")
+            return [order[torch.arange(count, device="cpu") % len(order)] for count in heads]
         total, independent = sum(heads), self.rule == "random"
         drawn = sample_offsets(total, kernel_size, stratified=not independent, generator=generator)
         if isinstance(self.offsets, Tensor):
@@ -150,7 +153,4 @@ class InitOptions:
                     f"{list(self.offsets.shape)}"
                 )
             return list(self.offsets.split(list(heads)))
-        if self.rule == "fixed":
-            order = torch.tensor(FIXED_ORDER, device="cpu")
-            return [order[torch.arange(count, device="cpu") % len(order)] for count in heads]
         return list(drawn.split(list(heads)))

@@ -140,7 +140,10 @@ class InitConfig(_Section):
         choices=tuple(dict.fromkeys((*_VIT_INITS, *_FILTER_INITS))),
     )
     values: str = option(
-        "mimetic", "Of values and output layer.", choices=("mimetic", "default"), flag="init-values"
+        "mimetic",
+        "Of values and output layer; default: as the model draws them.",
+        choices=("mimetic", "default"),
+        flag="init-values",
     )
     kernel_size: int | None = option(
         None, "f: offsets are drawn from an f×f window of tokens; odd.", low=1,

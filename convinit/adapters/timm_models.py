@@ -53,8 +53,8 @@ def create_model(
         summary is also logged at level INFO.
 
     Raises:
-        ValueError: trained weights were asked for. TypeError: `init` has what `init_vit_` does not take.
-        Otherwise what timm and `init_vit_` raise.
+        ValueError: trained weights were asked for, or timm or `init_vit_` raises it. TypeError: `init` has
+            what `init_vit_` does not take.
     """
     options = {**(init or {})}
     _check_options("init", options, generator=generator)

@@ -36,8 +36,8 @@ def register_attention(name: str = "convinit", *, backend: str = "auto") -> str:
         The name.
 
     Raises:
-        ValueError: the backend is unknown, or the name is one of transformers' own. ImportError:
-        transformers is missing, or older than 5.
+        ValueError: the backend is unknown, or the name is one of transformers' own.
+        ImportError: transformers is missing, or older than 5.
     """
     check_backend(backend)
     try:

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from convinit._version import __version__
+
 _PACKAGE = Path(__file__).resolve().parent
 _BUILD_COMMAND = "pip install --no-build-isolation -e ."
 
@@ -121,7 +123,6 @@ def build_info() -> dict[str, Any]:
             "(shipped)", or None;
         python, platform: the interpreter's version and the operating system.
     """
-    from convinit import __version__
     from convinit.kernels import tuned
 
     config = _read(torch.ops.convinit.build_config())

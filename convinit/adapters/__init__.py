@@ -4,7 +4,8 @@ from convinit.adapters.additive import AdditiveLayout
 from convinit.adapters.init_vit import init_vit_
 from convinit.adapters.layout import Layout, Linear, SelfAttention, Slot, packed_qkv
 from convinit.adapters.measure import head_maps
-from convinit.adapters.report import InitReport, LayerRecord
+from convinit.adapters.report import InitReport
+from convinit.records import LayerRecord
 
 __all__ = [
     "AdditiveLayout",

@@ -17,7 +17,6 @@ from convinit import init as init_
 from convinit.adapters.calibrate import Plan, Seen, calibrate_, qk_norm_weights
 from convinit.adapters.layout import Layout, Linear, SelfAttention, Slot, apply_norm, memory_of
 from convinit.adapters.measure import output_of
-from convinit.adapters.report import LayerRecord, measured
 from convinit.adapters.request import Request
 from convinit.adapters.subspace import (
     MIMETIC_CONTENT,
@@ -32,6 +31,7 @@ from convinit.adapters.subspace import (
 from convinit.adapters.synthetic import synthetic_images
 from convinit.fit import fit_qk
 from convinit.offsets import impulse_targets
+from convinit.records import LayerRecord, measured
 
 _SMALLEST_POSITION = 0.1  # rms of a P that attention may see without a norm
 

@@ -15,10 +15,11 @@ from convinit.adapters.additive import AdditiveLayout
 from convinit.adapters.find import find_layouts, unwrapped
 from convinit.adapters.layout import Layout, is_sharded, reshard_
 from convinit.adapters.measure import measure_on_images_, without_autocast
-from convinit.adapters.report import InitReport, LayerRecord
+from convinit.adapters.report import InitReport
 from convinit.adapters.request import Request
 from convinit.fit.api import Method
 from convinit.offsets import sample_offsets
+from convinit.records import LayerRecord
 
 # The head order of the code of arXiv 2505.19985, as (dy, dx): centre, up, right, left, down, then corners.
 FIXED_ORDER = ((0, 0), (-1, 0), (0, 1), (0, -1), (1, 0), (-1, -1), (-1, 1), (1, -1), (1, 1))

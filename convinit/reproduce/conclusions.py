@@ -7,12 +7,9 @@ compared where both have as many runs, two at least.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from convinit._over_seeds import Figure, clearly
-
-if TYPE_CHECKING:
-    from convinit.reproduce.report import Report
+from convinit.reproduce.report import Report
 
 
 def conclusions(report: Report) -> list[str]:

@@ -13,7 +13,7 @@ test: .venv/with-test
 	$(IN) python -m pytest -n auto
 
 lint: .venv/with-dev
-	$(IN) ruff check && ruff format --check && mypy
+	$(IN) ruff check && ruff format --check && mypy && lint-imports --no-logo
 
 # The site, in build/site; a warning is an error.
 docs: .venv/with-docs

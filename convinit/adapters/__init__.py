@@ -1,5 +1,6 @@
 """Initialises models that are already there: one file for each library, `init_vit_` on top."""
 
+from convinit.adapters import timm, transformers
 from convinit.adapters.additive import AdditiveLayout
 from convinit.adapters.init_vit import init_vit_
 from convinit.adapters.layout import Layout, Linear, SelfAttention, Slot, packed_qkv
@@ -18,4 +19,6 @@ __all__ = [
     "head_maps",
     "init_vit_",
     "packed_qkv",
+    "timm",
+    "transformers",
 ]

@@ -103,7 +103,7 @@ def _read(text: torch.Tensor) -> dict[str, str]:
 
 
 def build_info() -> dict[str, Any]:
-    """What this convinit was built with and what it runs on, for bug reports and benchmark records.
+    """The build of this convinit and the machine it runs on, for bug reports and benchmark records.
 
     Returns:
         A dict with the keys

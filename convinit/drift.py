@@ -77,7 +77,7 @@ class DriftMonitor:
 
     @property
     def history(self) -> DriftHistory:
-        """What was recorded so far; the first record is the start."""
+        """The records so far; the first one is the start."""
         layers = torch.tensor([record.layer for record in self._report.records], device="cpu")
         steps = torch.tensor(self._steps, dtype=torch.int64, device="cpu")
         return DriftHistory(steps, layers, *(torch.stack(self._records[name]) for name in MEASURES))

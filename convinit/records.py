@@ -1,4 +1,4 @@
-"""What is recorded of a model's heads: at the start, and while it trains."""
+"""Records of a model's heads: at the start, and while it trains."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def no_figures(num_heads: int) -> dict[str, Tensor]:
 
 @dataclass(frozen=True, eq=False)
 class DriftHistory:
-    """What was recorded, of the maps that the positions alone make.
+    """Records over training, of the maps that the positions alone make.
 
     Attributes:
         steps: [records] int64, training steps done.

@@ -6,7 +6,7 @@ EXTRA = ("accelerate", "matplotlib", "rich", "safetensors", "sklearn", "typer")
 
 
 def without(library: str) -> str:
-    """What to do without a library of the extra."""
+    """The message where a library of the extra is missing."""
     return (
         f"the command line needs {library}, which is not installed; "
         "get all that it needs with: pip install 'convinit[train]'"

@@ -20,7 +20,7 @@ from convinit.train.data.subsets import check_real
 
 @dataclass(frozen=True)
 class EpochRecord:
-    """What one epoch did.
+    """The result of one epoch.
 
     Attributes:
         epoch: counted from 1.

@@ -8,7 +8,7 @@ from convinit.reproduce.cells import run_cell
 from convinit.reproduce.grid import Grid, run_all, unfinished
 from convinit.reproduce.page import write_report
 from convinit.reproduce.report import Report
-from convinit.reproduce.tables import DATA, TABLES, Choice, Table, declared
+from convinit.reproduce.tables import DATA, TABLES, Choice, Table, declared, tables_of
 
 __all__ = [
     "DATA",
@@ -18,6 +18,7 @@ __all__ = [
     "Report",
     "Table",
     "declared",
+    "tables_of",
     "run_all",
     "run_cell",
     "unfinished",

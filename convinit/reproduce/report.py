@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import io
 import itertools
 import re
@@ -41,9 +42,14 @@ class Report:
     outcomes: Mapping[Cell, Sequence[Mapping[str, Any]]]
     given: Mapping[str, Any] = field(default_factory=dict)
 
+    @functools.cached_property
+    def chosen(self) -> dict[Cell, Sequence[Mapping[str, Any]]]:
+        """The runs of each cell at the learning rate that is best on validation images."""
+        return {cell: _at_best_rate(found) for cell, found in self.outcomes.items()}
+
     def values(self, cell: Cell, reading: str) -> list[float]:
         """A reading of a cell's runs in %, without those that do not have it."""
-        found = [readings.value(reading, outcome) for outcome in self.outcomes.get(cell, ())]
+        found = [readings.value(reading, outcome) for outcome in self.chosen.get(cell, ())]
         return [each for each in found if each is not None]
 
     def figure(self, cell: Cell, reading: str) -> Figure | None:
@@ -105,7 +111,7 @@ class Report:
         if cell not in self.grid.configs:
             return ""
         figure = self.figure(cell, reading)
-        failed = sum("failed" in each for each in self.outcomes[cell])
+        failed = sum("failed" in each for each in self.chosen[cell])
         if figure is None:
             return "diverged" if failed else "–"
         return f"{figure}" + (f" ({failed} of {failed + figure.n} diverged)" if failed else "")
@@ -130,7 +136,7 @@ class Report:
             kind = "mimetic" if config.init.values == "mimetic" else "as nn.Linear's"
             words.append(f"Values and output layer start {kind}, unless said.")
         words += [
-            f"Training: {' or '.join(map(str, epochs))} epochs of {recipe.optimizer} at {recipe.lr:g} "
+            f"Training: {' or '.join(map(str, epochs))} epochs of {recipe.optimizer} at {self._rates()} "
             f"({recipe.schedule}) in batches of {recipe.batch_size}.",
             f"{len(seeds)} seeds, mean ± standard deviation."
             if len(seeds) > 1
@@ -138,6 +144,8 @@ class Report:
             "Shifted: accuracy on test images moved up, down, left and right by so many pixels, the mean "
             "colour coming in.",
         ]
+        if chosen := self._chosen_rates():
+            words.append(f"Rates chosen: {chosen}.")
         if done < total:
             words.append(f"**Unfinished: {done} of {total} runs.**")
         if runs:
@@ -153,6 +161,30 @@ class Report:
                 f"{' to '.join(dict.fromkeys((days[0], days[-1])))}, in {seconds:,.0f} s of training in all."
             )
         return " ".join(words)
+
+    def _chosen_rates(self) -> str:
+        """ "0.001 for cell, cell; 0.002 for ..." of a table that tries several."""
+        cells: dict[float, list[str]] = {}
+        for (row, column), runs in self.chosen.items():
+            if self.grid.table.rates and runs:
+                name = row if len(self.grid.table.columns) == 1 else f"{row} ({column})"
+                cells.setdefault(runs[0]["config"]["recipe"]["lr"], []).append(name)
+        return "; ".join(f"{rate:g} for {', '.join(cells[rate])}" for rate in sorted(cells))
+
+    def paired(self, mine: Cell, theirs: Cell, reading: str) -> list[float]:
+        """The differences between two cells' runs of the same seeds, where both have the reading."""
+
+        def by_seed(cell: Cell) -> dict[int, float | None]:
+            runs = self.chosen.get(cell, ())
+            return {run["config"]["run"]["seed"]: readings.value(reading, run) for run in runs}
+
+        ours, others = by_seed(mine), by_seed(theirs)
+        pairs = [(ours[seed], others[seed]) for seed in ours if seed in others]
+        return [a - b for a, b in pairs if a is not None and b is not None]
+
+    def _rates(self) -> str:
+        rates = self.grid.table.rates or (self._config().recipe.lr,)
+        return " or ".join(f"{rate:g}" for rate in rates)
 
     def _config(self) -> Config:
         """Of our row, from which the setting is told; what rows and columns change, their labels say."""
@@ -222,11 +254,25 @@ class Report:
         column = self.grid.table.columns[0].label
         curves = {}
         for row in rows:
-            runs = [each for each in self.outcomes[row.label, column] if "failed" not in each]
+            runs = [each for each in self.chosen[row.label, column] if "failed" not in each]
             if runs:
                 own = [[100 * accuracy for _, accuracy in each["curve"]] for each in runs]
                 curves[row.label] = torch.tensor(own, dtype=torch.float64)
         return curves
+
+
+def _at_best_rate(outcomes: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+    by_rate: dict[float, list[Mapping[str, Any]]] = {}
+    for outcome in outcomes:
+        by_rate.setdefault(outcome["config"]["recipe"]["lr"], []).append(outcome)
+    if len(by_rate) < 2:
+        return outcomes
+
+    def on_validation(rate: float) -> tuple[int, float]:
+        shares = [each["validation"] for each in by_rate[rate] if "failed" not in each]
+        return len(shares), sum(shares) / max(1, len(shares))  # a rate that diverges for a seed is not taken
+
+    return by_rate[max(by_rate, key=on_validation)]
 
 
 _FIGURE_5 = (

@@ -120,7 +120,7 @@ class ModelConfig(_Section):
 
 
 OWN_MODELS = ("simple_vit", "convmixer")
-_VIT_INITS = ("impulse", "mimetic", "random", "default", "scrambled", "norm_matched")
+_VIT_INITS = ("impulse", "mimetic", "random", "default", "scrambled", "norm_matched", "position_only")
 _FILTER_INITS = (
     "impulse", "random", "box", "gaussian", "softmax", "permutation", "full_permutation",
 )  # fmt: skip
@@ -132,9 +132,9 @@ class InitConfig(_Section):
 
     method: str = option(
         "impulse",
-        "Of queries and keys: impulse (ours), mimetic, default, random, and the controls scrambled and "
-        "norm_matched. Of convmixer's filters: impulse, random, box, gaussian, softmax, permutation, "
-        "full_permutation.",
+        "Of queries and keys: impulse (ours), mimetic, default, random, and the controls scrambled, "
+        "norm_matched and, in timm's models, position_only. Of convmixer's filters: impulse, random, box, "
+        "gaussian, softmax, permutation, full_permutation.",
         flag="init",
         choices=tuple(dict.fromkeys((*_VIT_INITS, *_FILTER_INITS))),
     )
@@ -350,7 +350,7 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
-        kinds = _FILTER_INITS if self.model.name == "convmixer" else _VIT_INITS
+        kinds = {"convmixer": _FILTER_INITS, "simple_vit": _VIT_INITS[:-1]}.get(self.model.name, _VIT_INITS)
         if self.init.method not in kinds:
             raise ValueError(
                 f"init.method must be one of {', '.join(kinds)} for model {self.model.name!r}, got "

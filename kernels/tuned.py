@@ -9,8 +9,7 @@ A file a GPU and software, $CONVINIT_CACHE_DIR (or ~/.cache/convinit)/tuned/<GPU
     configs    [{kernel, dtype, N, r, config}]: config is a `Config` as a list, or null: without this kernel
 
 Where there is none, `sm_<capability>.json` beside this module is read: choices of the same form for GPUs of
-that capability; its machine is not compared. None is shipped yet. The first attention on a GPU reads the
-file, once.
+that capability; its machine is not compared. The first attention on a GPU reads the file, once.
 CONVINIT_TUNED=0 switches both off: PyTorch's choice, and the configurations of `configs.TABLE`.
 """
 

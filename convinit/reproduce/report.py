@@ -45,6 +45,8 @@ class Report:
     @functools.cached_property
     def chosen(self) -> dict[Cell, Sequence[Mapping[str, Any]]]:
         """The runs of each cell at the learning rate that is best on validation images."""
+        if not self.grid.table.rates:
+            return dict(self.outcomes)
         return {cell: _at_best_rate(found) for cell, found in self.outcomes.items()}
 
     def values(self, cell: Cell, reading: str) -> list[float]:
@@ -228,7 +230,7 @@ class Report:
             }
             return grid_lines(
                 {self.title("accuracy"): values},
-                range(len(table.readings)),
+                [0.0, *(float(x.removeprefix("shifted-")) for x in table.readings[1:])],
                 xlabel="shift of the test images, pixels",
                 title=heading,
             )
@@ -265,8 +267,8 @@ def _at_best_rate(outcomes: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str
     by_rate: dict[float, list[Mapping[str, Any]]] = {}
     for outcome in outcomes:
         by_rate.setdefault(outcome["config"]["recipe"]["lr"], []).append(outcome)
-    if len(by_rate) < 2:
-        return outcomes
+    if not by_rate:
+        return ()
 
     def on_validation(rate: float) -> tuple[int, float]:
         shares = [each["validation"] for each in by_rate[rate] if "failed" not in each]

@@ -45,11 +45,11 @@ MODELS = {
     "I": lambda: vit(),
     "I, frozen": lambda: vit(trainable_mixing=False, value=False, proj=False),
     "II": lambda: vit(variant="II"),
-    "III": lambda: vit(variant="III", init="random"),
+    "III": lambda: vit(variant="III", method="random"),
     "mixer": lambda: mixer(),
-    "mixer, frozen impulses": lambda: mixer(init="impulse", trainable_mixing=False),
-    "mixer, shared softmax": lambda: mixer(init="softmax", num_filters=3, share_layers=True),
-    "mixer, matrices": lambda: mixer(init="permutation", matrix_form=True, num_filters=3),
+    "mixer, frozen impulses": lambda: mixer(method="impulse", trainable_mixing=False),
+    "mixer, shared softmax": lambda: mixer(method="softmax", num_filters=3, share_layers=True),
+    "mixer, matrices": lambda: mixer(method="permutation", matrix_form=True, num_filters=3),
     "timm's vit": lambda: timm_model(
         "vit_tiny_patch16_224", img_size=8, patch_size=2, depth=1, embed_dim=16, num_heads=2
     ),

@@ -166,7 +166,9 @@ def test_more_than_two_to_the_31_elements():
 def test_module_trains_as_eager_does(variant):
     def run(backend):
         g = torch.Generator().manual_seed(0)
-        layer = ConvInitAttention(64, 2, (8, 8), variant=variant, init="random", backend=backend, generator=g)
+        layer = ConvInitAttention(
+            64, 2, (8, 8), variant=variant, method="random", backend=backend, generator=g
+        )
         layer.cuda()
         x = torch.randn(16, 64, 64, generator=torch.Generator().manual_seed(1)).cuda()
         layer(x).square().mean().backward()

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from convinit.cli.app import app
 from convinit.fit import Adam
-from convinit.fit.api import METHODS
+from convinit.fit.api import SOLVERS
 from convinit.reproduce import DATA, TABLES, Grid, Report, declared, run_all, tables_of, unfinished
 from convinit.reproduce import write_report as write
 from convinit.reproduce.cells import OUTCOME, folder_of, identity, read_outcome, run_cell
@@ -105,7 +105,7 @@ def test_every_table_is_whole(name, data):
     [(name, data, side) for data, side in (("digits", 8), ("fashion-mnist", 28)) for name in tables_of(data)],
 )
 def test_every_small_cell_can_be_built(name, data, side, monkeypatch):
-    monkeypatch.setitem(METHODS, "adam", Adam(steps=2))
+    monkeypatch.setitem(SOLVERS, "adam", Adam(steps=2))
     for configs in Grid.of(declared(name, data), (0,), {}).configs.values():
         model = build_model(configs[0], image_size=side, channels=1, num_classes=10)
         assert model(torch.zeros(1, 1, side, side)).shape == (1, 10)
@@ -130,7 +130,7 @@ def test_each_cell_has_its_best_rate_on_validation_images():
     report = Report(grid, outcomes)
     assert report.values(ours, "accuracy") == pytest.approx([60, 61, 62])
     assert report.paired(ours, control, "accuracy") == pytest.approx([0, 1, 2])
-    page = report.markdown("convinit reproduce window")
+    page = report.markdown("convinit reproduce window", ())
     # mean 1, sd 1, three seeds: 4.303 / sqrt(3)
     assert "paired by seed, with its 95 % interval: +1.0 (-1.5 to +3.5)." in page
     assert "Rates chosen: 0.0005 for " in page and "0.001 for impulse (the plain call), " in page

@@ -104,7 +104,7 @@ def test_dry_run(tmp_path, monkeypatch):
         (["--config", "nowhere.toml"], "nowhere.toml"),
         (["--init", "implse"], "got 'implse'; did you mean impulse?"),
         (["--model", "convmixer", "--offsets", "random"], "error: --offsets must not be set for model"),
-        (["--peak", 0.5, "--weight-norm", 3], "error: give --peak or --weight-norm, not both"),
+        (["--peak", 0.5, "--weight-norm", 3], "error: give --weight-norm or --peak, not both"),
         (["--warmup-epochs", 300], "error: --warmup-epochs must be at most epochs = 200, got 300"),
     ],
 )

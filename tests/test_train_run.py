@@ -92,7 +92,7 @@ def test_it_learns(tmp_path):
         {"recipe__optimizer": "sgd", "recipe__schedule": "constant", "recipe__clip": "none"},
         {"recipe__optimizer": "adam", "recipe__schedule": "one-cycle", "recipe__warmup_epochs": 0},
         {"recipe__precision": "bf16", "recipe__decay": "matrices", "recipe__drop_last": True},
-        {"model__name": "convmixer", "init__values": "default", "model__heads": "none",
+        {"model__name": "convmixer", "model__heads": "none",
          "model__mlp_dim": "none", "model__options": {}, "model__share_layers": True, "model__depth": 2},
     ],
 )  # fmt: skip

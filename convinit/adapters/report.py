@@ -32,7 +32,8 @@ class InitReport:
         method: by which queries and keys were set.
         seconds: wall-clock time.
         notes: what should be known of the whole model.
-        options: of the call, by their names; the seed of its generator.
+        options: of the call, by their names; `position` as it was done: "new", P was replaced; "subspace", P
+            was kept and got a subspace; "keep". The seed of its generator.
         images: what peaks were measured on, "yours" or "synthetic".
         places: for each record the layout and the number of the attention in it. They refer to the model's
             own parameters, and so follow the model as it trains.
@@ -150,7 +151,7 @@ class InitReport:
         more = f" and {len(far) - 4} more" if len(far) > 4 else ""
         hint = (
             "ask for another peak, or for a larger head dimension"
-            if self.options.get("position") in ("subspace", "new")
+            if self.options.get("position") != "keep"
             else 'position="subspace", the default where a model allows it, keeps it'
         )
         return (

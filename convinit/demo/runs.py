@@ -165,7 +165,7 @@ def _run_one(arm_key: str, seed: int, settings: Settings, out: Path, on_epoch: O
 
     after = _maps(model, test_images[:MAP_IMAGES])
     peaks: dict[str, float | None] = {"start": None, "trained": None}
-    if before is not None and after is not None and ARMS[arm_key].options["init"] == "impulse":
+    if before is not None and after is not None and ARMS[arm_key].options["method"] == "impulse":
         offsets = torch.stack(
             [layer.offsets for layer in model.modules() if isinstance(layer, ConvInitAttention)]
         )

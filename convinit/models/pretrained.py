@@ -42,7 +42,7 @@ __all__ = [
 ]
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
-_METHODS = {each.__name__: each for each in (Newton, Adam, SVD)}
+_SOLVERS = {each.__name__: each for each in (Newton, Adam, SVD)}
 _CHECKSUM = "weights_sha256"
 _CONFIG_PART = f".{CONFIG}.part"
 _NOT_KEPT = ("generator", "device", "dtype")  # draws are in the weights; dtype is that of the saved weights
@@ -345,14 +345,14 @@ def _encoded(name: str, value: Any) -> Any:
         return value
     if isinstance(value, Tensor):
         return {"tensor": value.tolist(), "dtype": str(value.dtype).removeprefix("torch.")}
-    if type(value) in _METHODS.values():
-        return {"method": type(value).__name__, **dataclasses.asdict(value)}
+    if type(value) in _SOLVERS.values():
+        return {"fit": type(value).__name__, **dataclasses.asdict(value)}
     if isinstance(value, list | tuple):
         return [_encoded(name, each) for each in value]
     if hasattr(value, "__index__"):
         return int(value)
     raise TypeError(
-        f"{name} must be numbers, texts, a tensor or a fit method to be saved, got {type(value).__name__}"
+        f"{name} must be numbers, texts, a tensor or options of a fit to be saved, got {type(value).__name__}"
     )
 
 
@@ -364,7 +364,7 @@ def _decoded(value: Any) -> Any:
     if "tensor" in value:
         return torch.tensor(value["tensor"], dtype=_dtype_called(value["dtype"]), device="cpu")
     options = dict(value)
-    return _METHODS[options.pop("method")](**options)
+    return _SOLVERS[options.pop("fit")](**options)
 
 
 def _dtype_called(name: Any) -> torch.dtype:

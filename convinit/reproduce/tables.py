@@ -175,8 +175,11 @@ def _rows(small: bool) -> tuple[Choice, ...]:
 
 
 def _vit(small: bool) -> Settings:
-    """Spelled out, so that cells of several tables that are the same run are known to be."""
-    return {"model.alpha": 0.2, "init.kernel_size": 3 if small else 5}
+    """Spelled out, so that cells of several tables that are the same run are known to be.
+
+    As in the paper, each head draws its offset by itself.
+    """
+    return {"model.alpha": 0.2, "init.kernel_size": 3 if small else 5, "init.offsets": "random"}
 
 
 def _convmixer(data: str) -> Table:
@@ -380,7 +383,7 @@ def _shift(data: str) -> Table:
     small = data == "digits"
     mixer = {
         "model.name": "convmixer", "model.alpha": None, "model.train_mixing": False, "init.method": "impulse",
-        "init.values": "default",
+        "init.values": "mimetic", "init.offsets": None,  # as where nothing is set: it has neither
     }  # fmt: skip
     return Table(
         "shift",
@@ -418,7 +421,7 @@ def _timm(data: str) -> Table:
         columns = (Choice("300 images", {"data.train_count": 300}), Choice("1,000 images"))
     else:
         model |= {
-            "model.patch_size": 2, "model.pos_embed": None, "init.values": "mimetic",
+            "model.patch_size": 2, "model.pos_embed": None, "init.values": "mimetic", "init.fit": "newton",
             "model.options": {"class_token": True, "global_pool": "token"},
         }  # fmt: skip
         columns = (Choice("10 %", {"data.train_fraction": 0.1}), Choice("all images"))
@@ -489,7 +492,7 @@ _LEARNED_CONVMIXER = Choice(
     "ConvMixer, learned filters",
     {
         "model.name": "convmixer", "model.dim": 96, "model.depth": 6, "init.method": "random",
-        "init.values": "default", "init.kernel_size": 5,
+        "init.values": "mimetic", "init.kernel_size": 5,
     },
 )  # fmt: skip
 _FASHION_NOTE = (

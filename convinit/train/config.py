@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import math
 import os
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
@@ -132,18 +133,19 @@ class InitConfig(_Section):
 
     method: str = option(
         "impulse",
-        "Of queries and keys: impulse (ours), mimetic, default, random, and the controls scrambled, "
-        "norm_matched and, in timm's models, position_only. Of convmixer's filters: impulse, random, box, "
-        "gaussian, softmax, permutation, full_permutation.",
+        "Of queries and keys: impulse (ours), mimetic, random, default (as the model draws them), and the "
+        "controls scrambled, norm_matched and, in timm's models, position_only. Of convmixer's filters: "
+        "impulse, random, box, gaussian, softmax, permutation, full_permutation.",
         flag="init",
         choices=tuple(dict.fromkeys((*_VIT_INITS, *_FILTER_INITS))),
     )
     values: str = option(
-        "default", "Of values and output layer.", choices=("default", "mimetic"), flag="init-values"
+        "mimetic", "Of values and output layer.", choices=("mimetic", "default"), flag="init-values"
     )
     kernel_size: int | None = option(
-        None, "f: offsets are drawn from an f×f window of tokens; odd.", low=1, unset="5; 3 in timm's models"
-    )
+        None, "f: offsets are drawn from an f×f window of tokens; odd.", low=1,
+        unset="half the grid, 3 to 7; 5 in convmixer",
+    )  # fmt: skip
     peak: float | None = option(
         None, "Mean attention on the target at the start.", above=0, below=1, unset="0.7"
     )
@@ -163,7 +165,7 @@ class InitConfig(_Section):
         choices=("zeros", "replicate", "circular", "reflect"),
     )  # fmt: skip
     offsets: str | None = option(
-        None, "How a timm model's heads are dealt their offsets.", choices=("random", "fixed"),
+        None, "How heads are dealt their offsets.", choices=("random", "fixed"),
         unset="each window cell equally often",
     )  # fmt: skip
     pos_embed_gain: float | None = option(
@@ -173,11 +175,20 @@ class InitConfig(_Section):
     variance: float | None = option(None, "Of convmixer's gaussian filters, in cells².", above=0, unset="1")
 
     def check(self) -> None:
-        if self.peak is not None and self.weight_norm is not None:
-            raise ValueError(
-                f"give init.peak or init.weight_norm, not both: one follows from the other; got {self.peak} "
-                f"and {self.weight_norm}"
-            )
+        if self.method in _VIT_INITS:
+            from convinit.init.options import InitOptions  # it loads PyTorch
+
+            try:
+                InitOptions(**self.of_queries_keys())
+            except ValueError as error:
+                own = re.sub(r"\b(peak|weight_norm|kernel_size|offsets)\b", r"init.\1", str(error))
+                raise ValueError(own) from None
+
+    def of_queries_keys(self) -> dict[str, Any]:
+        """What `SimpleViT`, `init_vit_` and `InitOptions` take alike."""
+        names = ("method", "fit", "values", "kernel_size", "peak", "weight_norm", "padding_mode", "offsets",
+                 "distribution")  # fmt: skip
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True)
@@ -367,9 +378,9 @@ class Config:
                 "offsets",
                 "pos_embed_gain",
             ),
-            "simple_vit": ("offsets", "pos_embed_gain", "num_cells", "variance"),
+            "simple_vit": ("pos_embed_gain", "num_cells", "variance"),
         }
-        for key in fields.get(self.model.name, ("num_cells", "variance", "distribution")):
+        for key in fields.get(self.model.name, ("num_cells", "variance")):
             if getattr(self.init, key) != default_of(InitConfig, key):
                 raise ValueError(f"init.{key} must not be set for model {self.model.name!r}, which has none")
 

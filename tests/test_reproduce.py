@@ -130,7 +130,7 @@ def test_each_cell_has_its_best_rate_on_validation_images():
     report = Report(grid, outcomes)
     assert report.values(ours, "accuracy") == pytest.approx([60, 61, 62])
     assert report.paired(ours, control, "accuracy") == pytest.approx([0, 1, 2])
-    page = report.markdown("convinit reproduce window", ())
+    page = report.markdown("convinit reproduce window", conclusions(report))
     # mean 1, sd 1, three seeds: 4.303 / sqrt(3)
     assert "paired by seed, with its 95 % interval: +1.0 (-1.5 to +3.5)." in page
     assert "Rates chosen: 0.0005 for " in page and "0.001 for impulse (the plain call), " in page

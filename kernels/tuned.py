@@ -135,10 +135,10 @@ def of(device: int) -> Tuned:
 def _triton_starts(device: int) -> bool:
     """Whether Triton runs a kernel: it needs a C compiler, and a folder that it may write."""
     try:
-        from convinit.kernels import launch
+        from convinit.kernels.tiles import nothing_kernel
 
         with torch.cuda.device(device):
-            launch.try_triton()
+            nothing_kernel[(1,)](num_warps=1)
     except Exception as error:
         reason = str(error).strip().splitlines()[:1]
         warnings.warn(

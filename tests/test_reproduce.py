@@ -130,7 +130,7 @@ def test_each_cell_has_its_best_rate_on_validation_images():
     report = Report(grid, outcomes)
     assert report.values(ours, "accuracy") == pytest.approx([60, 61, 62])
     assert report.paired(ours, control, "accuracy") == pytest.approx([0, 1, 2])
-    page = report.markdown("convinit reproduce window")
+    page = report.markdown("convinit reproduce window", conclusions(report))
     # mean 1, sd 1, three seeds: 4.303 / sqrt(3)
     assert "paired by seed, with its 95 % interval: +1.0 (-1.5 to +3.5)." in page
     assert "Rates chosen: 0.0005 for " in page and "0.001 for impulse (the plain call), " in page
@@ -441,7 +441,7 @@ def test_a_table_says_what_its_runs_say(tmp_path):
     grid = Grid.of(declared("alpha"), range(3), {})
     report = fake(grid, spread)
     command = "convinit reproduce alpha"
-    page = report.markdown(command)
+    page = report.markdown(command, conclusions(report))
     assert "| **impulse** | **91.0 ± 1.0** |" in page and "| mimetic | 51.0 ± 1.0 |" in page
     assert "Test accuracy, impulse against mimetic: clearly above for α = 0 (+40.0), α = 0.1 (+40.0)" in page
     assert "Test accuracy, impulse against control: scrambled: not clearly apart for α = 0 (+0.0)" in page
@@ -485,7 +485,7 @@ def test_unfinished_tables_say_so(tmp_path):
     part = Report(
         grid, {cell: found[:1] if cell[0] != "random" else [] for cell, found in whole.outcomes.items()}
     )
-    page = part.markdown("convinit")
+    page = part.markdown("convinit", conclusions(part))
     assert "**Unfinished: 27 of 93 runs.**" in page and "| random | – | – | – | – |" in page
     assert part.picture() is not None
     assert Report(grid, grid.outcomes(tmp_path)).picture() is None
@@ -519,7 +519,9 @@ def test_a_table_of_diverged_runs_is_still_written(tmp_path):
             for cell, configs in grid.configs.items()
         }
         report = Report(grid, failed)
-        assert report.picture() is None and "| diverged |" in report.markdown("convinit").replace("**", "")
+        assert report.picture() is None and "| diverged |" in report.markdown("convinit", ()).replace(
+            "**", ""
+        )
 
 
 def test_grid_pictures_refuse():

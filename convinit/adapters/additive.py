@@ -16,7 +16,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from convinit.adapters.calibrate import Plan, Seen, calibrate_, qk_norm_weights
 from convinit.adapters.layout import Layout, Linear, SelfAttention, Slot, apply_norm, memory_of
 from convinit.adapters.measure import output_of
-from convinit.adapters.report import LayerRecord, measured
 from convinit.adapters.request import Request
 from convinit.adapters.subspace import (
     MIMETIC_CONTENT,
@@ -31,6 +30,7 @@ from convinit.adapters.subspace import (
 from convinit.adapters.synthetic import synthetic_images
 from convinit.fit.api import SMALLEST_POSITION
 from convinit.init.query_key import fitted_qk
+from convinit.records import LayerRecord, measured
 
 
 @dataclass(eq=False)

@@ -15,9 +15,10 @@ from convinit.adapters.additive import AdditiveLayout
 from convinit.adapters.find import find_layouts, unwrapped
 from convinit.adapters.layout import Layout, is_sharded, reshard_
 from convinit.adapters.measure import measure_on_images_, without_autocast
-from convinit.adapters.report import InitReport, LayerRecord
+from convinit.adapters.report import InitReport
 from convinit.adapters.request import Request
 from convinit.fit.api import Solver
+from convinit.records import LayerRecord
 
 
 @torch.no_grad()

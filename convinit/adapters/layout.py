@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from convinit import init as init_
-from convinit.adapters.report import LayerRecord, measured, no_figures
+from convinit.records import LayerRecord, measured, no_figures
 
 if TYPE_CHECKING:
     from convinit.adapters.request import Request

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from convinit import init as init_
 from convinit.adapters.layout import Layout, Linear
-from convinit.adapters.report import LayerRecord
 from convinit.adapters.request import Request
 from convinit.adapters.types import child_name, is_a
 from convinit.offsets import impulse_targets
+from convinit.records import LayerRecord
 
 
 @dataclass(eq=False)

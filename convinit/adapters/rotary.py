@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from convinit import init as init_
 from convinit.adapters.layout import Layout, Linear, SelfAttention, packed_qkv
-from convinit.adapters.report import LayerRecord
 from convinit.adapters.request import Request
 from convinit.adapters.types import child_name, is_a, learned_norm
+from convinit.records import LayerRecord
 
 
 @dataclass(eq=False)

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from convinit import init as init_
 from convinit._checks import check_grid_size
 from convinit.adapters.layout import Layout, Linear, SelfAttention, Slot, packed_qkv
-from convinit.adapters.report import LayerRecord
 from convinit.adapters.request import Request
 from convinit.adapters.types import child_name, is_a
+from convinit.records import LayerRecord
 
 
 @dataclass(eq=False)

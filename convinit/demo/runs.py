@@ -69,7 +69,7 @@ def run_demo(
 
     `out`/results.json holds every run that was finished in this folder, whatever its settings; a run is
     taken from there when arm, seed, settings and versions are the same. It is rewritten, whole or not at all,
-    after every run: whoever interrupts loses only the runs in progress.
+    after every run: an interruption loses only the runs in progress.
 
     Args:
         out: folder, made if missing.

@@ -170,7 +170,18 @@ def grid_symmetries(height: int, width: int) -> Tensor:
     return torch.stack([image.flatten() for image in images])
 
 
-def _fit(pos_embed, targets, rank, scale, fit, weight_norm, peak, generator, offsets, grid_size) -> QKFit:
+def _fit(
+    pos_embed: Tensor,
+    targets: Tensor,
+    rank: int,
+    scale: float,
+    fit: str | Solver,
+    weight_norm: float | Tensor | None,
+    peak: float | None,
+    generator: torch.Generator | None,
+    offsets: Tensor | None,
+    grid_size: tuple[int, int] | None,
+) -> QKFit:
     start = time.perf_counter()
     solver = check_solver(fit)
     check_generator(generator)

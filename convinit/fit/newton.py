@@ -226,7 +226,18 @@ def _canonical(keys: Tensor, symmetries: Tensor) -> tuple[Tensor, Tensor, Tensor
     return distinct[used], problem, symmetry
 
 
-def _solve(Xq, Xk, targets, wq_starts, wk_starts, scale, weight_norm, peak, options: Newton, device):
+def _solve(
+    Xq: Tensor,
+    Xk: Tensor,
+    targets: Tensor,
+    wq_starts: Tensor,
+    wk_starts: Tensor,
+    scale: float,
+    weight_norm: Tensor | None,
+    peak: float | None,
+    options: Newton,
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:
     """The weights of `qk_solver` on `device`, as they come on the CPU; ValueError if they left float32."""
     inputs = (x.to(device) for x in (Xq, Xk, targets, wq_starts, wk_starts))
     with torch.inference_mode(False):  # which is not that of the thread that will write it

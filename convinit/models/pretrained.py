@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from convinit._files import sha256
+from convinit._version import __version__
 from convinit.fit import SVD, Adam, Newton
 
 __all__ = [
@@ -144,7 +145,6 @@ def save_folder(folder: str | Path, model: nn.Module, config: Mapping[str, Any])
         model: its weights are written.
         config: JSON-able; convinit's version is added.
     """
-    from convinit import __version__
 
     try:
         json.dumps(config, allow_nan=False)

@@ -53,8 +53,8 @@ class SimpleViT(Pretrained, nn.Module):
         mlp_dim: hidden width of the MLP.
         channels: of the images.
         variant, alpha: see the table.
-        method, distribution, values, kernel_size, scale, padding_mode, fit, weight_norm, peak, value, proj,
-            trainable_mixing: see :class:`convinit.nn.ConvInitAttention`.
+        method, distribution, values, kernel_size, scale: see :class:`~convinit.ConvInitAttention`.
+        padding_mode, fit, weight_norm, peak, value, proj, trainable_mixing: the same.
         pos_embed: P, "sincos" or "identity", a unit vector a token, which needs N ≤ D.
         input_pos_embed: mix α·x + (1−α)·P at the entry in Models II and III too, as the vanilla variant
             always does. Not for Model I, whose layers see P.

@@ -39,17 +39,11 @@ def positional_attention(
         scale: softmax temperature, a number; None means r**-0.5. One to be learnt is multiplied into q.
         alpha: content share α of queries and keys, a number. One to be learnt is multiplied into q and k.
         dropout_p: probability that an attention weight is dropped. Pass 0 in evaluation.
-        backend: "triton": the kernels of `convinit.kernels`, on CUDA, r up to 128, no dropout. "native":
-            compiled kernels of the CPU, for float32, and for bfloat16 and float16 computed in float32, but
-            that CPUs with AVX512-BF16 multiply bfloat16 as it is, numbers below 1.2e-38 being 0 to them; no
-            dropout. "sdpa": mixed q and k go to :func:`torch.nn.functional.scaled_dot_product_attention`.
-            "eager": the formula. "auto": kernels where measurements say that they are faster, else "sdpa".
-            On CUDA that is what `convinit tune` measured as fastest on this GPU for the dtype, N and r:
-            "triton" or a back end of SDPA, if B·heads is at least half of
-            what it was then. On a CPU with AVX2 or AVX-512 it is "native" in all it serves, if B·heads·N²·r
-            is 2²⁰ or more, except for bfloat16 and float16 where the CPU has AMX; what is smaller, or
-            float64, is "eager" where it needs a gradient. With dropout, and while a model is exported or
-            traced, it is "sdpa". An explicit choice never falls back.
+        backend: "triton": our kernels on CUDA, r up to 128, no dropout. "native": our compiled kernels on the
+            CPU, no float64, no dropout. "sdpa": mixed q and k go to
+            :func:`torch.nn.functional.scaled_dot_product_attention`. "eager": the formula. "auto": the one of
+            these that measured as fastest; docs/backends.md has the rules. An explicit choice never falls
+            back.
 
     Derivatives: under torch.func and forward-mode AD "auto" is "eager". Second derivatives are those of the
     formula, which keeps its [B, heads, N, N] map; in "sdpa" PyTorch's fused kernels have none.

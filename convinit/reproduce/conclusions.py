@@ -9,12 +9,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from convinit._over_seeds import Figure, clearly, over_seeds
-
-if TYPE_CHECKING:
-    from convinit.reproduce.report import Report
+from convinit.reproduce.report import Report
 
 
 def conclusions(report: Report) -> list[str]:

@@ -9,16 +9,13 @@ import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from convinit._files import write_whole
 from convinit._over_seeds import Figure, over_seeds
 from convinit.reproduce import readings
-from convinit.reproduce.conclusions import conclusions
 from convinit.reproduce.grid import Cell, Grid
 from convinit.reproduce.tables import USUAL_ROWS, Choice
 from convinit.train.config import Config
@@ -71,8 +68,8 @@ class Report:
 
     # --- text -----------------------------------------------------------------------------------------------
 
-    def markdown(self, command: str) -> str:
-        """The page: setting, tables, what they show."""
+    def markdown(self, command: str, sentences: Sequence[str]) -> str:
+        """The page: setting, tables, and the sentences that say what they show."""
         table = self.grid.table
         parts = [f"# {table.title}", f"{table.question} {table.note}".strip(), self.setting()]
         for name, rows in self.tables():
@@ -81,7 +78,7 @@ class Report:
         parts.append(f"![{table.title}]({self.stem()}.png)")
         if table.name == "sigma":
             parts.append(f"{_FIGURE_5}\n\n![Maps of random queries and keys]({self.stem()}-maps.png)")
-        if sentences := conclusions(self):
+        if sentences:
             parts.append("\n".join(f"- {each}" for each in sentences))
         parts.append(f"Made by `{command}`; [all figures]({self.stem()}.csv).")
         return "\n\n".join(parts) + "\n"
@@ -278,33 +275,6 @@ def _at_best_rate(outcomes: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str
         return len(shares), sum(shares) / max(1, len(shares))  # a rate that diverges for a seed is not taken
 
     return by_rate[max(by_rate, key=on_validation)]
-
-
-def write_report(report: Report, out: Path, command: str) -> list[Path]:
-    """Writes the page, the CSV and the figure of a table into a folder; returns their paths.
-
-    Args:
-        report: the table.
-        out: the folder.
-        command: that made it.
-    """
-    texts = {".md": report.markdown(command), ".csv": report.csv()}
-    from convinit.viz import temperature_maps
-
-    paths = []
-    for suffix, text in texts.items():
-        path = out / f"{report.stem()}{suffix}"
-        write_whole(path, text)
-        paths.append(path)
-    picture = report.picture()
-    if picture is not None:
-        paths.append(out / f"{report.stem()}.png")
-        picture.savefig(paths[-1], dpi=130)
-    if report.grid.table.name == "sigma":
-        paths.append(out / f"{report.stem()}-maps.png")
-        _, maps = temperature_maps(generator=torch.Generator().manual_seed(0))
-        maps.savefig(paths[-1], dpi=200)  # a token is two pixels
-    return paths
 
 
 _FIGURE_5 = (

@@ -1,4 +1,4 @@
-"""Checkpoints: folders of safetensors, JSON and TOML that are there whole or not at all.
+"""Checkpoints: folders of safetensors, JSON and TOML, written atomically.
 
     step-000120/model.safetensors      weights and buffers
                 ema.safetensors        their moving average, if there is one
@@ -8,7 +8,7 @@
                 SHA256SUMS             of those files, as ``sha256sum --check`` reads it
 
 A checkpoint is written into a hidden folder, synced to the disk and then renamed; only then an older one is
-removed. So whoever kills the process at any moment leaves the last complete one behind. Nothing is pickled:
+removed. So a kill at any moment leaves the last complete one behind. Nothing is pickled:
 reading a checkpoint cannot run code.
 """
 

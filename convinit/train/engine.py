@@ -67,7 +67,7 @@ class Progress:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a run will do.
+    """The plan of a run.
 
     Attributes:
         model: its name.
@@ -99,7 +99,7 @@ def make_accelerator(config: Config, **options: Any) -> Accelerator:
     """Accelerate's Accelerator for a config.
 
     Raises:
-        ValueError: the precision is not to be had on this device.
+        ValueError: this device does not support the precision.
     """
     if config.run.threads is not None:
         torch.set_num_threads(config.run.threads)
@@ -118,7 +118,7 @@ class Engine:
         checkpoint: to go on from; None starts anew.
 
     Attributes:
-        progress: where it is; changed by `step` and by whoever drives it.
+        progress: where it is; `step` and the caller change it.
 
     Raises:
         ValueError: config, data, model or checkpoint do not fit together. OSError: data cannot be read.
@@ -179,7 +179,7 @@ class Engine:
         return len(self.batch_sizes)
 
     def plan(self) -> Plan:
-        """What the run will do."""
+        """The plan of the run."""
         assert self.data.image_size is not None
         return Plan(
             model=self.config.model.name,

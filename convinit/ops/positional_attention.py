@@ -60,18 +60,10 @@ def positional_attention(
     """
     scale, alpha, dropout_p = _check(q, k, v, q_pos, k_pos, scale, alpha, dropout_p)
     fused.check_backend(backend)
-    if backend == "eager" or (backend == "auto" and transforms_active()):
-        return positional_attention_reference(
-            q, k, v, q_pos, k_pos, scale=scale, alpha=alpha, dropout_p=dropout_p
-        )
     serving = fused.serving("positional_attention", backend, q, dropout_p, k, v, q_pos, k_pos)
     if serving == "kernels":
         return fused.fused_positional_attention(q, k, v, q_pos, k_pos, scale, alpha)
-    if backend == "auto" and _may_be_differentiated_twice(q, k, v, q_pos, k_pos, dropout_p=dropout_p):
-        return positional_attention_reference(q, k, v, q_pos, k_pos, scale=scale, alpha=alpha)
-    q, k = _mix(q, q_pos, alpha), _mix(k, k_pos, alpha)
-    out = fused.attention_by(serving, q, k, v, dropout_p, scale)
-    return out.transpose(1, 2).flatten(2)
+    return _by_torch(serving, backend, q, k, v, q_pos, k_pos, scale, alpha, dropout_p)
 
 
 def packed_attention(
@@ -112,9 +104,7 @@ def packed_attention(
     serving = fused.serving("positional_attention", backend, q, dropout_p, k, v, q_pos, k_pos)
     if serving == "kernels":
         return fused.fused_packed_attention(qkv, num_heads, q_pos, k_pos, scale, alpha)
-    return positional_attention(
-        q, k, v, q_pos, k_pos, scale=scale, alpha=alpha, dropout_p=dropout_p, backend=backend
-    )
+    return _by_torch(serving, backend, q, k, v, q_pos, k_pos, scale, alpha, dropout_p)
 
 
 def positional_attention_reference(
@@ -136,6 +126,30 @@ def positional_attention_reference(
     if dropout_p > 0:
         attention = F.dropout(attention, dropout_p)
     return (attention @ v).transpose(1, 2).flatten(2)
+
+
+def _by_torch(
+    serving: str,
+    backend: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_pos: Tensor | None,
+    k_pos: Tensor | None,
+    scale: float,
+    alpha: float,
+    dropout_p: float,
+) -> Tensor:
+    """By the formula where its derivatives may be asked for, else by the back end that `serving` names."""
+    differentiable = backend == "auto" and (
+        transforms_active() or _may_be_differentiated_twice(q, k, v, q_pos, k_pos, dropout_p=dropout_p)
+    )
+    if backend == "eager" or differentiable:
+        return positional_attention_reference(
+            q, k, v, q_pos, k_pos, scale=scale, alpha=alpha, dropout_p=dropout_p
+        )
+    q, k = _mix(q, q_pos, alpha), _mix(k, k_pos, alpha)
+    return fused.attention_by(serving, q, k, v, dropout_p, scale).transpose(1, 2).flatten(2)
 
 
 def _mix(content: Tensor, position: Tensor | None, alpha: float) -> Tensor:

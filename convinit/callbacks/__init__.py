@@ -1,0 +1,1 @@
+"""`DriftCallback` for the trainers of other libraries: in `convinit.callbacks.transformers` and `.lightning`."""

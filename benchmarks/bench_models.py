@@ -3,10 +3,10 @@
     python -m pytest benchmarks/bench_models.py -s --benchmark-json models.json
 
 SimpleViT and its Models I, II and III at the size of arXiv 2401.12511 against the papers' eager code with
-the same weights (on CPUs where it matters also with our linear layers), and against other libraries'
-Vision Transformers of that size; ConvMixer with frozen
-impulse filters against its twin in which the same filters are depthwise convolutions. Logits and gradients
-are checked against float64.
+the same weights (on GPUs also with PyTorch's fused attention and compiled, on CPUs where it matters with our
+linear layers), and against other libraries' Vision Transformers of that size; ConvMixer with frozen impulse
+filters against its twin in which the same filters are depthwise convolutions. Logits and gradients are
+checked against float64.
 
 A training step is forward, cross-entropy, backward and fused AdamW. bfloat16 is autocast. The other
 libraries' models compute something else of the same size: they are checked for finite logits alone.
@@ -180,6 +180,9 @@ def bench_simple_vit(compare, name, dtype, direction):
     if HALVED_MKL:  # what is left of the ratio when theirs gets our linear layers
         models["papers' eager, our Linear"] = papers.simple_vit(ours, Linear)
     if DEVICE == "cuda":  # minutes of compilation on two CPU cores
+        if variant in ("vanilla", "I"):  # the others' queries and keys have no batch, which SDPA repeats
+            models["papers' with SDPA"] = papers.simple_vit(ours, sdpa=True)
+            models["papers' with SDPA, compiled"] = compiled(papers.simple_vit(ours, sdpa=True))
         models["papers' eager, compiled"] = compiled(papers.simple_vit(ours))
         models["convinit, compiled"] = compiled(copy.deepcopy(ours))
     if variant == "vanilla":

@@ -71,15 +71,16 @@ def adam_fit(
     return wq.detach(), wk.detach().mT
 
 
-def simple_vit(model: SimpleViT, linear: type[nn.Linear] = nn.Linear) -> nn.Module:
+def simple_vit(model: SimpleViT, linear: type[nn.Linear] = nn.Linear, sdpa: bool = False) -> nn.Module:
     """A copy of a SimpleViT whose layers compute as the papers' do, with parameters of their own.
 
     Args:
         linear: the class of its linear layers.
+        sdpa: PyTorch's fused attention in place of their softmax.
     """
     theirs = copy.deepcopy(model)
     for block in theirs.blocks:
-        block.attn = Attention(block.attn)  # type: ignore[assignment]
+        block.attn = Attention(block.attn, sdpa)  # type: ignore[assignment]
     for module in theirs.modules():
         if isinstance(module, nn.Linear):
             module.__class__ = linear
@@ -95,8 +96,9 @@ class Attention(nn.Module):
 
     pos_embed: Tensor
 
-    def __init__(self, ours: ConvInitAttention) -> None:
+    def __init__(self, ours: ConvInitAttention, sdpa: bool) -> None:
         super().__init__()
+        self.sdpa = sdpa
         self.variant, self.alpha, self.scale = ours.variant, ours.alpha, ours.scale
         self.num_heads = ours.num_heads
         inner = ours.num_heads * ours.head_dim
@@ -114,17 +116,19 @@ class Attention(nn.Module):
             self.register_buffer("pos_embed", ours.pos_embed.clone(), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        v = self.v(x)
+        v = self._heads(self.v(x))
         if self.variant == "III":
-            dots = torch.matmul(self.q_map, self.k_map) * self.scale
+            q, k = self.q_map, self.k_map.mT
         else:
             if self.variant == "I":
                 x = self.alpha * x + (1 - self.alpha) * self.pos_embed
             elif self.variant == "II":
                 x = 0 * x + self.pos_embed
             q, k = map(self._heads, self.qk(x).chunk(2, dim=-1))
-            dots = torch.matmul(q, k.mT) * self.scale
-        out = torch.matmul(dots.softmax(dim=-1), self._heads(v))
+        if self.sdpa:
+            out = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
+        else:
+            out = torch.matmul((torch.matmul(q, k.mT) * self.scale).softmax(dim=-1), v)
         return self.proj(out.transpose(1, 2).flatten(2))
 
     def _heads(self, x: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from convinit.train import (
     test_loader,
     train_loader,
 )
-from convinit.train.data import subset_indices
+from convinit.train.data import split_indices
 from convinit.train.data.augment import _to_pil, fit
 from convinit.train.data.draws import derived_seed, permutation
 from convinit.train.data.images import decode, read_image
@@ -64,7 +64,7 @@ def test_subsets_are_nested_and_stratified(sizes):
     n, sizes = len(labels), np.array(sizes)
     smaller: set[int] = set()
     for count in range(1, n + 1):
-        indices = subset_indices(labels, count=count, seed=3)
+        indices, _ = split_indices(labels, count=count, seed=3)
         assert len(set(indices)) == count and (np.diff(indices) > 0).all()
         assert smaller < set(indices)
         smaller = set(indices)
@@ -73,31 +73,53 @@ def test_subsets_are_nested_and_stratified(sizes):
         assert (np.abs(taken - count * sizes / n) < len(sizes)).all()
         if len(set(sizes)) == 1:
             assert taken.max() - taken.min() <= 1
-    assert subset_indices(labels).tolist() == list(range(n))
+    assert split_indices(labels)[0].tolist() == list(range(n))
 
 
 def test_subsets_follow_the_seed():
     labels = torch.arange(100) % 10
-    chosen = [subset_indices(labels, fraction=0.3, seed=seed).tolist() for seed in (0, 0, 1)]
+    chosen = [split_indices(labels, fraction=0.3, seed=seed)[0].tolist() for seed in (0, 0, 1)]
     assert chosen[0] == chosen[1] != chosen[2]
     assert len(chosen[0]) == 30
+
+
+@pytest.mark.parametrize("sizes", [[50] * 10, [100, 40, 7, 3]])
+def test_validation_images_are_stratified_and_leave_the_training_images(sizes):
+    labels = torch.from_numpy(np.random.default_rng(0).permutation(np.repeat(np.arange(len(sizes)), sizes)))
+    n, sizes = len(labels), np.array(sizes)
+    train, val = split_indices(labels, val_fraction=0.2, seed=3)
+    assert len(val) == round(0.2 * n) and (np.diff(val) > 0).all()
+    assert sorted([*train, *val]) == list(range(n))
+    assert (np.abs(np.bincount(labels[val], minlength=len(sizes)) - 0.2 * sizes) < len(sizes)).all()
+    # Few training images are the same with and without validation.
+    for count in (1, len(train) // 2, len(train)):
+        some, same_val = split_indices(labels, count=count, val_fraction=0.2, seed=3)
+        assert some.tolist() == split_indices(labels, count=count, seed=3)[0].tolist()
+        assert same_val.tolist() == val.tolist() and not set(some) & set(val)
+    assert len(split_indices(labels, fraction=1.0, val_fraction=0.2)[0]) == len(train)
 
 
 def test_subset_refuses():
     labels = torch.arange(10)
     with pytest.raises(ValueError, match="not both, got 3 and 0.5"):
-        subset_indices(labels, count=3, fraction=0.5)
+        split_indices(labels, count=3, fraction=0.5)
     with pytest.raises(ValueError, match="train_count must be at most 10"):
-        subset_indices(labels, count=11)
+        split_indices(labels, count=11)
     with pytest.raises(ValueError, match="train_count must be at least 1"):
-        subset_indices(labels, count=0)
+        split_indices(labels, count=0)
     for bad in (0.0, 1.5, float("nan")):
         with pytest.raises(ValueError, match="train_fraction must be (above 0 and at most 1|finite)"):
-            subset_indices(labels, fraction=bad)
+            split_indices(labels, fraction=bad)
     with pytest.raises(TypeError, match="train_fraction must be a number"):
-        subset_indices(labels, fraction="0.5")
+        split_indices(labels, fraction="0.5")
+    with pytest.raises(
+        ValueError, match="train_count must be at most 8, .* got 9; 2 of 10 are for validation"
+    ):
+        split_indices(labels, count=9, val_fraction=0.2)
+    with pytest.raises(ValueError, match="val_fraction must leave images to train on, got 1.0 of 10"):
+        split_indices(labels, val_fraction=1.0)
     with pytest.raises(ValueError, match="seed must be at least 0"):
-        subset_indices(labels, count=1, seed=-1)
+        split_indices(labels, count=1, seed=-1)
 
 
 # ---- Digits

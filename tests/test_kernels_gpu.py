@@ -6,13 +6,16 @@ import warnings
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from convinit.kernels import tuned
 from convinit.kernels.tuned import Problem
+from convinit.models import SimpleViT
 from convinit.nn.attention import ConvInitAttention
 from convinit.ops import tune, verify
 from convinit.ops.positional_attention import positional_attention, positional_attention_reference
 from convinit.ops.shared_attention import shared_attention, shared_attention_reference
+from convinit.train.data import load_digits_split
 
 pytestmark = pytest.mark.gpu
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -170,6 +173,39 @@ def test_module_trains_as_eager_does(variant):
     eager = run("eager")
     for name, gradient in run("triton").items():
         torch.testing.assert_close(gradient, eager[name], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_two_hundred_steps_learn_as_eager_ones_do():
+    """The paper's Model I as it is trained, in bfloat16: loss curves of our kernels and of the formula."""
+    split = load_digits_split()
+    images = F.interpolate(split.train_images, size=32).expand(-1, 3, -1, -1).sub(0.3).div(0.38).cuda()
+    labels = split.train_labels.cuda()
+
+    def losses(backend):
+        g = torch.Generator().manual_seed(0)
+        model = SimpleViT(32, 2, 10, dim=512, mlp_dim=512, generator=g).cuda()
+        for block in model.blocks:
+            block.attn.backend = backend
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.01)
+        order = torch.Generator().manual_seed(1)
+        found = []
+        for _ in range(200):
+            batch = torch.randint(len(images), (128,), generator=order).cuda()
+            with torch.autocast("cuda", torch.bfloat16):
+                loss = F.cross_entropy(model(images[batch]), labels[batch])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            found.append(loss.detach())
+        return torch.stack(found).view(10, 20).mean(dim=1).cpu()
+
+    eager, ours, sdpa = losses("eager"), losses("triton"), losses("sdpa")
+    for name, curve in (("eager", eager), ("triton", ours), ("sdpa", sdpa)):
+        print(name, " ".join(f"{each:.4f}" for each in curve))
+    assert eager[-1] < eager[0] / 4
+    # As far from the formula as another way of rounding is.
+    assert (ours - eager).abs().max() <= 2 * (sdpa - eager).abs().max() + 0.02
 
 
 def test_tune_a_tiny_shape_and_take_what_it_found(tmp_path, monkeypatch):

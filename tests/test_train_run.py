@@ -133,6 +133,27 @@ def test_whole_epochs_between_tests_and_checkpoints(tmp_path):
     assert tested == [(False, False), (True, True), (True, True)]
 
 
+def test_epochs_are_validated_and_the_test_images_are_met_once(tmp_path):
+    config = small(data__val_fraction=0.3)
+    result = run_training(config, tmp_path)
+    epochs = [record for record in records(tmp_path) if record["kind"] == "epoch"]
+    tested = [("val_top1" in record, "ema_val_top5" in record, "top1" in record) for record in epochs]
+    assert tested == [(True, True, False), (True, True, False), (True, True, True)]
+    assert epochs[-1]["best_val_top1"] == max(record["val_top1"] for record in epochs)
+    assert not any("best_top1" in record for record in epochs)
+
+    engine = Engine(config, make_accelerator(config), result.checkpoint)
+    plan = engine.plan()
+    assert (plan.train_images, plan.val_images, plan.test_images) == (110, 300, 797)
+    held_out = load_data("digits", val_fraction=0.3).val
+    hits = 0
+    with torch.no_grad():
+        images, labels = Augmented(held_out, augmentation("none", engine.data)).batch(range(300))
+        hits = (engine.inner.eval()(images).argmax(dim=1) == labels).sum().item()
+    assert epochs[-1]["val_top1"] == pytest.approx(hits / 300)
+    assert engine.evaluate()["top1"] == epochs[-1]["top1"]
+
+
 def test_the_clock_asks_for_checkpoints(tmp_path):
     run_training(small(run__checkpoint_steps="none", run__checkpoint_minutes=1e-9, run__keep=99), tmp_path)
     assert len(files.checkpoints(tmp_path)) == 12

@@ -171,8 +171,9 @@ def _print_plan(config: Config, plan: Any, step_seconds: float) -> None:
     rows = {
         "model": f"{plan.model}, init {config.init.method}",
         "parameters": f"{plan.parameters:,}" + (f", {frozen:,} of them frozen" if frozen else ""),
-        "data": f"{config.data.name}, {plan.num_classes} classes, {plan.train_images:,} training and "
-        f"{plan.test_images:,} test images, {channels}×{height}×{width}",
+        "data": f"{config.data.name}, {plan.num_classes} classes, {plan.train_images:,} training"
+        + (f", {plan.val_images:,} validation" if plan.val_images else "")
+        + f" and {plan.test_images:,} test images, {channels}×{height}×{width}",
         "steps": f"{plan.steps:,}: {config.recipe.epochs} epochs of {plan.steps_per_epoch}, batch "
         f"{config.recipe.batch_size}",
         "device": f"{plan.device}, {plan.processes} process{'es' * (plan.processes > 1)}, precision "
@@ -189,9 +190,11 @@ def _print_plan(config: Config, plan: Any, step_seconds: float) -> None:
 def _print_result(figures: Mapping[str, Any], checkpoint: Path, steps: int, seconds: float) -> None:
     names = {"top1": "top-1", "top5": "top-5", "ema_top1": "average's top-1", "ema_top5": "average's top-5"}
     shares = [f"{words} {figures[key]:.2%}" for key, words in names.items() if key in figures]
+    best = "best_val_top1" if "best_val_top1" in figures else "best_top1"
     done = f"{steps} steps in {duration(seconds)}" if steps else "the run was finished already"
     Console().print(
-        f"After {figures['epoch']} epochs: {', '.join(shares)}, best top-1 {figures['best_top1']:.2%}; "
+        f"After {figures['epoch']} epochs: {', '.join(shares)}, best "
+        f"{'validation ' * ('val' in best)}top-1 {figures[best]:.2%}; "
         f"{done}.\n"
         f"Weights: {checkpoint / 'model.safetensors'}, curves: {checkpoint.parent / 'metrics.jsonl'}",
         highlight=False,

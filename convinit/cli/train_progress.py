@@ -89,8 +89,8 @@ class Bar(Watcher):
         if record["kind"] == "train":
             self._loss = f"loss {record['loss']:.3f}, {record['images_per_second']:,.0f} images/s"
         else:
-            if "top1" in record:
-                self._accuracy = f", top-1 {record['top1']:.1%}"
+            if (share := record.get("val_top1", record.get("top1"))) is not None:
+                self._accuracy = f", top-1 {share:.1%}"
             self.progress.update(self.task, description=self._name(record["epoch"]))
             self.progress.console.print(_epoch_line(record, self.epochs), highlight=False, markup=False)
         self.progress.update(self.task, figures=self._loss + self._accuracy)
@@ -101,5 +101,8 @@ class Bar(Watcher):
 
 def _epoch_line(record: dict[str, Any], epochs: int) -> str:
     text = f"epoch {record['epoch']}/{epochs}: loss {record['loss']:.4f}"
-    names = {"top1": "top-1", "top5": "top-5", "ema_top1": "average's top-1"}
+    names = {
+        "val_top1": "validation top-1", "ema_val_top1": "average's validation top-1",
+        "top1": "top-1", "top5": "top-5", "ema_top1": "average's top-1",
+    }  # fmt: skip
     return text + "".join(f", {words} {record[key]:.2%}" for key, words in names.items() if key in record)

@@ -17,7 +17,7 @@ from convinit.reproduce.cells import identity, read_outcome, run_cell
 from convinit.reproduce.tables import Choice, Settings, Table
 from convinit.train.config import Config
 from convinit.train.data import ImageData, load_data
-from convinit.train.data.subsets import subset_indices
+from convinit.train.data.subsets import split_indices
 from convinit.train.run import measure
 
 Cell = tuple[str, str]  # labels of row and column
@@ -162,12 +162,14 @@ def check_data(grids: Sequence[Grid]) -> dict[str, ImageData]:
 def count_steps(config: Config, data: ImageData) -> int:
     """Optimiser steps of a run on a data set that was read whole."""
     part = config.data
-    images = len(data.train)
-    if part.train_count is not None or part.train_fraction is not None:
-        chosen = subset_indices(
-            data.train.labels, count=part.train_count, fraction=part.train_fraction, seed=part.seed
-        )
-        images = len(chosen)
+    chosen, _ = split_indices(
+        data.train.labels,
+        count=part.train_count,
+        fraction=part.train_fraction,
+        val_fraction=part.val_fraction,
+        seed=part.seed,
+    )
+    images = len(chosen)
     size = config.recipe.batch_size
     batches = images // size if config.recipe.drop_last and images >= size else math.ceil(images / size)
     return batches * config.recipe.epochs

@@ -203,6 +203,13 @@ class DataConfig(_Section):
     train_fraction: float | None = option(
         None, "Train on this share of the images.", above=0, high=1, unset="all"
     )
+    val_fraction: float | None = option(
+        None,
+        "Validate on this share of the training images; the test images are then met once, at the end.",
+        above=0,
+        below=1,
+        unset="no validation",
+    )
     seed: int = option(
         0, "Of the choice of those images; the same for all runs.", low=0, high=2**63 - 1, flag="data-seed"
     )

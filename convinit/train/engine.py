@@ -52,7 +52,7 @@ class Progress:
         loss_sum, images: of that epoch's batches so far: loss times images, and images.
         window: [loss, gradient norm] of the steps since the last record.
         seconds: of training, over all sittings.
-        best: the highest test accuracy so far.
+        best: the highest accuracy so far after an epoch, on validation images if there are any.
     """
 
     step: int = 0
@@ -72,7 +72,7 @@ class Plan:
     Attributes:
         model: its name.
         parameters, trained: numbers, all and those that are trained.
-        train_images, test_images, num_classes: of the data.
+        train_images, val_images, test_images, num_classes: of the data.
         image: (channels, height, width).
         steps_per_epoch, steps: optimiser steps.
         checkpoint_bytes: size of a checkpoint.
@@ -83,6 +83,7 @@ class Plan:
     parameters: int
     trained: int
     train_images: int
+    val_images: int
     test_images: int
     num_classes: int
     image: tuple[int, int, int]
@@ -131,6 +132,7 @@ class Engine:
         train_images = augmentation(config.data.augment, self.data, config.data.augment_options)
         self.train_set = Augmented(self.data.train, train_images, seed)
         self.test_set = Augmented(self.data.test, augmentation("none", self.data))
+        self.val_set = self.data.val and Augmented(self.data.val, augmentation("none", self.data))
         assert self.data.image_size is not None  # `augmentation` refuses None
 
         self.batch_sizes = _batch_sizes(len(self.data.train), recipe.batch_size, recipe.drop_last)
@@ -184,6 +186,7 @@ class Engine:
             parameters=sum(each.numel() for each in self.inner.parameters()),
             trained=sum(each.numel() for each in self._parameters),
             train_images=len(self.data.train),
+            val_images=0 if self.data.val is None else len(self.data.val),
             test_images=len(self.data.test),
             num_classes=self.data.num_classes,
             image=(self.data.channels, *self.data.image_size),
@@ -281,20 +284,23 @@ class Engine:
 
     @torch.no_grad()
     def evaluate(
-        self, stopped: Any = lambda: False, *, shift: tuple[int, int] = (0, 0)
+        self, stopped: Any = lambda: False, *, val: bool = False, shift: tuple[int, int] = (0, 0)
     ) -> dict[str, float] | None:
         """Loss, top-1 and, with more than 5 classes, top-5 on the test images; of the average too, if any.
 
         Args:
             stopped: asked between batches; once it says True, the test is given up.
+            val: on the validation images instead; names then begin with "val_".
             shift: (dy, dx) in pixels by which the images are moved first, the data's mean colour coming in.
 
         Returns:
             Names → figures; shares of 1. None if it was given up.
         """
         models = {"": self.inner} if self.ema is None else {"": self.inner, "ema_": self.ema.module}
+        images_of = self.val_set if val else self.test_set
+        assert images_of is not None
         loader = test_loader(
-            self.test_set,
+            images_of,
             self.config.run.eval_batch_size,
             num_workers=self.config.data.workers,
             rank=self.accelerator.process_index,
@@ -316,12 +322,14 @@ class Engine:
                 )
             if stopped():
                 return None
-        shares = (self.accelerator.reduce(sums, "sum") / len(self.test_set)).tolist()
+        shares = (self.accelerator.reduce(sums, "sum") / len(images_of)).tolist()
         figures: dict[str, float] = {}
         for prefix, (loss, top1, top5) in zip(models, shares, strict=True):
-            figures |= {f"{prefix}test_loss": loss, f"{prefix}top1": top1}
-            if self.data.num_classes > 5:
-                figures[f"{prefix}top5"] = top5
+            names = ("val_loss", "val_top1", "val_top5") if val else ("test_loss", "top1", "top5")
+            found = dict(zip(names, (loss, top1, top5), strict=True))
+            if self.data.num_classes <= 5:
+                del found[names[2]]
+            figures |= {f"{prefix}{name}": each for name, each in found.items()}
         return figures
 
     def _on_device(self, loader: Any) -> Any:
@@ -402,6 +410,7 @@ def _load(config: Config) -> ImageData:
         data.root,
         train_count=data.train_count,
         train_fraction=data.train_fraction,
+        val_fraction=data.val_fraction,
         seed=data.seed,
         download=data.download,
         image_size=data.image_size,

@@ -264,14 +264,14 @@ class _Drive:
         record: dict[str, Any] = {"kind": "epoch", "epoch": progress.epoch + 1, "step": progress.step}
         record["loss"] = progress.loss_sum / progress.images
         if last or (progress.epoch + 1) % self.run_config.eval_every == 0:
-            if self.main:
-                self.watcher.testing()
-            figures = engine.evaluate(lambda: self.alone and bool(self.stop.signum))
-            if figures is None:
-                self._save()
-                raise RunInterrupted(self.stop.signum, self._saved())
-            progress.best = max(progress.best, figures["top1"])
-            record |= {**figures, "best_top1": progress.best}
+            validates = engine.val_set is not None
+            if validates:
+                record |= self._evaluate(val=True)
+            if last or not validates:
+                record |= self._evaluate(val=False)
+            measured = "val_top1" if validates else "top1"
+            progress.best = max(progress.best, record[measured])
+            record[f"best_{measured}"] = progress.best
         record["seconds"] = self._tick()
         progress.epoch, progress.batch, progress.loss_sum, progress.images = progress.epoch + 1, 0, 0.0, 0
         self.figures = record
@@ -279,6 +279,15 @@ class _Drive:
         every = self.run_config.checkpoint_steps
         if every and progress.step % every == 0:
             self._save()
+
+    def _evaluate(self, val: bool) -> dict[str, float]:
+        if self.main:
+            self.watcher.testing()
+        figures = self.engine.evaluate(lambda: self.alone and bool(self.stop.signum), val=val)
+        if figures is None:
+            self._save()
+            raise RunInterrupted(self.stop.signum, self._saved())
+        return figures
 
     def _wishes(self) -> tuple[int, bool]:
         """The signal that came to any process, or 0, and whether the clock asks for a checkpoint."""

@@ -4,7 +4,7 @@ from convinit.train.data.augment import AUGMENTATIONS, Augmentation, Augmented, 
 from convinit.train.data.in_memory import ImageSplit, batches, load_digits_split, shift_images
 from convinit.train.data.loaders import test_loader, train_loader
 from convinit.train.data.sources import DATA_SETS, ImageData, load_data
-from convinit.train.data.subsets import subset_indices
+from convinit.train.data.subsets import split_indices
 
 __all__ = [
     "DATA_SETS",
@@ -18,7 +18,7 @@ __all__ = [
     "load_data",
     "load_digits_split",
     "shift_images",
-    "subset_indices",
+    "split_indices",
     "test_loader",
     "train_loader",
 ]

@@ -14,7 +14,7 @@ from convinit.train.data.fashion_mnist import MEAN, STD, USUAL, read_fashion_mni
 from convinit.train.data.folders import read_folder, read_tiny_imagenet
 from convinit.train.data.images import ImageFiles, ImageTensors
 from convinit.train.data.in_memory import load_digits_split
-from convinit.train.data.subsets import check_fraction, subset_indices
+from convinit.train.data.subsets import check_fraction, split_indices
 from convinit.train.data.torchvision_sets import read_cifar, read_files, read_stl10, read_svhn
 
 DATA_SETS = (
@@ -34,6 +34,7 @@ class ImageData:
     Attributes:
         name: as given to `load_data`.
         train, test: map-style data sets of (PIL image or uint8 tensor [C, H, W], class index).
+        val: some of the training images that are not in `train`, to validate on; None if none were asked for.
         num_classes: class indices are 0 to num_classes − 1.
         class_names: a name for each class.
         image_size: (H, W) that `augmentation` brings images to; None where they differ and no size was asked
@@ -53,6 +54,7 @@ class ImageData:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     crop_pct: float = 1.0
+    val: ImageTensors | ImageFiles | None = None
 
 
 def load_data(
@@ -61,6 +63,7 @@ def load_data(
     *,
     train_count: int | None = None,
     train_fraction: float | None = None,
+    val_fraction: float | None = None,
     seed: int = 0,
     download: bool = False,
     image_size: int | Sequence[int] | None = None,
@@ -83,8 +86,11 @@ def load_data(
             tiny-imagenet-200/, of train/ or the class folders. "digits" need
             none, and "fashion-mnist" none where Debian's package dataset-fashion-mnist is installed.
         train_count: training images to keep, classes in proportion; or
-        train_fraction: the share of them to keep, above 0 to 1. With neither, all of them.
-        seed: of the subset, the same on every machine.
+        train_fraction: the share of them to keep, above 0 to 1, of those that are not for validation. With
+            neither, all of them.
+        val_fraction: share of the training images to validate on instead, above 0 and below 1, classes in
+            proportion. Default: none.
+        seed: of these choices, the same on every machine.
         download: fetch what is missing into root, where torchvision knows the data set. Of several
             processes let one do it first.
         image_size: side in pixels or (H, W) that `augmentation` resizes to. Default: as stored; images that
@@ -138,11 +144,14 @@ def load_data(
             mean, std = _CIFAR
     if isinstance(train, ImageTensors):
         size = size or (train.images.shape[-2], train.images.shape[-1])
-    if train_count is not None or train_fraction is not None:
-        train = train.take(
-            subset_indices(train.labels, count=train_count, fraction=train_fraction, seed=seed)
+    val = None
+    if not (train_count is None and train_fraction is None and val_fraction is None):
+        kept, held_out = split_indices(
+            train.labels, count=train_count, fraction=train_fraction, val_fraction=val_fraction, seed=seed
         )
-    return ImageData(name, train, test, len(names), names, size, len(mean), mean, std, crop_pct)
+        val = None if val_fraction is None else train.take(held_out)
+        train = train.take(kept)
+    return ImageData(name, train, test, len(names), names, size, len(mean), mean, std, crop_pct, val)
 
 
 def _digits() -> tuple[ImageTensors, ImageTensors, tuple[str, ...], tuple[float, ...], tuple[float, ...]]:

@@ -33,16 +33,25 @@ def stratified_order(labels: Tensor, seed: int) -> np.ndarray:
     return shuffled[np.lexsort((turn[class_of], rank / sizes[class_of]))]
 
 
-def subset_indices(
-    labels: Tensor, *, count: int | None = None, fraction: float | None = None, seed: int = 0
-) -> np.ndarray:
-    """Indices of a stratified subset, ascending: the first `count` of `stratified_order`.
+def split_indices(
+    labels: Tensor,
+    *,
+    count: int | None = None,
+    fraction: float | None = None,
+    val_fraction: float | None = None,
+    seed: int = 0,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Indices to train on and to validate on, both stratified and ascending.
+
+    Validation takes the end of `stratified_order` and training its beginning, so that training images of one
+    seed are nested, whether or not there are validation images.
 
     Args:
         labels: [n] int64 of the whole set.
-        count: images to take, 1 to n.
-        fraction: or their share, above 0 to 1; the count is round(fraction · n), at least 1. With neither,
-            all of them.
+        count: images to train on; or
+        fraction: the share to train on of those that are not for validation, above 0 to 1. With neither, all
+            of them.
+        val_fraction: share of the whole set to validate on, above 0 and below 1. Default: none.
         seed: as in `stratified_order`.
 
     Raises:
@@ -51,13 +60,23 @@ def subset_indices(
     total = len(labels)
     if count is not None and fraction is not None:
         raise ValueError(f"give train_count or train_fraction, not both, got {count} and {fraction}")
+    held_out = 0
+    if val_fraction is not None:
+        held_out = max(1, round(check_fraction("val_fraction", val_fraction) * total))
+    left = total - held_out
+    if left < 1:
+        raise ValueError(f"val_fraction must leave images to train on, got {val_fraction} of {total} images")
     if fraction is not None:
-        count = max(1, round(check_fraction("train_fraction", fraction) * total))
+        count = max(1, round(check_fraction("train_fraction", fraction) * left))
     elif count is None:
-        count = total
-    if check_int("train_count", count) > total:
-        raise ValueError(f"train_count must be at most {total}, the number of training images, got {count}")
-    return np.sort(stratified_order(labels, seed)[:count])
+        count = left
+    if check_int("train_count", count) > left:
+        kept = f"; {held_out} of {total} are for validation" if held_out else ""
+        raise ValueError(
+            f"train_count must be at most {left}, the number of training images, got {count}{kept}"
+        )
+    order = stratified_order(labels, seed)
+    return np.sort(order[:count]), np.sort(order[left:])
 
 
 def check_fraction(name: str, value: float) -> float:

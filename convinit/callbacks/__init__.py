@@ -1,1 +1,1 @@
-"""`DriftCallback` for the trainers of other libraries: in `convinit.callbacks.transformers` and `.lightning`."""
+"""`DriftCallback` for other trainers, each in a module of its own: `transformers` and `lightning`."""

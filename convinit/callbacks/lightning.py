@@ -19,9 +19,9 @@ class DriftCallback(Callback):
     trainer.fit(module, loader)
     viz.drift(callback.monitor.history).savefig("drift.png")
 
-    The means over all heads, ``drift/peak``, ``drift/hit_rate`` and ``drift/distance``, go to the loggers; the
-    report to init_report.json in ``trainer.log_dir``, and to Python's logging at level INFO. Checkpoints keep
-    the records.
+    The means over all heads, ``drift/peak``, ``drift/hit_rate`` and ``drift/distance``, go to the loggers.
+    The report goes to init_report.json in ``trainer.log_dir``, and to Python's logging at level INFO.
+    Checkpoints keep the records.
 
     Args:
         report: of :func:`convinit.init_vit_` on the model, before training.

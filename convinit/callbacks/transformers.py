@@ -26,9 +26,9 @@ class DriftCallback(TrainerCallback):
     viz.drift(callback.monitor.history).savefig("drift.png")
 
     The means over all heads, ``drift/peak``, ``drift/hit_rate`` and ``drift/distance``, go to
-    ``trainer.state.log_history`` and to whatever ``report_to`` names; the report to init_report.json in the
-    output folder, and to Python's logging at level INFO. A checkpoint keeps the records in drift.pt; a run
-    that is resumed from one in the output folder goes on with them.
+    ``trainer.state.log_history`` and to whatever ``report_to`` names. The report goes to init_report.json in
+    the output folder, and to Python's logging at level INFO. A checkpoint keeps the records in drift.pt; a
+    run that is resumed from one in the output folder goes on with them.
 
     Args:
         trainer: whose training is watched.

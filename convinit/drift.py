@@ -82,21 +82,21 @@ class DriftMonitor:
         steps = torch.tensor(self._steps, dtype=torch.int64, device="cpu")
         return DriftHistory(steps, layers, *(torch.stack(self._records[name]) for name in MEASURES))
 
-    def step(self) -> None:
-        """Counts a training step; call it after the optimizer's."""
+    def step(self) -> bool:
+        """Counts a training step; call it after the optimizer's. Says whether it was recorded."""
         if self._step == 0 and self._writer is not None:
             self._write()  # the start, only now: a monitor that goes on from a state has written it before
         self._step += 1
-        if self._step % self._every == 0:
-            self.record()
+        return self._step % self._every == 0 and self.record()
 
-    def record(self) -> None:
-        """Records now, as at the end of training, if the last step was not recorded anyway."""
+    def record(self) -> bool:
+        """Records now, as at the end of training; False where the last step was recorded already."""
         if self._steps[-1] == self._step:
-            return
+            return False
         self._record(self._maps())
         if self._writer is not None:
             self._write()
+        return True
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and ints: also for ``torch.load(weights_only=True)``."""

@@ -144,12 +144,15 @@ def test_digits():
 
 
 def test_load_data_refuses(tmp_path):
-    with pytest.raises(ValueError, match="name must be one of cifar10, .*got 'mnist'"):
+    with pytest.raises(ValueError, match="data.name must be one of cifar10, .*got 'mnist'"):
         load_data("mnist")
-    with pytest.raises(ValueError, match="root must be the folder with the data set 'cifar10', got None"):
-        load_data("cifar10")
-    with pytest.raises(FileNotFoundError, match="nowhere is no folder"):
+    with pytest.raises(ValueError, match="root must be where the data set 'folder' lies, got None"):
+        load_data("folder")
+    with pytest.raises(FileNotFoundError, match="root must be the folder .*nowhere is no folder"):
         load_data("svhn", tmp_path / "nowhere")
+    (tmp_path / "photos.zip").write_bytes(b"PK")
+    with pytest.raises(FileNotFoundError, match="photos.zip is a file, perhaps an archive to unpack"):
+        load_data("folder", tmp_path / "photos.zip")
     with pytest.raises(ValueError, match="download=True is for the data sets of torchvision"):
         load_data("tiny-imagenet", tmp_path, download=True)
     with pytest.raises(ValueError, match=r"image_size must be a side or \(H, W\)"):
@@ -384,7 +387,7 @@ def test_data_sets_in_files(name, classes, train, test, last, tmp_path, monkeypa
     assert (data.num_classes, len(data.class_names), data.channels) == (classes, classes, 3)
     assert data.train.labels.tolist() == train and data.test.labels.tolist() == test
     assert data.test.paths[-1].endswith(last) and data.mean == (0.485, 0.456, 0.406)
-    with pytest.raises(ValueError, match="differ in size; give load_data an image_size"):
+    with pytest.raises(ValueError, match="image_size must be given, .* differ in size"):
         augmentation("none", data)
     data = load_data(name, tmp_path, image_size=32)
     assert Augmented(data.train, augmentation("none", data)).batch([0, 1])[0].shape == (2, 3, 32, 32)
@@ -443,9 +446,8 @@ def test_fashion_mnist_damaged(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="has no Fashion-MNIST; needed are .*dataset-fashion-mnist"):
         load_data("fashion-mnist", tmp_path)
     monkeypatch.setattr("convinit.train.data.sources.USUAL", tmp_path / "nowhere")
-    with pytest.raises(
-        ValueError, match="root must be the folder with the data set 'fashion-mnist', got None"
-    ):
+    monkeypatch.setenv("CONVINIT_CACHE_DIR", str(tmp_path / "cache"))
+    with pytest.raises(FileNotFoundError, match="cache/data has no Fashion-MNIST"):
         load_data("fashion-mnist")
     for suffix in ("", ".gz"):
         root = tmp_path / f"x{suffix}"
@@ -596,14 +598,14 @@ def test_folder_with_train_and_val(tmp_path):
     expected = torchvision.datasets.ImageFolder(tmp_path / "train")
     assert list(zip(data.train.paths, data.train.labels.tolist(), strict=True)) == expected.samples
     assert data.class_names == ("ant", "bee", "cat") and data.image_size is None and len(data.test) == 6
-    with pytest.raises(ValueError, match="differ in size; give load_data an image_size"):
+    with pytest.raises(ValueError, match="image_size must be given, .* differ in size"):
         augmentation("none", data)
     data = load_data("folder", tmp_path, image_size=(16, 24))
     for name in ("none", "flip-crop", "paper", "timm"):
         assert Augmented(data.train, augmentation(name, data)).batch([0, 1, 2])[0].shape == (3, 3, 16, 24)
 
     write_image(tmp_path / "val" / "dog" / "0.png")
-    with pytest.raises(ValueError, match="dog is a class that .*train lacks"):
+    with pytest.raises(ValueError, match="has validation images of the class 'dog', which is none of the 3"):
         load_data("folder", tmp_path)
     (tmp_path / "train" / "eel").mkdir()
     with pytest.raises(FileNotFoundError, match=r"train must hold a folder for each class .*eel"):
@@ -631,14 +633,14 @@ def test_folder_refuses(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="must hold a folder for each class"):
         load_data("folder", tmp_path)
     (tmp_path / "train").mkdir()
-    with pytest.raises(FileNotFoundError, match=r"must hold train/ and val/ or test/, .*got train/"):
+    with pytest.raises(FileNotFoundError, match=r"must hold train/ and test/ or val/, .*got train/"):
         load_data("folder", tmp_path)
     # A folder that may not be read; real permissions do not bind root.
     monkeypatch.setattr(
         os, "scandir", lambda path: (_ for _ in ()).throw(PermissionError(13, "denied", path))
     )
     (tmp_path / "val").mkdir()
-    with pytest.raises(OSError, match="train cannot be listed: denied"):
+    with pytest.raises(OSError, match="cannot be listed: denied"):
         load_data("folder", tmp_path)
 
 
@@ -707,7 +709,7 @@ def test_greyscale_without_a_known_white_is_refused(name, dtype, scale, message,
     with pytest.raises(ValueError, match=message):
         decode(str(tmp_path / name), 1)
     with pytest.raises(OSError, match=f"{name} cannot be decoded as an image .*{message}"):
-        read_image(str(tmp_path / name))
+        read_image(str(tmp_path / name), 1)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

@@ -595,7 +595,7 @@ def test_kinds_of_steps():
         (["alpha", "--set", "recipes.epochs=3"], "a setting is of one of model, init, data, recipe, run"),
         (["alpha", "--set", "recipe.compile=yes"], "compile must be true or false"),
         (["alpha", "--seeds", 0], "seeds must be at least 1"),
-        (["alpha", "--data", "cifar10"], "root must be the folder with the data set"),
+        (["alpha", "--data", "tiny-imagenet"], "root must be where the data set 'tiny-imagenet' lies"),
         (["alpha", "--data", "cifar10", "--root", "/nowhere"], "/nowhere is no folder"),
     ],
 )

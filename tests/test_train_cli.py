@@ -98,7 +98,7 @@ def test_dry_run(tmp_path, monkeypatch):
         ),
         (["--preset", "quick", "--heads", 3], "error: --dim must be divisible by --heads, got 64 and 3"),
         (["--preset", "quick", "--variant", "IV"], "error: --variant must be one of vanilla, I, II, III"),
-        (["--data", "cifar10"], "error: --root must be the folder with the data set 'cifar10'"),
+        (["--data", "folder"], "error: --root must be where the data set 'folder' lies, got None"),
         (["--preset", "quick", "--train-count", 5000], "error: --train-count must be at most 1000"),
         (["--preset", "quick", "--precision", "fp16"], "error: --precision must be no or bf16"),
         (["--config", "nowhere.toml"], "nowhere.toml"),

@@ -148,6 +148,7 @@ WRONG: dict[type, list[Any]] = {
     bool: ["yes", 1, 0.0, [True], np.int64(1)],
     str: [3, ["a"], True, b"cifar10"],
     dict: [3, "a=1", [1], {"a": object()}, {"a": 1j}],
+    tuple: ["0.5", True, [0.5, "0.4", 0.3], float("nan"), (-1.0,), [0.5, 0.4], (), {"a": 1.0}],
 }
 
 

@@ -24,7 +24,7 @@ from convinit.train.config_files import PRESETS, parse, read_toml, resolve, to_t
 _PANELS = {
     "model": "Model", "init": "Initial weights", "data": "Data", "recipe": "Recipe", "run": "Run",
 }  # fmt: skip
-_METAVARS = {int: "N", float: "X", str: "TEXT", dict: "NAME=VALUE"}
+_METAVARS = {int: "N", float: "X", tuple: "X,...", str: "TEXT", dict: "NAME=VALUE"}
 
 
 def train(

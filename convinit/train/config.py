@@ -28,6 +28,8 @@ def option(
     *,
     flag: str | None = None,
     choices: Sequence[str] = (),
+    families: Sequence[str] = (),
+    hint: str = "",
     low: float | None = None,
     above: float | None = None,
     high: float | None = None,
@@ -41,13 +43,16 @@ def option(
         default: its value, or a type for a mutable one.
         help: one line; what it is, with its unit.
         flag: of the command line; None means the field's name.
-        choices: the values that it may have.
+        choices: the values that it may have; beside them
+        families: those that begin so, with a name of their own behind it.
+        hint: the end of a message where a value is near to none of them.
         low, above, high, below: the range, with and without its ends.
         fixed: a resumed run must have the value that it started with.
         unset: what None stands for, in words.
     """
     metadata = {
-        "help": help, "flag": flag, "choices": tuple(choices), "fixed": fixed, "unset": unset,
+        "help": help, "flag": flag, "choices": tuple(choices), "families": tuple(families), "hint": hint,
+        "fixed": fixed, "unset": unset,
         "low": low, "above": above, "high": high, "below": below,
     }  # fmt: skip
     if isinstance(default, type):
@@ -194,6 +199,14 @@ class InitConfig(_Section):
         return {name: getattr(self, name) for name in names}
 
 
+DATA_SETS = (
+    "cifar10", "cifar100", "svhn", "fashion-mnist", "stl10", "food101", "flowers102", "pets", "tiny-imagenet",
+    "digits", "folder", "npz", "dataset",
+)  # fmt: skip
+DATA_FAMILIES = ("torchvision:", "hf:")  # of data sets that others name
+DATA_HINT = "for images of your own it is folder or npz, with their path as data.root"
+
+
 @dataclass(frozen=True)
 class DataConfig(_Section):
     """The images."""
@@ -201,16 +214,28 @@ class DataConfig(_Section):
     name: str = option(
         "cifar10",
         "Data set: cifar10, cifar100, svhn, fashion-mnist, stl10, food101, flowers102, pets, tiny-imagenet, "
-        "digits, or folder (see --root).",
-        choices=("cifar10", "cifar100", "svhn", "fashion-mnist", "stl10", "food101", "flowers102", "pets",
-                 "tiny-imagenet", "digits", "folder"),
-        flag="data",
+        "digits; torchvision:NAME, any other of torchvision; hf:NAME, of the Hugging Face Hub, or hf:FOLDER, "
+        "of Parquet; folder or npz, your own images (see --root); dataset, given from Python.",
+        choices=DATA_SETS, families=DATA_FAMILIES, hint=DATA_HINT, flag="data",
     )  # fmt: skip
     root: str | None = option(
-        None, "Folder of the data set; of your own images, one folder a class, with --data folder.",
+        None, "Folder of the data set; with --data folder, of your own images, one folder a class; with "
+        "--data npz, the file.",
         fixed=False, unset="the data set's usual place",
     )  # fmt: skip
     download: bool = option(False, "Fetch the data set if it is not there.", fixed=False)
+    options: dict[str, Any] = option(
+        dict, "NAME=VALUE for torchvision's class, such as split=letters, or for datasets.load_dataset, such "
+        "as name=SUBSET; may be repeated.", flag="data-option",
+    )  # fmt: skip
+    mean: tuple[float, ...] | None = option(
+        None, "Mean of each channel, of pixels in 0 to 1: one number for grey, three for RGB.", low=0, high=1,
+        unset="published, or measured on training images",
+    )  # fmt: skip
+    std: tuple[float, ...] | None = option(
+        None, "Standard deviation of each channel, likewise.", above=0, high=1,
+        unset="published, or measured on training images",
+    )  # fmt: skip
     train_count: int | None = option(
         None, "Train on this many images, as many of each class.", low=1, unset="all"
     )
@@ -249,6 +274,21 @@ class DataConfig(_Section):
                 f"give data.train_count or data.train_fraction, not both; got {self.train_count} and "
                 f"{self.train_fraction}"
             )
+        check_statistics(self.mean, self.std)
+        if self.options and not self.name.startswith(DATA_FAMILIES):
+            raise ValueError(
+                f"data.options must not be set for {self.name!r}, but for torchvision:NAME or hf:NAME, got "
+                f"{self.options}"
+            )
+
+
+def check_statistics(mean: Sequence[float] | None, std: Sequence[float] | None) -> None:
+    """Refuses means and standard deviations that are not for 1 or 3 channels, or do not agree."""
+    for name, each in (("mean", mean), ("std", std)):
+        if each is not None and len(each) not in (1, 3):
+            raise ValueError(f"data.{name} must be one number for grey or three for RGB, got {list(each)}")
+    if mean is not None and std is not None and len(mean) != len(std):
+        raise ValueError(f"data.std must have as many numbers as data.mean, {len(mean)}, got {list(std)}")
 
 
 @dataclass(frozen=True)
@@ -450,9 +490,10 @@ def default_of(section: type, key: str) -> Any:
 def kind_of(section: type[Any], key: str) -> tuple[type, bool]:
     """A field's type, and whether it may be None."""
     hint = typing.get_type_hints(section)[key]
+    optional = isinstance(hint, types.UnionType)
     if isinstance(hint, types.UnionType):
-        return next(each for each in hint.__args__ if each is not types.NoneType), True
-    return typing.get_origin(hint) or hint, False
+        hint = next(each for each in hint.__args__ if each is not types.NoneType)
+    return typing.get_origin(hint) or hint, optional
 
 
 def _checked(name: str, value: Any, kind: tuple[type, bool], each: dataclasses.Field) -> Any:
@@ -460,6 +501,9 @@ def _checked(name: str, value: Any, kind: tuple[type, bool], each: dataclasses.F
     value = _plain_scalar(value)
     if optional and (value is None or (isinstance(value, str) and value == NONE)):
         return None
+    if wanted is tuple:
+        given = value if isinstance(value, list | tuple) else [value]
+        return tuple(_checked(name, number, (float, False), each) for number in given)
     number = not isinstance(value, bool) and isinstance(value, int | float)
     if wanted is float and number:
         value = float(value)
@@ -477,9 +521,8 @@ def _checked(name: str, value: Any, kind: tuple[type, bool], each: dataclasses.F
     if wanted is float and not math.isfinite(value):
         raise ValueError(f"{name} must be finite, got {value}")
     limits = each.metadata
-    if limits["choices"] and value not in limits["choices"]:
-        choices = limits["choices"]
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}{near(value, choices)}")
+    if limits["choices"]:
+        check_choice(name, value, limits["choices"], limits["families"], limits["hint"])
     bounds = (
         ("low", "at least", lambda limit: value >= limit),
         ("above", "above", lambda limit: value > limit),
@@ -493,10 +536,23 @@ def _checked(name: str, value: Any, kind: tuple[type, bool], each: dataclasses.F
     return value
 
 
+def check_choice(
+    name: str, value: str, choices: Sequence[str], families: Sequence[str] = (), hint: str = ""
+) -> None:
+    """ValueError, with the nearest one or else a hint, where a value is no choice and of no family."""
+    if value in choices or any(value.startswith(each) and value != each for each in families):
+        return
+    own = value.partition(":")[2] or "NAME"
+    nearest = near(value, [*choices, *(each + own for each in families)])
+    listed = ", ".join([*choices, *(f"{each}NAME" for each in families)])
+    raise ValueError(f"{name} must be one of {listed}, got {value!r}{nearest or hint and f'; {hint}'}")
+
+
 def near(word: str, words: Iterable[str]) -> str:
     """The end of a message that suggests the nearest of some words, if one is near."""
-    found = difflib.get_close_matches(word, words, 1)
-    return f"; did you mean {found[0]}?" if found else ""
+    of = {each.lower(): each for each in words}
+    found = difflib.get_close_matches(word.lower(), of, 1)
+    return f"; did you mean {of[found[0]]}?" if found else ""
 
 
 def _plain_scalar(value: Any) -> Any:

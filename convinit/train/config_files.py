@@ -165,11 +165,11 @@ def parse(path: str, text: str | Iterable[str]) -> Any:
         return None
     if kind is bool and text in ("true", "false"):
         return text == "true"
-    if kind in (int, float):
+    if kind in (int, float, tuple):
         try:
-            return kind(text)
+            return tuple(map(float, text.split(","))) if kind is tuple else kind(text)
         except ValueError:
-            words = "a whole number" if kind is int else "a number"
+            words = {int: "a whole number", float: "a number", tuple: "numbers such as 0.5,0.4,0.4"}[kind]
             raise ValueError(f"{path} must be {words}{' or none' * optional}, got {text!r}") from None
     return text
 

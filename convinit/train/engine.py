@@ -39,6 +39,7 @@ from convinit.train.data.draws import derived_seed
 from convinit.train.optim import MovingAverage, make_mix, make_optimizer, make_schedule
 
 _LAST = 8  # losses that a report on NaN shows
+_SAME = 1e-3  # means of the same images differ by less, whatever decodes them
 
 
 @dataclasses.dataclass
@@ -116,6 +117,7 @@ class Engine:
         config: the run.
         accelerator: from `make_accelerator`.
         checkpoint: to go on from; None starts anew.
+        dataset: where data.name is "dataset", as in `load_data`.
 
     Attributes:
         progress: where it is; `step` and the caller change it.
@@ -124,11 +126,17 @@ class Engine:
         ValueError: config, data, model or checkpoint do not fit together. OSError: data cannot be read.
     """
 
-    def __init__(self, config: Config, accelerator: Accelerator, checkpoint: Path | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        accelerator: Accelerator,
+        checkpoint: Path | None = None,
+        dataset: Any = None,
+    ) -> None:
         self.config, self.accelerator = config, accelerator
         recipe, seed = config.recipe, config.run.seed
         with accelerator.main_process_first():  # one process downloads
-            self.data = _load(config)
+            self.data = _load(config, dataset)
         train_images = augmentation(config.data.augment, self.data, config.data.augment_options)
         self.train_set = Augmented(self.data.train, train_images, seed)
         self.test_set = Augmented(self.data.test, augmentation("none", self.data))
@@ -365,6 +373,7 @@ class Engine:
         numbers_of_run = {
             "progress": dataclasses.asdict(self.progress),
             "train_images": len(self.train_set),
+            "data": self.data.digest(),
             # What must be known to use the weights without the data set.
             "images": {
                 name: getattr(self.data, name)
@@ -384,11 +393,7 @@ class Engine:
         saved = read_progress(checkpoint)
         model, moments = read_tensors(checkpoint, "model"), read_tensors(checkpoint, "optimizer")
         average = {} if self.ema is None else read_tensors(checkpoint, "ema")
-        if saved.get("train_images") != len(self.train_set):
-            raise ValueError(
-                f"the data must be those of {checkpoint}, {saved.get('train_images')} training images, got "
-                f"{len(self.train_set)}"
-            )
+        self._check_same_data(saved, checkpoint)
         try:
             self.progress = Progress(**saved["progress"])
             self.inner.load_state_dict(model)
@@ -402,12 +407,34 @@ class Engine:
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise ValueError(f"{checkpoint} is not of this run: {error}") from error
 
+    def _check_same_data(self, saved: dict[str, Any], checkpoint: Path) -> None:
+        if saved.get("train_images") != len(self.train_set):
+            raise ValueError(
+                f"the data must be those of {checkpoint}, {saved.get('train_images')} training images, got "
+                f"{len(self.train_set)}"
+            )
+        if saved.get("data") != self.data.digest():
+            raise ValueError(
+                f"the data must be those of {checkpoint}, but classes, image size or the order of the labels "
+                "differ"
+            )
+        for name in ("mean", "std"):  # measured ones tell other pixels
+            theirs, ours = saved["images"][name], getattr(self.data, name)
+            if len(theirs) != len(ours) or any(abs(a - b) > _SAME for a, b in zip(theirs, ours, strict=True)):
+                raise ValueError(
+                    f"the data must be those of {checkpoint}, whose {name} is {theirs}, got {list(ours)}"
+                )
 
-def _load(config: Config) -> ImageData:
+
+def _load(config: Config, dataset: Any) -> ImageData:
     data = config.data
     return load_data(
         data.name,
         data.root,
+        dataset=dataset,
+        options=data.options,
+        mean=data.mean,
+        std=data.std,
         train_count=data.train_count,
         train_fraction=data.train_fraction,
         val_fraction=data.val_fraction,

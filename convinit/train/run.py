@@ -8,7 +8,7 @@ import itertools
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +80,7 @@ def run_training(
     config: Config,
     out: str | Path,
     *,
+    dataset: Any = None,
     resume: bool = True,
     overwrite: bool = False,
     watcher: Watcher | None = None,
@@ -94,6 +95,9 @@ def run_training(
         config: the run.
         out: its folder: step-NNNNNN/ (see `convinit.train.checkpoint`), metrics.jsonl and, with tensorboard,
             its curves. Several processes must all see it.
+        dataset: your own data in place of those that the config names: a pair of map-style data sets of
+            (image, label), to train and to test on, or one of which a fifth becomes the test set; see
+            :func:`load_data`. The config that is kept then has data.name "dataset".
         resume: go on from the latest checkpoint in `out`, if there is one. False starts anew, and refuses a
             folder that holds a run.
         overwrite: remove such a run first.
@@ -108,6 +112,8 @@ def run_training(
         raise TypeError(
             f"config must be a Config, such as Config.of(a dict) makes, got {type(config).__name__}"
         )
+    if dataset is not None:
+        config = replace(config, data=replace(config.data, name="dataset", root=None, options={}))
     out = Path(out)
     config_text = to_toml(config)
     tracker = _tracker(config.run.tracker)
@@ -122,7 +128,7 @@ def run_training(
                 _refuse_run(out)
         accelerator.wait_for_everyone()
         start = _latest(config, out) if resume and not overwrite else None
-        engine = Engine(config, accelerator, start)
+        engine = Engine(config, accelerator, start, dataset)
         if main:
             if overwrite:  # only now that data and model are known to be good
                 _remove_run(out)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import random
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -15,12 +14,15 @@ from torch.utils.data import Dataset, default_collate
 
 from convinit._checks import check_int
 from convinit.train.config import near
-from convinit.train.data.draws import derived_seed
+from convinit.train.data.draws import seeded
 from convinit.train.data.images import require
 from convinit.train.data.sources import ImageData
 
 AUGMENTATIONS = ("none", "flip-crop", "paper", "timm")
-_NOT_MIRRORED = ("digits", "svhn")  # a mirrored digit is another sign
+_NOT_MIRRORED = (  # a mirrored digit, letter or traffic sign is another one
+    "digits", "svhn", *(f"torchvision:{name}" for name in
+    ("MNIST", "EMNIST", "KMNIST", "QMNIST", "USPS", "SEMEION", "Omniglot", "SVHN", "GTSRB", "RenderedSST2")),
+)  # fmt: skip
 
 
 class Augmentation:
@@ -35,7 +37,7 @@ class Augmentation:
     def __init__(self, name: str, data: ImageData, options: Mapping[str, Any]) -> None:
         if data.image_size is None:
             raise ValueError(
-                f"the images of {data.name!r} differ in size; give load_data an image_size to resize them to"
+                f"image_size must be given, in pixels: the images of {data.name!r} differ in size"
             )
         size, self.random = data.image_size, name != "none"
         normalised = partial(normalise, mean=_per_channel(data.mean), std=_per_channel(data.std))
@@ -65,9 +67,9 @@ def augmentation(name: str, data: ImageData, options: Mapping[str, Any] | None =
 
     Args:
         name: "none", resized and normalised only, for test images; "flip-crop", a window of the image padded
-            by 4 and, but for digits and SVHN, a flip; "paper", RandAugment (2 operations, magnitude 14), flip
-            and random resized crop, as the script of arXiv 2401.12511, also for SVHN; "timm", what
-            `timm.data.create_transform` makes for training.
+            by 4 and, but for digits, letters and traffic signs that are known as such, a flip; "paper",
+            RandAugment (2 operations, magnitude 14), flip and random resized crop, as the script of arXiv
+            2401.12511, also for SVHN; "timm", what `timm.data.create_transform` makes for training.
         data: gives the size, mean and std.
         options: of "timm" alone: arguments of `timm.data.create_transform`, such as auto_augment, scale,
             ratio, color_jitter, re_prob.
@@ -163,7 +165,8 @@ class Augmented(Dataset):
     The states of torch's CPU generator, Python's and NumPy's are put back after each image.
 
     Args:
-        dataset: map-style, of (image, class index).
+        dataset: map-style, of (image, class index). It draws only where it has an attribute `random` that is
+            True, and from those generators.
         transform: image → tensor. Its draws, if any, are from those generators; where it has an
             attribute `random` that is False, there are none.
         seed: at least 0.
@@ -179,30 +182,20 @@ class Augmented(Dataset):
 
     @property
     def random(self) -> bool:
-        """Whether the transform may draw."""
-        return getattr(self.transform, "random", True)
+        """Whether the transform or the data set may draw."""
+        return getattr(self.transform, "random", True) or getattr(self.dataset, "random", False)
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         index = range(len(self))[index]
-        image, label = self.dataset[index]
         if not self.random:
+            image, label = self.dataset[index]
             return self.transform(image), label
-        # Not torch.manual_seed, which would seed the accelerators' generators too and take 40 times as long.
-        generator = torch.default_generator
-        states = generator.get_state(), random.getstate(), np.random.get_state()  # timm draws from all three
-        seed = derived_seed("augment", self.seed, self.epoch, index)
-        generator.manual_seed(seed)
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
-        try:
+        with seeded("augment", self.seed, self.epoch, index):  # timm draws from all three generators
+            image, label = self.dataset[index]
             return self.transform(image), label
-        finally:
-            generator.set_state(states[0])
-            random.setstate(states[1])
-            np.random.set_state(states[2])
 
     def batch(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Images [B, C, H, W] and labels [B]; by one indexing where in memory and nothing is drawn."""

@@ -22,7 +22,7 @@ MEAN, STD = (0.0,), (0.3530,)
 _NEEDED = (
     "needed are the files train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte and "
     "t10k-labels-idx1-ubyte, with or without .gz: on Debian and Ubuntu `apt-get install "
-    f"dataset-fashion-mnist` puts them into {USUAL}; elsewhere download=True fetches them"
+    f"dataset-fashion-mnist` puts them into {USUAL}; elsewhere download=True (--download) fetches them"
 )
 
 

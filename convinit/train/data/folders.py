@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NoReturn
 
-import numpy as np
 import torch
 
 from convinit.train.data.images import ImageFiles, hidden, image_paths
-from convinit.train.data.subsets import check_fraction, stratified_order
+from convinit.train.data.parts import Parts, complete, numbered
 
 _TINY = (
     "needed is the archive tiny-imagenet-200.zip from http://cs231n.stanford.edu/tiny-imagenet-200.zip, "
@@ -102,75 +102,86 @@ def _check_same(folder: Path, listed: Iterable[str], listing: Path) -> None:
         raise ValueError(f"{folder / extra[0]} {what}; {_TINY}")
 
 
-def read_folder(
-    root: Path, test_fraction: float, split_seed: int
-) -> tuple[ImageFiles, ImageFiles, tuple[str, ...]]:
-    """Training set, test set and class names of one's own images, a folder for each class.
+# How people name the parts of a data set that is split.
+_PARTS = {
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation"),
+    "test": ("test", "testing"),
+}
 
-    `root` holds train/ and val/ or test/ (val/ where there are both), each with the class folders; or it
-    holds the class folders, and a stratified share of the images becomes the test set.
+
+def read_folder(root: Path, test_fraction: float, split_seed: int) -> Parts:
+    """Training set, test set, class names and perhaps validation set of images in a folder for each class.
+
+    `root` holds train/ and test/ or val/, each with the class folders; of all three, val/ is to validate on.
+    Or it holds the class folders, and a stratified share of the images becomes the test set.
     """
-    parts = {name: root / name for name in ("train", "val", "test") if (root / name).is_dir()}
-    if not parts:
-        images, names = _class_folders(root)
-        return *_split(images, names, test_fraction, split_seed), names
-    if "train" not in parts or len(parts) == 1:
+    found = {
+        part: [root / name for name in _folders(root) if name.lower() in words]
+        for part, words in _PARTS.items()
+    }
+    places = {part: own[0] for part, own in found.items() if own}
+    twice = next((own for own in found.values() if len(own) > 1), None)
+    if twice or (places and ("train" not in places or len(places) == 1)):
+        there = ", ".join(f"{place.name}/" for place in (twice or places.values()))
         raise FileNotFoundError(
-            f"{root} must hold train/ and val/ or test/, or else class folders alone, "
-            f"got {', '.join(f'{name}/' for name in parts)}"
+            f"{root} must hold train/ and test/ or val/, each once, or else class folders alone, got {there}"
         )
-    train, names = _class_folders(parts["train"])
-    other = parts.get("val") or parts["test"]
-    test, test_names = _class_folders(other)
-    unknown = [name for name in test_names if name not in names]
-    if unknown:
-        raise ValueError(f"{other / unknown[0]} is a class that {parts['train']} lacks")
-    renumbered = torch.tensor([names.index(name) for name in test_names])
-    return train, ImageFiles(test.paths, renumbered[test.labels]), names
+    read = {part: _class_folders(place) for part, place in (places or {"train": root}).items()}
+    indices, names = numbered({part: labels for part, (_, labels) in read.items()}, None, str(root))
+    images = {part: ImageFiles(paths, indices[part], channels=None) for part, (paths, _) in read.items()}
+    return complete(images, names, test_fraction, split_seed)
 
 
-def _class_folders(root: Path) -> tuple[ImageFiles, tuple[str, ...]]:
-    """The images under a folder of class folders, which may be links; classes in sorted order."""
-    layout = f"{root} must hold a folder for each class with its images"
+def _folders(root: Path) -> list[str]:
     try:
         with os.scandir(root) as entries:
-            names = sorted(each.name for each in entries if each.is_dir() and not hidden(each.name))
+            return sorted(each.name for each in entries if each.is_dir() and not hidden(each.name))
     except OSError as error:
         _raise(error)
+
+
+def _class_folders(root: Path) -> tuple[list[str], list[int | str]]:
+    """The images under a folder of class folders, which may be links, and the folder's name of each."""
+    layout = f"{root} must hold a folder for each class with its images"
+    names = _folders(root)
     if not names:
-        raise FileNotFoundError(f"{layout}, got none")
-    if len(names) < 2:
-        raise ValueError(f"{layout}, at least 2, got {names}")
+        loose = image_paths(str(root), _raise)
+        if loose:
+            raise ValueError(
+                f"{layout}, got {len(loose)} images outside any folder, such as {Path(loose[0]).name}; move "
+                "those of each class into a folder of its own"
+            )
+        raise FileNotFoundError(f"{layout}, got {_kinds(root) or 'an empty folder'}")
+    if len(names) == 1:
+        inner = _folders(root / names[0])
+        hint = f"; are the classes those of {root / names[0]}?" if len(inner) > 1 else ""
+        raise ValueError(f"{layout}, of at least 2 classes, got {names[0]}/ alone{hint}")
     paths: list[str] = []
-    labels: list[int] = []
-    for index, name in enumerate(names):
+    labels: list[int | str] = []
+    for name in names:
         found = image_paths(str(root / name), _raise, follow_links=True)
         if not found:
-            raise FileNotFoundError(f"{layout}, but {root / name} has none that Pillow reads")
+            kinds = _kinds(root / name)
+            raise FileNotFoundError(
+                f"{layout}, but {root / name} has none that Pillow reads"
+                + (f", only {kinds}" if kinds else ": it is empty")
+            )
         paths += found
-        labels += [index] * len(found)
-    return ImageFiles(paths, torch.tensor(labels)), tuple(names)
+        labels += [name] * len(found)
+    return paths, labels
+
+
+def _kinds(folder: Path) -> str:
+    """What files a folder holds, as "3 files .heic, 1 file .txt"; "" if none."""
+    counts = Counter(
+        Path(name).suffix.lower() or "without a suffix"
+        for _, _, names in os.walk(folder, followlinks=True)
+        for name in names
+        if not hidden(name)
+    )
+    return ", ".join(f"{count} file{'s' * (count > 1)} {kind}" for kind, count in sorted(counts.items()))
 
 
 def _raise(error: OSError) -> NoReturn:
     raise OSError(f"{error.filename} cannot be listed: {error.strerror}") from error
-
-
-def _split(
-    images: ImageFiles, names: tuple[str, ...], test_fraction: float, seed: int
-) -> tuple[ImageFiles, ImageFiles]:
-    count = max(1, round(check_fraction("test_fraction", test_fraction) * len(images)))
-    order = stratified_order(images.labels, seed)
-    train, test = (images.take(np.sort(part)) for part in (order[count:], order[:count]))
-    for name, left, tested in zip(
-        names,
-        torch.bincount(train.labels, minlength=len(names)).tolist(),
-        torch.bincount(test.labels, minlength=len(names)).tolist(),
-        strict=True,
-    ):
-        if left == 0 or tested == 0:
-            raise ValueError(
-                f"the class {name!r} has {left + tested} images, of which test_fraction = {test_fraction} "
-                f"leaves {left} to train on and {tested} to test on; add images or change test_fraction"
-            )
-    return train, test

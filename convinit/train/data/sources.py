@@ -2,25 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 
 from convinit._checks import check_int
-from convinit.train.config import near
+from convinit.train.config import DATA_FAMILIES, DATA_HINT, DATA_SETS, check_choice, check_statistics
 from convinit.train.data.fashion_mnist import MEAN, STD, USUAL, read_fashion_mnist
 from convinit.train.data.folders import read_folder, read_tiny_imagenet
-from convinit.train.data.images import ImageFiles, ImageTensors
+from convinit.train.data.hugging_face import read_hugging_face
+from convinit.train.data.images import Images, ImageTensors
 from convinit.train.data.in_memory import load_digits_split
+from convinit.train.data.measure import measured
+from convinit.train.data.npz import read_npz
+from convinit.train.data.own import read_datasets
+from convinit.train.data.parts import Parts
 from convinit.train.data.subsets import check_fraction, split_indices
-from convinit.train.data.torchvision_sets import read_cifar, read_files, read_stl10, read_svhn
+from convinit.train.data.torchvision_sets import (
+    read_cifar,
+    read_files,
+    read_stl10,
+    read_svhn,
+    read_torchvision,
+)
 
-DATA_SETS = (
-    "cifar10", "cifar100", "svhn", "fashion-mnist", "stl10", "food101", "flowers102", "pets", "tiny-imagenet",
-    "folder", "digits",
-)  # fmt: skip
+Statistics = tuple[tuple[float, ...], tuple[float, ...]]  # mean and standard deviation of each channel
 
 _CIFAR = (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)
 _SVHN = (0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970)
@@ -34,7 +47,8 @@ class ImageData:
     Attributes:
         name: as given to `load_data`.
         train, test: map-style data sets of (PIL image or uint8 tensor [C, H, W], class index).
-        val: some of the training images that are not in `train`, to validate on; None if none were asked for.
+        val: images to validate on, the data set's own or some of the training images that are then not in
+            `train`; None if there are none.
         num_classes: class indices are 0 to num_classes − 1.
         class_names: a name for each class.
         image_size: (H, W) that `augmentation` brings images to; None where they differ and no size was asked
@@ -45,8 +59,8 @@ class ImageData:
     """
 
     name: str
-    train: ImageTensors | ImageFiles
-    test: ImageTensors | ImageFiles
+    train: Images
+    test: Images
     num_classes: int
     class_names: tuple[str, ...]
     image_size: tuple[int, int] | None
@@ -54,18 +68,31 @@ class ImageData:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     crop_pct: float = 1.0
-    val: ImageTensors | ImageFiles | None = None
+    val: Images | None = None
+
+    def digest(self) -> str:
+        """A hash of classes, size, channels and the order of all labels: other data have another."""
+        parts = [each for each in (self.train, self.val, self.test) if each is not None]
+        facts = [self.class_names, self.image_size, self.channels, [len(each) for each in parts]]
+        found = hashlib.sha256(json.dumps(facts).encode())
+        for each in parts:
+            found.update(each.labels.numpy().astype("<i8").tobytes())
+        return found.hexdigest()
 
 
 def load_data(
     name: str,
     root: str | Path | None = None,
     *,
+    dataset: Any = None,
+    options: Mapping[str, Any] | None = None,
     train_count: int | None = None,
     train_fraction: float | None = None,
     val_fraction: float | None = None,
     seed: int = 0,
     download: bool = False,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
     image_size: int | Sequence[int] | None = None,
     crop_pct: float = 1.0,
     test_fraction: float = 0.2,
@@ -79,79 +106,158 @@ def load_data(
         name: "cifar10", "cifar100" or "svhn", by torchvision; "fashion-mnist", 28×28 and grey, from its four
             idx files; "stl10", 96×96, "food101", "flowers102" and "pets" (Oxford-IIIT), by torchvision, the
             last three in sizes of their own; "tiny-imagenet", in its archive's layout with the validation
-            images as test set; "folder", images in a folder for each class, below train/ and val/ or test/ or
-            not split yet; "digits", the 8×8 digits of scikit-learn.
+            images as test set; "digits", the 8×8 digits of scikit-learn; "torchvision:FashionMNIST" and so
+            on, any other data set of images and classes that torchvision has; "hf:NAME", one of the Hugging
+            Face Hub, or "hf:FOLDER", a folder of Parquet, both by the library datasets. One's own: "folder",
+            images in a folder for each class, below train/ and test/ or val/ or not split yet; "npz", arrays
+            images and labels, or train_images, train_labels, test_images and test_labels, in one file;
+            "dataset", see `dataset`.
         root: folder with the data: of cifar-10-batches-py/, cifar-100-python/, stl10_binary/, food-101/,
             flowers-102/ or oxford-iiit-pet/, of train_32x32.mat and test_32x32.mat, of (or itself)
-            tiny-imagenet-200/, of train/ or the class folders. "digits" need
-            none, and "fashion-mnist" none where Debian's package dataset-fashion-mnist is installed.
+            tiny-imagenet-200/, of train/ or the class folders; the .npz file; the cache of datasets. Default:
+            for data sets of torchvision the folder data in $CONVINIT_CACHE_DIR (or ~/.cache/convinit), for
+            "fashion-mnist" that of Debian's package dataset-fashion-mnist where it is installed.
+        dataset: for "dataset": a pair of map-style data sets of (image, label), to train and to test on, or
+            one that is not split yet. Images are PIL images, paths, uint8 tensors [C, H, W] or arrays
+            [H, W, C], or floats from 0 to 1; labels numbers or texts. An attribute `classes` names them.
+        options: for "torchvision:NAME" of its class, such as {"split": "letters"}; for "hf:NAME" of
+            `datasets.load_dataset`, such as {"name": SUBSET}.
         train_count: training images to keep, classes in proportion; or
         train_fraction: the share of them to keep, above 0 to 1, of those that are not for validation. With
             neither, all of them.
         val_fraction: share of the training images to validate on instead, above 0 and below 1, classes in
-            proportion. Default: none.
+            proportion. Default: none, or the data set's own validation images.
         seed: of these choices, the same on every machine.
-        download: fetch what is missing into root, where torchvision knows the data set. Of several
-            processes let one do it first.
+        download: fetch what is missing into root, where torchvision or datasets knows the data set. Of
+            several processes let one do it first.
+        mean, std: of each channel, with pixels in [0, 1]: one number for grey, three for RGB; images in files
+            are read so. Default: the published ones of a data set, or measured on at most 500 of its training
+            images; then images are grey where all of those are.
         image_size: side in pixels or (H, W) that `augmentation` resizes to. Default: as stored; images that
-            differ in size have no default.
+            differ in size have no default. Of data sets without published figures those 500 are looked at.
         crop_pct: of test images: side of the window in the middle that is kept, as a share of the image's,
             above 0 to 1.
-        test_fraction: share of a folder without train/ that becomes the test set, classes in proportion.
+        test_fraction: share of a data set without test images that becomes the test set, classes in
+            proportion.
         split_seed: of that split; apart from `seed`, so that all seeds are tested on the same images.
 
     Raises:
         FileNotFoundError, OSError: a file is missing or unreadable; the message names it and its source.
-        ImportError: torchvision or scikit-learn is needed and not installed.
+        ImportError: torchvision, datasets or scikit-learn is needed and not installed.
         TypeError, ValueError: an argument is out of range, or a file is damaged; the message names it.
 
     Source: the mean and std of CIFAR and SVHN are those of arXiv 2401.12511, of other photographs ImageNet's.
     """
-    if name not in DATA_SETS:
-        raise ValueError(
-            f"name must be one of {', '.join(DATA_SETS)}, got {name!r}{near(str(name), DATA_SETS)}"
-        )
+    check_choice("data.name", str(name), DATA_SETS, DATA_FAMILIES, DATA_HINT)
     check_int("seed", seed, minimum=0)
     check_int("split_seed", split_seed, minimum=0)
     size, crop_pct = _check_size(image_size), check_fraction("crop_pct", crop_pct)
-    train: ImageTensors | ImageFiles
-    test: ImageTensors | ImageFiles
-    if download and name in ("tiny-imagenet", "folder"):
-        raise ValueError(f"download=True is for the data sets of torchvision, got name = {name!r}")
-    if name == "digits":
-        train, test, names, mean, std = _digits()
-    elif name == "fashion-mnist":
-        folder = _check_root(name, USUAL if root is None and USUAL.is_dir() else root, may_be_made=download)
-        train, test, names = read_fashion_mnist(folder, download)
-        mean, std = MEAN, STD
-    else:
-        folder = _check_root(name, root, may_be_made=download)
-        mean, std = _IMAGENET
-        if name == "tiny-imagenet":
-            train, test, names = read_tiny_imagenet(folder)
-            size = size or (64, 64)
-        elif name == "folder":
-            train, test, names = read_folder(folder, test_fraction, split_seed)
-        elif name == "stl10":
-            train, test, names = read_stl10(folder, download)
-        elif name in ("food101", "flowers102", "pets"):
-            train, test, names = read_files(name, folder, download)
-        elif name == "svhn":
-            train, test, names = read_svhn(folder, download)
-            mean, std = _SVHN
-        else:
-            train, test, names = read_cifar(name, folder, download)
-            mean, std = _CIFAR
-    if isinstance(train, ImageTensors):
-        size = size or (train.images.shape[-2], train.images.shape[-1])
-    val = None
+    check_statistics(mean, std)
+    if download and name in ("tiny-imagenet", "folder", "npz", "dataset"):
+        raise ValueError(
+            f"download=True is for the data sets of torchvision and datasets, got name = {name!r}"
+        )
+    if (dataset is None) == (name == "dataset"):
+        raise ValueError(
+            "data.name is 'dataset' where the data are given from Python, as run_training(config, out, "
+            f"dataset=(train, test)) does, and only there; got {name!r} and dataset = {dataset!r:.60}"
+        )
+    parts, published = _read(name, root, download, options or {}, dataset, test_fraction, split_seed)
+    train, test, names, val = parts
+    given = next((each for each in (mean, std, *(published or ())) if each is not None), None)
+    if given is not None:
+        _set_channels((train, test, val), len(given), name)
+    if val is not None and val_fraction is not None:
+        raise ValueError(f"val_fraction must not be set: {name!r} has validation images of its own")
+    pool = train
     if not (train_count is None and train_fraction is None and val_fraction is None):
         kept, held_out = split_indices(
             train.labels, count=train_count, fraction=train_fraction, val_fraction=val_fraction, seed=seed
         )
-        val = None if val_fraction is None else train.take(held_out)
+        if val_fraction is not None:
+            val, pool = train.take(held_out), train.take(np.setdiff1d(np.arange(len(train)), held_out))
         train = train.take(kept)
+    if isinstance(train, ImageTensors):
+        size = size or (train.images.shape[-2], train.images.shape[-1])
+    if published is None:
+        # Of all images that may be trained on, so that subsets of one data set are normalised alike.
+        seen = measured(pool)
+        size, published = size or seen.image_size, (seen.mean, seen.std)
+        _set_channels((train, test, val), seen.channels, name)
+    elif name == "tiny-imagenet":
+        size = size or (64, 64)
+    mean = published[0] if mean is None else tuple(map(float, mean))
+    std = published[1] if std is None else tuple(map(float, std))
+    if not all(each > 0 for each in std):
+        raise ValueError(f"std must be given, above 0: the training images of {name!r} are all of one colour")
     return ImageData(name, train, test, len(names), names, size, len(mean), mean, std, crop_pct, val)
+
+
+def _set_channels(parts: Sequence[Images | None], channels: int, name: str) -> None:
+    """Lets images be read in grey (1) or RGB (3)."""
+    for images in parts:
+        if isinstance(images, ImageTensors):
+            if images.images.shape[1] != channels:
+                raise ValueError(
+                    f"data.mean and data.std must have {images.images.shape[1]} numbers for {name!r}, one a "
+                    f"channel of its images, got {channels}"
+                )
+        elif images is not None:
+            images.channels = channels
+
+
+def _read(
+    name: str,
+    root: str | Path | None,
+    download: bool,
+    options: Mapping[str, Any],
+    dataset: Any,
+    test_fraction: float,
+    split_seed: int,
+) -> tuple[Parts, Statistics | None]:
+    """A data set as it is, and its published mean and standard deviation, if it has some."""
+    family, _, own_name = name.partition(":")
+    split = test_fraction, split_seed
+    if name == "digits":
+        train, test, names, mean, std = _digits()
+        return Parts(train, test, names), (mean, std)
+    if name == "dataset":
+        given = dataset if isinstance(dataset, tuple) else (dataset, None)
+        if len(given) != 2:
+            raise TypeError(
+                f"dataset must be a pair of data sets, to train and to test on, or one, got {len(given)}"
+            )
+        return read_datasets(*given, *split), None
+    if family == "hf":
+        cache = None if root is None else Path(root).expanduser()
+        return read_hugging_face(own_name, cache, download, options, *split), None
+    if name == "npz":
+        return read_npz(_check_root(name, root), *split), None
+    if name == "folder":
+        return read_folder(_check_folder(name, root), *split), None
+    if name == "tiny-imagenet":
+        return Parts(*read_tiny_imagenet(_check_folder(name, root))), _IMAGENET
+    if name == "fashion-mnist" and root is None and USUAL.is_dir():
+        root = USUAL
+    folder = Path(root or _usual_folder()).expanduser()
+    if root is not None and not download:
+        _check_folder(name, root)
+    if family == "torchvision":
+        return read_torchvision(own_name, folder, download, options, *split), None
+    if name == "fashion-mnist":
+        return Parts(*read_fashion_mnist(folder, download)), (MEAN, STD)
+    if name == "stl10":
+        return Parts(*read_stl10(folder, download)), _IMAGENET
+    if name == "svhn":
+        return Parts(*read_svhn(folder, download)), _SVHN
+    if name in ("food101", "flowers102", "pets"):
+        return Parts(*read_files(name, folder, download)), _IMAGENET
+    return Parts(*read_cifar(name, folder, download)), _CIFAR
+
+
+def _usual_folder() -> str:
+    """Where data sets of torchvision lie that were fetched without a word on where."""
+    return os.path.join(os.environ.get("CONVINIT_CACHE_DIR") or "~/.cache/convinit", "data")
 
 
 def _digits() -> tuple[ImageTensors, ImageTensors, tuple[str, ...], tuple[float, ...], tuple[float, ...]]:
@@ -179,12 +285,15 @@ def _check_size(image_size: int | Sequence[int] | None) -> tuple[int, int] | Non
     return check_int("image_size", image_size[0]), check_int("image_size", image_size[1])
 
 
-def _check_root(name: str, root: str | Path | None, may_be_made: bool) -> Path:
+def _check_root(name: str, root: str | Path | None) -> Path:
     if root is None:
-        raise ValueError(f"root must be the folder with the data set {name!r}, got None")
-    folder = Path(root).expanduser()
-    if not folder.is_dir() and not may_be_made:
-        raise FileNotFoundError(
-            f"root must be the folder with the data set {name!r}, but {folder} is no folder"
-        )
+        raise ValueError(f"root must be where the data set {name!r} lies, got None")
+    return Path(root).expanduser()
+
+
+def _check_folder(name: str, root: str | Path | None) -> Path:
+    folder = _check_root(name, root)
+    if not folder.is_dir():
+        found = "is a file, perhaps an archive to unpack" if folder.is_file() else "is no folder"
+        raise FileNotFoundError(f"root must be the folder with the data set {name!r}, but {folder} {found}")
     return folder

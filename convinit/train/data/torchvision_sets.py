@@ -5,13 +5,19 @@ torchvision unpickles the CIFAR files itself, and only after their MD5 sums were
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
+from convinit.train.config import near
 from convinit.train.data.images import ImageFiles, ImageTensors, require
+from convinit.train.data.own import read_datasets
+from convinit.train.data.parts import Parts
 
 
 def read_cifar(name: str, root: Path, download: bool) -> tuple[ImageTensors, ImageTensors, tuple[str, ...]]:
@@ -105,12 +111,108 @@ def read_files(name: str, root: Path, download: bool) -> tuple[ImageFiles, Image
     return parts[0], parts[1], names
 
 
+def read_torchvision(
+    kind: str, root: Path, download: bool, options: Mapping[str, Any], test_fraction: float, split_seed: int
+) -> Parts:
+    """Training set, test set and class names of any data set of images and classes that torchvision has.
+
+    Its argument `train` or `split` parts it; of a split "test" and "val", test. Without such an argument a
+    stratified share becomes the test set. Images in files are read as those in folders are.
+
+    Args:
+        kind: the name of its class in `torchvision.datasets`.
+        root, download: of the class; download only where it has that argument.
+        options: of its other arguments.
+    """
+    source = f"torchvision:{kind}"
+    datasets = require("torchvision.datasets", f"the data set {source!r}")
+    cls: Any = getattr(datasets, kind) if kind in datasets.__all__ else None
+    taken = {} if cls is None else _parameters(cls)
+    if "root" not in taken:
+        known = [name for name in datasets.__all__ if name != kind]
+        raise ValueError(f"torchvision has no such data set in files, got {source!r}{near(kind, known)}")
+    for option in options:
+        if option not in taken or option in _GIVEN:
+            free = [name for name in taken if name not in _GIVEN]
+            raise ValueError(
+                f"data.options must be among {', '.join(free)} for {source}, got {option!r}"
+                f"{near(option, free)}"
+            )
+    given = {**options, **({"loader": str} if "loader" in taken else {})}  # paths, to be decoded later
+    if "download" in taken:
+        given["download"] = download
+    elif download:
+        raise ValueError(f"download must not be set for {source}, which torchvision does not fetch")
+
+    needed = [
+        name for name, each in taken.items() if each.default is each.empty and name not in ("root", *given)
+    ]
+    if needed:
+        raise ValueError(
+            f"data.options must give {' and '.join(needed)} for {source}, as does --data-option "
+            f"{needed[0]}=..."
+        )
+
+    def part(**split: Any) -> Any:
+        try:
+            return cls(str(root), **given, **split)
+        except Exception as error:
+            if isinstance(error, ValueError) and "Unknown value" in str(error):
+                raise ValueError(f"{source} is not read: {error}") from error
+            cure = (
+                "download=True failed"
+                if download
+                else "download=True (--download) fetches it, where torchvision can"
+            )
+            raise FileNotFoundError(
+                f"{source} cannot be read from {root}: {type(error).__name__}: {error}; {cure}"
+            ) from error
+
+    if "train" in taken and "train" not in options:
+        train, test = part(train=True), part(train=False)
+    elif "split" in taken and "split" not in options:
+        default = taken["split"].default
+        first = default if isinstance(default, str) and default.startswith("train") else "train"
+        train, test = part(split=first), _tested(part)
+    else:
+        train, test = part(), None
+    return read_datasets(train, test, test_fraction, split_seed, source=source, random=False)
+
+
+def _tested(part: Callable[..., Any]) -> Any:
+    """The split to test on; one whose labels are kept secret is passed over."""
+    for name in ("test", "val", "valid"):
+        with contextlib.suppress(ValueError):  # it has no split of that name
+            found = part(split=name)
+            if found[0][1] is not None:
+                return found
+    return None
+
+
+# Arguments that are given for the user, or that would change what items are.
+_GIVEN = ("root", "download", "loader", "transform", "target_transform", "transforms")
+
+
+def _parameters(cls: type) -> dict[str, inspect.Parameter]:
+    """The arguments of a class, those that it hands on to its bases among them."""
+    found: dict[str, inspect.Parameter] = {}
+    for each in cls.__mro__[:-1]:
+        own = inspect.signature(vars(each)["__init__"]).parameters if "__init__" in vars(each) else {}
+        found = {**{name: value for name, value in own.items() if value.kind not in _STARRED}, **found}
+        if own and not any(value.kind is inspect.Parameter.VAR_KEYWORD for value in own.values()):
+            break
+    return {name: value for name, value in found.items() if name != "self"}
+
+
+_STARRED = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+
+
 def _explained(
     name: str, files: Sequence[tuple[Path, str]], source: str, download: bool, error: Exception
 ) -> FileNotFoundError | ValueError:
     """Why torchvision could not read the files, of which it says only that something is wrong."""
     md5_of = require("torchvision.datasets.utils", name).calculate_md5
-    cure = f"needed is {source}; load_data({name!r}, root, download=True) fetches it"
+    cure = f"needed is {source}; download=True (--download) fetches it"
     if download:
         cure = f"needed is {source}; download=True failed with {type(error).__name__}: {error}"
     for path, expected in files:

@@ -9,6 +9,9 @@ from torch import nn
 
 pytest.importorskip("accelerate")
 
+from typer.testing import CliRunner
+
+from convinit.cli.app import app
 from convinit.models import ConvMixer, SimpleViT
 from convinit.ops.fused import fused_positional_attention
 from convinit.serve import export
@@ -195,3 +198,9 @@ def test_missing_packages_name_the_extra(missing, tmp_path, monkeypatch):
     with pytest.raises(ImportError, match=rf"needs {missing}, .*pip install 'convinit\[export\]'"):
         export(vit(depth=0), tmp_path / "m.onnx", SHAPE)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_mistyped_ending_makes_no_folder(tmp_path):
+    done = CliRunner().invoke(app, ["export", str(tmp_path), "--out", str(tmp_path / "model.onx")])
+    assert done.exit_code == 2 and "did you mean .onnx?" in " ".join(done.output.split())
+    assert not any(tmp_path.iterdir())

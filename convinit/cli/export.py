@@ -52,7 +52,7 @@ def export_command(
         suffix = out.suffix.lower()
         if hint := near(suffix, (".onnx", ".pt2")) if suffix not in _FORMATS else "":
             raise ValueError(
-                f"--out must end in .onnx or .pt2, or name a folder (of any name with --format pretrained), got "
+                "--out must end in .onnx or .pt2, or name a folder (--format pretrained for any name), got "
                 f"{out}{hint}"
             )
         format = _FORMATS.get(suffix, _FORMATS[""])

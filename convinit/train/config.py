@@ -283,10 +283,12 @@ class DataConfig(_Section):
 
 
 def check_statistics(mean: Sequence[float] | None, std: Sequence[float] | None) -> None:
-    """Refuses means and standard deviations that are not for 1 or 3 channels, or do not agree."""
+    """Refuses means and standard deviations that are not for 1 or 3 channels, do not agree or are 0."""
     for name, each in (("mean", mean), ("std", std)):
         if each is not None and len(each) not in (1, 3):
             raise ValueError(f"data.{name} must be one number for grey or three for RGB, got {list(each)}")
+    if std is not None and not all(each > 0 for each in std):
+        raise ValueError(f"data.std must be above 0, got {list(std)}")
     if mean is not None and std is not None and len(mean) != len(std):
         raise ValueError(f"data.std must have as many numbers as data.mean, {len(mean)}, got {list(std)}")
 

@@ -4,7 +4,7 @@ PYTHON ?= python3
 OUT ?= out
 IN = . .venv/bin/activate &&
 
-.PHONY: demo test lint bench wheel gpu
+.PHONY: demo test lint docs bench wheel gpu
 
 demo: .venv/with-demo
 	$(IN) convinit demo
@@ -13,7 +13,11 @@ test: .venv/with-test
 	$(IN) python -m pytest -n auto
 
 lint: .venv/with-dev
-	$(IN) ruff check && ruff format --check && mypy
+	$(IN) ruff check && ruff format --check && mypy && lint-imports --no-logo
+
+# The site, in build/site; a warning is an error.
+docs: .venv/with-docs
+	$(IN) NO_MKDOCS_2_WARNING=1 mkdocs build --strict
 
 bench: .venv/with-test
 	$(IN) python benchmarks/run.py --suite quick --out $(OUT)

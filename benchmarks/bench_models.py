@@ -85,7 +85,7 @@ def run(model: Model, dtype: torch.dtype, direction: str, x: Tensor, y: Tensor) 
 
 def simple_vit(variant: str, **options: Any) -> SimpleViT:
     return SimpleViT(
-        IMAGE, PATCH, CLASSES, **SIZE, variant=variant, init="random", generator=seeded(), **options
+        IMAGE, PATCH, CLASSES, **SIZE, variant=variant, method="random", generator=seeded(), **options
     ).to(DEVICE)
 
 
@@ -208,7 +208,7 @@ def depthwise_twin(model: ConvMixer) -> ConvMixer:
 @DIRECTIONS
 @DTYPES
 def bench_convmixer(compare, dtype, direction):
-    ours = ConvMixer(IMAGE, PATCH, CLASSES, init="impulse", trainable_mixing=False, generator=seeded()).to(
+    ours = ConvMixer(IMAGE, PATCH, CLASSES, method="impulse", trainable_mixing=False, generator=seeded()).to(
         DEVICE
     )
     twin = depthwise_twin(ours)

@@ -19,7 +19,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from convinit._timing import compiled
 from convinit.ops.fused import HAS_TRITON
-from convinit.ops.positional_attention import positional_attention, positional_attention_reference
+from convinit.ops.positional_attention import (
+    packed_attention,
+    positional_attention,
+    positional_attention_reference,
+)
 
 CUDA = torch.cuda.is_available()
 pytestmark = [pytest.mark.gpu] if CUDA else []
@@ -76,8 +80,19 @@ def xformers(q: Tensor, k: Tensor, v: Tensor, q_pos: Tensor, k_pos: Tensor) -> T
     return memory_efficient_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).flatten(2)
 
 
+def packed(qkv: Tensor, q_pos: Tensor, k_pos: Tensor) -> Tensor:
+    """What our layers call: the gradient of the packed product is written in place."""
+    heads = qkv.shape[3]
+    return packed_attention(qkv.flatten(2), heads, q_pos, k_pos, alpha=ALPHA, backend="triton")
+
+
+def separately(f: Callable[..., Tensor]) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """A function of q, k, v [B, heads, N, r] as one of their packed product [B, N, 3, heads, r]."""
+    return lambda qkv, q_pos, k_pos: f(*qkv.permute(2, 0, 3, 1, 4), q_pos, k_pos)
+
+
 def competitors(rivals: str) -> dict[str, Callable[..., Tensor]]:
-    """{name: attention of q, k, v, q_pos, k_pos}."""
+    """{name: attention of qkv, q_pos, k_pos}."""
     eager = functools.partial(positional_attention_reference, alpha=ALPHA)
     sdpa = functools.partial(positional_attention, alpha=ALPHA, backend="sdpa")
     found: dict[str, Callable[..., Tensor]] = {"eager": eager, "sdpa": sdpa}
@@ -93,7 +108,10 @@ def competitors(rivals: str) -> dict[str, Callable[..., Tensor]]:
         for name, backend in BACKENDS.items():
             found[f"sdpa {name}"] = functools.partial(with_backend, backend, sdpa)
         found |= {"flash-attn": flash_attn, "xformers": xformers}
-    return found
+    whole = {name: separately(f) for name, f in found.items()}
+    if CUDA and HAS_TRITON:
+        whole["convinit, triton, packed"] = packed
+    return whole
 
 
 def with_backend(backend: SDPBackend, f: functools.partial[Tensor], *inputs: Tensor) -> Tensor:
@@ -122,12 +140,12 @@ def bench_positional_attention(compare, rivals, shape, dtype, direction):
 
     def run(f, qkv=qkv, pos=pos, dout=dout):
         qkv, pos = (x.detach().requires_grad_(backward) for x in (qkv, pos))
-        out = f(*qkv.permute(2, 0, 3, 1, 4), *pos)
+        out = f(qkv, *pos)
         return (out, *torch.autograd.grad(out, (qkv, pos), dout)) if backward else (out,)
 
     # float64 on a few images; the position terms' gradients then need those images alone.
     few = slice(0, 4)
-    eager = functools.partial(positional_attention_reference, alpha=ALPHA)
+    eager = separately(functools.partial(positional_attention_reference, alpha=ALPHA))
     exact = run(eager, qkv[few].double(), pos.double(), dout[few].double())
 
     def errors(f) -> list[float]:

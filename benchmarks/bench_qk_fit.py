@@ -200,7 +200,7 @@ def bench_learned(compare):
         "qk_fit",
         "12 layers x 3 heads, learned 14x14, D=192, r=64, f=3, scale 1/8, weight_norm 7",
         {
-            "papers' svd": lambda: fit_qk(P, offsets, (14, 14), 64, scale=1 / 8, method="svd"),
+            "papers' svd": lambda: fit_qk(P, offsets, (14, 14), 64, scale=1 / 8, fit="svd"),
             "convinit": lambda: fit_qk(P, offsets, (14, 14), 64, scale=1 / 8, weight_norm=7.0),
         },
         baseline="papers' svd",

@@ -186,7 +186,9 @@ MODELS = [
 @pytest.mark.parametrize("values", MODELS, ids=name)
 def bench_model_scaling(compare, values):
     """SimpleViT, Model I: inference."""
-    model = SimpleViT(32, 2, 10, depth=values["layers"], init="random", generator=seeded()).to(DEVICE).eval()
+    model = (
+        SimpleViT(32, 2, 10, depth=values["layers"], method="random", generator=seeded()).to(DEVICE).eval()
+    )
     theirs = papers.simple_vit(model)
     x = torch.randn(values["B"], 3, 32, 32, generator=seeded()).to(DEVICE)
     variable = next(iter(values))

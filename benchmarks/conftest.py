@@ -11,6 +11,7 @@ import functools
 import os
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import machine
@@ -88,7 +89,8 @@ def pytest_benchmark_update_json(
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
     path = session.config.getoption("--benchmark-json")
-    if path and path.exists():
+    path = Path(getattr(path, "name", path or ""))  # older pytest-benchmark gives an open file
+    if path.is_file():
         results.write_lines(path)
 
 

@@ -1,7 +1,7 @@
-"""One page of Markdown with tables and pictures from result files, and README's table.
+"""One page of Markdown with tables and pictures from result files, and the table of docs/benchmarks.md.
 
 python benchmarks/report.py results/*.json --out report     # report/README.md and report/*.png
-python benchmarks/report.py --readme                        # README's table from benchmarks/results/
+python benchmarks/report.py --docs                          # the table of docs/benchmarks.md
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ import re
 import sys
 from pathlib import Path
 
+import docs_table
 import pandas as pd
 import plots
-import readme_table
 from results import KEY, load
 from scaling import exponents, sweeps
 
 HERE = Path(__file__).parent
-README = HERE.parent / "README.md"
+PAGE = HERE.parent / "docs" / "benchmarks.md"
 NOTES = """\
 Ratios are the other competitor's time over this one's, taken round by round: **above 1 is faster than the
 other, below 1 slower**. Times are medians, in brackets 20 to 80 % of the rounds. "%" is the share of the
@@ -44,8 +44,8 @@ def between(row: pd.Series, name: str, low: str, high: str) -> str:
 
 def milliseconds(row: pd.Series) -> str:
     """The median in the unit that suits it, and the quantiles."""
-    spread = [readme_table.time(row[name]) for name in ("q20_ms", "q80_ms")]
-    return f"{readme_table.time(row['median_ms'])} ({' to '.join(spread)})"
+    spread = [docs_table.time(row[name]) for name in ("q20_ms", "q80_ms")]
+    return f"{docs_table.time(row['median_ms'])} ({' to '.join(spread)})"
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -234,16 +234,16 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, help="folder for the page and its pictures")
     parser.add_argument(
-        "--readme", action="store_true", help="write README's table anew from benchmarks/results/"
+        "--docs", action="store_true", help="write the table of docs/benchmarks.md from benchmarks/results/"
     )
     options = parser.parse_args()
-    if not options.readme and not (options.results and options.out):
-        parser.error("give result files and --out DIR, or --readme")
+    if not options.docs and not (options.results and options.out):
+        parser.error("give result files and --out DIR, or --docs")
     try:
-        if options.readme:
-            text = README.read_text()
-            README.write_text(readme_table.replaced(text, sorted((HERE / "results").rglob("*.json"))))
-            print(f"wrote {README}")
+        if options.docs:
+            text = PAGE.read_text()
+            PAGE.write_text(docs_table.replaced(text, sorted((HERE / "results").rglob("*.json"))))
+            print(f"wrote {PAGE}")
         if options.results:
             print(f"wrote {write(options.results, options.out)}")
     except (OSError, ValueError) as error:

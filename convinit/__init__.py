@@ -8,8 +8,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from convinit._lazy import lazy_names
-
-__version__ = "0.1.0"
+from convinit._version import __version__ as __version__
 
 if not TYPE_CHECKING:
     __getattr__, __dir__ = lazy_names(__name__)

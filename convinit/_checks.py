@@ -18,7 +18,7 @@ _OFFSET_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8
 
 
 def came(value: object) -> str:
-    """What came, for the end of a message: tensors and arrays by their kind, the rest as it prints."""
+    """A value in words, for the end of a message: tensors and arrays by their kind, the rest as it prints."""
     if isinstance(value, Tensor):
         return f"a tensor of {value.dtype} {list(value.shape) if not value.is_nested else '(nested)'}"
     name = type(value).__name__

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Atomic file writes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def write_whole(path: Path, text: str, *, sync: bool = False) -> None:
-    """Writes a text in UTF-8; who reads or kills meanwhile finds the old file or the new one.
+    """Writes a text in UTF-8. A reader or a crash meanwhile finds the old file or the new one, never a part.
 
     Args:
         path: of the file; its folder exists.

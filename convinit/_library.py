@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from convinit._version import __version__
+
 _PACKAGE = Path(__file__).resolve().parent
 _BUILD_COMMAND = "pip install --no-build-isolation -e ."
 
@@ -101,7 +103,7 @@ def _read(text: torch.Tensor) -> dict[str, str]:
 
 
 def build_info() -> dict[str, Any]:
-    """What this convinit was built with and what it runs on, for bug reports and benchmark records.
+    """The build of this convinit and the machine it runs on, for bug reports and benchmark records.
 
     Returns:
         A dict with the keys
@@ -121,7 +123,6 @@ def build_info() -> dict[str, Any]:
             "(shipped)", or None;
         python, platform: the interpreter's version and the operating system.
     """
-    from convinit import __version__
     from convinit.kernels import tuned
 
     config = _read(torch.ops.convinit.build_config())

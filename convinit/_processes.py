@@ -1,4 +1,4 @@
-"""Work in several processes, whose progress the first one is told of."""
+"""A process pool that reports progress to the parent."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def _in_processes(
     ticks, environments = context.Queue(), context.Queue()
     for each in workers:
         environments.put(dict(each))
-    # Its other end is closed when the work shall end, also by whatever ends this process.
+    # Closing the other end tells the workers to stop; the operating system closes it if this process dies.
     alive, keep_alive = context.Pipe(duplex=False)
     threads = max(1, cpus() // len(workers))
     executor = ProcessPoolExecutor(

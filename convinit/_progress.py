@@ -1,4 +1,4 @@
-"""Progress bars for whatever takes more than two seconds, where tqdm is installed and somebody is looking."""
+"""Progress bars for work of more than two seconds, where tqdm is installed and the output is a terminal."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ class WrongResultError(AssertionError):
 
 @dataclass
 class Outcome:
-    """What became of one competitor: its samples, one a round, or the reason why there are none."""
+    """The outcome of one competitor: its samples, one a round, or the reason why there are none."""
 
     status: str = "ok"  # or absent, wrong, failed, out of memory
     reason: str = ""
@@ -70,7 +70,7 @@ def settle_allocator() -> None:
 
 
 def first_line(error: BaseException | str) -> str:
-    """What an error says, without the directories of this machine: result files are committed."""
+    """The text of an error, without the directories of this machine: result files are committed."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return re.sub(r"(?<![\w.:/])/(?:[^\s/]+/)+", "", lines[0])[:200]
 
@@ -85,7 +85,7 @@ def compiled(fn: Any) -> Any:
 
 
 def status_of(error: Exception) -> str:
-    """What an exception of a competitor says about it."""
+    """The reason that an exception of a competitor gives."""
     if isinstance(error, (NotImplementedError, ImportError)):
         return "absent"
     full = ("out of memory", "can't allocate memory", "not enough memory")

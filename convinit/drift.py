@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,45 +10,10 @@ from torch import Tensor
 
 from convinit._checks import check_int
 from convinit.adapters import InitReport
-from convinit.adapters.report import measured, no_figures
+from convinit.records import MEASURES, DriftHistory, measured, no_figures
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
-
-MEASURES = ("peak", "hit_rate", "distance")
-
-
-@dataclass(frozen=True, eq=False)
-class DriftHistory:
-    """What was recorded, of the maps that the positions alone make.
-
-    Attributes:
-        steps: [records] int64, training steps done.
-        layers: [layers] int64, their numbers in the model.
-        peak, hit_rate: [records, layers, heads] float32, see :class:`convinit.InitReport`; NaN for heads that
-            have no target, and beyond the heads of a layer that has fewer than others.
-        distance: [records, layers, heads] float32, total variation between the head's map and its map at the
-            start, ½ Σₘ |aₙₘ − bₙₘ|, mean over the patches n: the share of attention that has moved, 0 to 1.
-    """
-
-    steps: Tensor
-    layers: Tensor
-    peak: Tensor
-    hit_rate: Tensor
-    distance: Tensor
-
-    def to_pandas(self) -> Any:
-        """A DataFrame with a row for each record and head (needs pandas)."""
-        try:
-            import pandas
-        except ImportError as error:
-            raise ImportError(
-                "to_pandas needs pandas, which is not installed; get it with: pip install pandas"
-            ) from error
-        record, layer, head = (~self.distance.isnan()).nonzero(as_tuple=True)
-        columns = {"step": self.steps[record], "layer": self.layers[layer], "head": head}
-        columns |= {name: getattr(self, name)[record, layer, head] for name in MEASURES}
-        return pandas.DataFrame({name: values.numpy() for name, values in columns.items()})
 
 
 class DriftMonitor:
@@ -113,7 +77,7 @@ class DriftMonitor:
 
     @property
     def history(self) -> DriftHistory:
-        """What was recorded so far; the first record is the start."""
+        """The records so far; the first one is the start."""
         layers = torch.tensor([record.layer for record in self._report.records], device="cpu")
         steps = torch.tensor(self._steps, dtype=torch.int64, device="cpu")
         return DriftHistory(steps, layers, *(torch.stack(self._records[name]) for name in MEASURES))

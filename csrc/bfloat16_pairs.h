@@ -64,7 +64,7 @@ CONVINIT_INLINE void pair_rows(const float* even, const float* odd, int64_t colu
   typedef uint16_t Halves __attribute__((vector_size(64)));
   for (int64_t c = 0; c < columns; c += 16) {
     const Halves v = (Halves)to_halves(load<16>(even + c), load<16>(odd + c));
-    const Halves pairs = __builtin_shuffle(v, Halves{0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23,
+    const Halves pairs = __builtin_shuffle(v, Halves{0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
                                                      8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31});
     store<16>(to + c, (F<16>)pairs);
   }

@@ -20,6 +20,6 @@ using torch::stable::Tensor;
 }  // namespace convinit
 
 // CONVINIT_CHECK_DTYPE(offsets, Long): offsets must have dtype Long.
-#define CONVINIT_CHECK_DTYPE(tensor, dtype)                                    \
-  STD_TORCH_CHECK((tensor).scalar_type() == ::convinit::ScalarType::dtype,     \
+#define CONVINIT_CHECK_DTYPE(tensor, dtype)                                \
+  STD_TORCH_CHECK((tensor).scalar_type() == ::convinit::ScalarType::dtype, \
                   "convinit: " #tensor " must have dtype " #dtype)

@@ -112,8 +112,8 @@ class CtaGroup {
 // How many groups of how many CTAs a launch has, and where their tiles lie.
 struct GroupPlan {
   int groups = 1, ctas = 1;
-  size_t shared_bytes = 0;   // dynamic shared memory for the tiles of a CTA, or 0 where they exceed it
-  size_t tile_bytes = 0;     // global memory for the tiles of a CTA instead
+  size_t shared_bytes = 0;  // dynamic shared memory for the tiles of a CTA, or 0 where they exceed it
+  size_t tile_bytes = 0;    // global memory for the tiles of a CTA instead
 
   int blocks() const { return groups * ctas; }
 };

@@ -17,8 +17,9 @@ std::string version(int number) { return std::to_string(number / 1000) + "." + s
 Tensor cuda_config() {
   int driver = 0;  // stays 0.0 without one
   cudaDriverGetVersion(&driver);
-  const std::string text = "cuda_compiled=" + version(CUDART_VERSION) + "\ncuda_driver=" + version(driver) +
-                           "\ncuda_architectures=" CONVINIT_STRING(__CUDA_ARCH_LIST__) "\ncuda_ptx=" CONVINIT_STRING(CONVINIT_PTX);
+  const std::string text =
+      "cuda_compiled=" + version(CUDART_VERSION) + "\ncuda_driver=" + version(driver) +
+      "\ncuda_architectures=" CONVINIT_STRING(__CUDA_ARCH_LIST__) "\ncuda_ptx=" CONVINIT_STRING(CONVINIT_PTX);
   Tensor out = torch::stable::empty({static_cast<int64_t>(text.size())}, ScalarType::Byte);
   std::memcpy(out.mutable_data_ptr<uint8_t>(), text.data(), text.size());
   return out;

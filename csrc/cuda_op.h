@@ -30,6 +30,6 @@ inline void check_cuda(cudaError_t error, const char* op) {
 
 }  // namespace convinit
 
-#define CONVINIT_CHECK_SAME_DEVICE(tensor, other)                                              \
+#define CONVINIT_CHECK_SAME_DEVICE(tensor, other)                                                  \
   STD_TORCH_CHECK((tensor).is_cuda() && (tensor).get_device_index() == (other).get_device_index(), \
                   "convinit: " #tensor " must be on the same CUDA device as " #other)

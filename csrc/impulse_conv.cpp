@@ -62,11 +62,10 @@ CONVINIT_INLINE void affine_halves(Element element, uint16_t* out, const uint16_
   std::copy_n(tail, count - whole, out + whole);
 }
 
-#define CONVINIT_AFFINE(set, width, T, mark)                                                                  \
-  mark void affine_##set(Element element, uint16_t* out, const uint16_t* x, int64_t count, float gain,        \
-                         float bias) {                                                                        \
-    element == Element::float16 ? affine_halves<width>(Element::float16, out, x, count, gain, bias)           \
-                                : affine_halves<width>(Element::bfloat16, out, x, count, gain, bias);         \
+#define CONVINIT_AFFINE(set, width, T, mark)                                                                         \
+  mark void affine_##set(Element element, uint16_t* out, const uint16_t* x, int64_t count, float gain, float bias) { \
+    element == Element::float16 ? affine_halves<width>(Element::float16, out, x, count, gain, bias)                  \
+                                : affine_halves<width>(Element::bfloat16, out, x, count, gain, bias);                \
   }
 CONVINIT_EACH_VECTOR_WIDTH(CONVINIT_AFFINE)
 
@@ -124,13 +123,13 @@ constexpr int64_t kGrainBytes = 64 * 1024;  // at least, for a thread
 template <class T>
 void shift_planes(T* out, const T* x, const Image& image, const Channels<T>& channels) {
   const int64_t plane_bytes = image.pixels() * static_cast<int64_t>(sizeof(T));
-  torch::stable::parallel_for(
-      0, image.batch * image.channels, std::max<int64_t>(kGrainBytes / plane_bytes, 1), [&](int64_t begin, int64_t end) {
-        for (int64_t plane = begin; plane < end; ++plane) {
-          const int64_t at = plane * image.pixels();
-          shift_plane(out + at, x + at, image, channels, plane % image.channels);
-        }
-      });
+  torch::stable::parallel_for(0, image.batch * image.channels, std::max<int64_t>(kGrainBytes / plane_bytes, 1),
+                              [&](int64_t begin, int64_t end) {
+                                for (int64_t plane = begin; plane < end; ++plane) {
+                                  const int64_t at = plane * image.pixels();
+                                  shift_plane(out + at, x + at, image, channels, plane % image.channels);
+                                }
+                              });
 }
 
 // Channels side by side, [B, H, W, C], each from another pixel. A block of channels of one image is copied into a frame
@@ -142,8 +141,7 @@ class Frame {
   static constexpr int64_t kBlock = 512 / sizeof(T);  // channels
 
   Frame(const Image& image, const Channels<T>& channels)
-      : image_(image),
-        channels_(channels),
+      : image_(image), channels_(channels),
         top_(std::max(0, -*std::min_element(channels.dy.begin(), channels.dy.end()))),
         left_(std::max(0, -*std::min_element(channels.dx.begin(), channels.dx.end()))),
         width_(image.width + left_ + std::max(0, *std::max_element(channels.dx.begin(), channels.dx.end()))),

@@ -46,6 +46,4 @@ Tensor impulse_conv_cuda(const Tensor& x, const Tensor& offsets, const std::opti
 
 }  // namespace convinit
 
-STABLE_TORCH_LIBRARY_IMPL(convinit, CUDA, m) {
-  m.impl("impulse_conv", TORCH_BOX(&convinit::impulse_conv_cuda));
-}
+STABLE_TORCH_LIBRARY_IMPL(convinit, CUDA, m) { m.impl("impulse_conv", TORCH_BOX(&convinit::impulse_conv_cuda)); }

@@ -45,8 +45,7 @@ struct ImpulseConvTensors {
 
   ImpulseConvTensors(const Tensor& input, const Tensor& shifts)
       : x(input.is_contiguous() || is_channels_last(input) ? input : torch::stable::contiguous(input)),
-        out(torch::stable::empty_like(x)),
-        offsets(torch::stable::contiguous(shifts)),
+        out(torch::stable::empty_like(x)), offsets(torch::stable::contiguous(shifts)),
         channels_last(!x.is_contiguous()) {}
 };
 

@@ -13,10 +13,10 @@
 namespace convinit {
 
 struct ImpulseConvArgs {
-  void* out;               // [B, C, H, W], or with channels_last [B, H, W, C]; 16-byte aligned
-  const void* x;           // the same
-  const int64_t* offsets;  // [C, 2]
-  const void *gain, *bias; // [C] or null, in the dtype of the arithmetic
+  void* out;                // [B, C, H, W], or with channels_last [B, H, W, C]; 16-byte aligned
+  const void* x;            // the same
+  const int64_t* offsets;   // [C, 2]
+  const void *gain, *bias;  // [C] or null, in the dtype of the arithmetic
   int64_t batch, channels;
   int height, width;
   bool channels_last;
@@ -59,7 +59,8 @@ struct HalfElement {
   static __device__ float load(uint16_t x) {
     const uint32_t magnitude = (x & 0x7fffu) << 13, sign = (x & 0x8000u) << 16;
     const bool finite = magnitude < 0x0f800000;
-    const uint32_t bits = finite ? same_bits<uint32_t>(same_bits<float>(magnitude) * 0x1p112f) : magnitude + (224u << 23);
+    const uint32_t bits =
+        finite ? same_bits<uint32_t>(same_bits<float>(magnitude) * 0x1p112f) : magnitude + (224u << 23);
     return same_bits<float>(bits | sign);
   }
   static __device__ uint16_t store(float y) {
@@ -97,8 +98,8 @@ struct PartPosition {
 
 // One element of the result: of one image, at x, whose neighbours in a row, a column are `pixel` apart.
 template <class E>
-__device__ typename E::Stored seen(const ImpulseConvArgs& args, const typename E::Stored* x, int64_t channel, int i, int j,
-                                   int64_t pixel) {
+__device__ typename E::Stored seen(const ImpulseConvArgs& args, const typename E::Stored* x, int64_t channel, int i,
+                                   int j, int64_t pixel) {
   using Real = typename E::Real;
   const int64_t y = static_cast<int64_t>(i) + axis_shift(args.offsets[2 * channel], args.height);
   const int64_t z = static_cast<int64_t>(j) + axis_shift(args.offsets[2 * channel + 1], args.width);

@@ -56,6 +56,4 @@ Tensor impulse_matrix_cuda(const Tensor& offsets, int64_t height, int64_t width,
 
 }  // namespace convinit
 
-STABLE_TORCH_LIBRARY_IMPL(convinit, CUDA, m) {
-  m.impl("impulse_matrix", TORCH_BOX(&convinit::impulse_matrix_cuda));
-}
+STABLE_TORCH_LIBRARY_IMPL(convinit, CUDA, m) { m.impl("impulse_matrix", TORCH_BOX(&convinit::impulse_matrix_cuda)); }

@@ -7,8 +7,7 @@
 namespace convinit {
 
 // The impulse matrices [B, N, N] of offsets [B, 2] (dy, dx) on a height x width grid of N tokens.
-Tensor impulse_matrix_cpu(const Tensor& offsets, int64_t height, int64_t width, int64_t padding_mode,
-                          ScalarType dtype);
+Tensor impulse_matrix_cpu(const Tensor& offsets, int64_t height, int64_t width, int64_t padding_mode, ScalarType dtype);
 
 inline void check_impulse_matrix(const Tensor& offsets, int64_t height, int64_t width, int64_t padding_mode) {
   STD_TORCH_CHECK(offsets.dim() == 2 && offsets.size(1) == 2, "convinit: offsets must have shape [B, 2]");

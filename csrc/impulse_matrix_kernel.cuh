@@ -24,7 +24,7 @@ struct ImpulseMatrixArgs {
   int64_t batch;
   int height, width;
   PaddingMode padding_mode;
-  uint64_t one;            // the bits of a 1
+  uint64_t one;  // the bits of a 1
   int blocks;
 
   CONVINIT_HD int64_t tokens() const { return static_cast<int64_t>(height) * width; }
@@ -37,8 +37,7 @@ struct MatrixPosition {
   unsigned row, column;
 
   __device__ MatrixPosition(int64_t element, unsigned tokens)
-      : matrix(element / tokens / tokens),
-        row(static_cast<unsigned>(element / tokens % tokens)),
+      : matrix(element / tokens / tokens), row(static_cast<unsigned>(element / tokens % tokens)),
         column(static_cast<unsigned>(element % tokens)) {}
 
   __device__ void advance(const MatrixPosition& step, unsigned tokens) {

@@ -7,9 +7,9 @@
 // CONVINIT_EACH_INSTRUCTION_SET(X) is X(name, width of a vector in floats, factor of products, mark of a function);
 // CONVINIT_EACH_VECTOR_WIDTH(X) leaves out what differs in products alone.
 #if defined(__x86_64__)
-#define CONVINIT_EACH_VECTOR_WIDTH(X)                      \
-  X(baseline, 4, float, )                                  \
-  X(avx2, 8, float, __attribute__((target("avx2,fma"))))   \
+#define CONVINIT_EACH_VECTOR_WIDTH(X)                    \
+  X(baseline, 4, float, )                                \
+  X(avx2, 8, float, __attribute__((target("avx2,fma")))) \
   X(avx512, 16, float, __attribute__((target("avx512f"))))
 #else
 #define CONVINIT_EACH_VECTOR_WIDTH(X) X(baseline, 4, float, )
@@ -32,8 +32,7 @@ enum class InstructionSet { CONVINIT_EACH_INSTRUCTION_SET(CONVINIT_NAME) };
 inline InstructionSet best_instruction_set([[maybe_unused]] bool bfloat16) {
   [[maybe_unused]] static const int width = vector_width();
 #if defined(CONVINIT_BFLOAT16_PAIRS)
-  static const bool pairs =
-      width == 16 && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512bf16");
+  static const bool pairs = width == 16 && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512bf16");
   if (pairs && bfloat16) return InstructionSet::avx512_bf16;
 #endif
 #if defined(__x86_64__)

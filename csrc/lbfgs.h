@@ -26,20 +26,20 @@ namespace convinit {
 
 struct LbfgsOptions {
   int64_t max_iterations = 200;
-  double tolerance = 1e-2;   // stop when kWindow iterations together lowered the value by less than this share of it
-  double first_step = 0.1;   // length of the first step, in the units of x
+  double tolerance = 1e-2;  // stop when kWindow iterations together lowered the value by less than this share of it
+  double first_step = 0.1;  // length of the first step, in the units of x
 };
 
 struct LbfgsResult {
   double value = 0;
   int64_t iterations = 0;
-  bool converged = false;    // stopped by the tolerance, or because no step lowers the value any more
+  bool converged = false;  // stopped by the tolerance, or because no step lowers the value any more
 };
 
 // What is learnt of the function. The curvature learnt in one call of `minimise` serves the next, which is right where
 // the function has hardly changed in between; `forget` drops it.
 struct LbfgsMemory {
-  static constexpr int kPairs = 10;           // pairs in use; one more slot takes the candidate
+  static constexpr int kPairs = 10;  // pairs in use; one more slot takes the candidate
   static constexpr int kSlots = kPairs + 1;
   static constexpr int kGradient = 2 * kSlots;  // vectors: steps [kSlots], changes of the gradient [kSlots], gradient
   static constexpr int kVectors = kGradient + 1;
@@ -47,11 +47,11 @@ struct LbfgsMemory {
   static constexpr int kWindow = 10;
 
   double gram[kVectors][kVectors];
-  double weights[kVectors];                   // of the step that `direction` found
+  double weights[kVectors];  // of the step that `direction` found
   double alpha[kPairs];
-  double values[kWindow + 1];                 // the latest ones, by iteration modulo their number
-  double slope;                               // of the function along -step
-  int first, count;                           // the pairs in use: slots first, first + 1, ...
+  double values[kWindow + 1];  // the latest ones, by iteration modulo their number
+  double slope;                // of the function along -step
+  int first, count;            // the pairs in use: slots first, first + 1, ...
 
   CONVINIT_HD void clear() {
     forget();
@@ -93,8 +93,7 @@ struct LbfgsMemory {
     }
     for (int i = 0; i < count; ++i) weights[change(slot(i))] *= h0;
     weights[kGradient] *= h0;
-    for (int i = 0; i < count; ++i)
-      weights[slot(i)] += alpha[i] - inverse_curvature(slot(i)) * inner(change(slot(i)));
+    for (int i = 0; i < count; ++i) weights[slot(i)] += alpha[i] - inverse_curvature(slot(i)) * inner(change(slot(i)));
     slope = -inner(kGradient);
   }
 

@@ -27,8 +27,8 @@ constexpr const char* kCompiler = "unknown";
 // What only the compiler knows, as "key=value" lines.
 // The text travels as bytes: the stable ABI's own strings leak in torch before 2.14.
 Tensor build_config() {
-  const std::string text = std::string("torch_compiled=") + TORCH_VERSION + "\nstable_abi=" +
-                           std::to_string(TORCH_FEATURE_VERSION >> 56) + "." +
+  const std::string text = std::string("torch_compiled=") + TORCH_VERSION +
+                           "\nstable_abi=" + std::to_string(TORCH_FEATURE_VERSION >> 56) + "." +
                            std::to_string(TORCH_FEATURE_VERSION >> 48 & 0xff) + "\ncompiler=" + kCompiler +
                            "\ncxx_standard=" CONVINIT_STRING(__cplusplus);
   Tensor out = torch::stable::empty({static_cast<int64_t>(text.size())}, ScalarType::Byte);

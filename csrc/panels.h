@@ -100,7 +100,7 @@ struct Left {
 template <int W>
 constexpr int kVectors = W == 16 ? 4 : 2;
 template <int W>
-constexpr int64_t kColumns = kVectors<W>* W;
+constexpr int64_t kColumns = kVectors<W> * W;
 template <int W, int NV>
 constexpr int kRows = W == 16 && NV < 4 ? 8 : 6;
 

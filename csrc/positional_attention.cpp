@@ -18,13 +18,13 @@ struct Kernels {
   void (*backward)(const Problem&, int64_t b, int64_t h, const Operand& dout, const Gradients&);
 };
 
-#define CONVINIT_KERNELS(set, width, T, mark)                                                                          \
-  mark void forward_##set(const Problem& p, int64_t b, int64_t h, int64_t first, int64_t last, const Operand& out,     \
-                          float* lse) {                                                                                \
-    attention::forward<width, T>(p, b, h, first, last, out, lse);                                                      \
-  }                                                                                                                    \
-  mark void backward_##set(const Problem& p, int64_t b, int64_t h, const Operand& dout, const Gradients& to) {         \
-    attention::backward<width, T>(p, b, h, dout, to);                                                                  \
+#define CONVINIT_KERNELS(set, width, T, mark)                                                                      \
+  mark void forward_##set(const Problem& p, int64_t b, int64_t h, int64_t first, int64_t last, const Operand& out, \
+                          float* lse) {                                                                            \
+    attention::forward<width, T>(p, b, h, first, last, out, lse);                                                  \
+  }                                                                                                                \
+  mark void backward_##set(const Problem& p, int64_t b, int64_t h, const Operand& dout, const Gradients& to) {     \
+    attention::backward<width, T>(p, b, h, dout, to);                                                              \
   }
 CONVINIT_EACH_INSTRUCTION_SET(CONVINIT_KERNELS)
 
@@ -166,16 +166,17 @@ void positional_attention_backward_cpu(const Tensor& dout_, const Tensor& q, con
     for (const Operand& x : {images.q, images.k, images.v}) expect_writes(x, p);
 
   const Kernels kernel = kernels(p.q.element);
-  torch::stable::parallel_for(
-      0, chunks * p.heads, grain(10 * p.tokens * p.tokens * p.rank * chunk), [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) {
-          const int64_t h = i % p.heads, first = i / p.heads * chunk;
-          Gradients to = images;
-          to.q_pos = q_sum.start(i / p.heads, h);
-          to.k_pos = k_sum.start(i / p.heads, h);
-          for (int64_t b = first; b < std::min(first + chunk, p.batch); ++b) kernel.backward(p, b, h, dout, to);
-        }
-      });
+  torch::stable::parallel_for(0, chunks * p.heads, grain(10 * p.tokens * p.tokens * p.rank * chunk),
+                              [&](int64_t begin, int64_t end) {
+                                for (int64_t i = begin; i < end; ++i) {
+                                  const int64_t h = i % p.heads, first = i / p.heads * chunk;
+                                  Gradients to = images;
+                                  to.q_pos = q_sum.start(i / p.heads, h);
+                                  to.k_pos = k_sum.start(i / p.heads, h);
+                                  for (int64_t b = first; b < std::min(first + chunk, p.batch); ++b)
+                                    kernel.backward(p, b, h, dout, to);
+                                }
+                              });
   q_sum.finish();
   k_sum.finish();
 }

@@ -59,8 +59,7 @@ __device__ inline bool targets_fit(const int64_t* target, int n) {
 // c[i][j] = sum over p of a[p][i] b[p][j], for kTile rows i: a [depth][lda], b [depth][ldb]. `store(i, j, c)` takes
 // kRows rows at once.
 template <int kRows, class Store>
-__device__ inline void multiply(const float* a, int lda, const float* b, int ldb, int depth, int columns,
-                                Store store) {
+__device__ inline void multiply(const float* a, int lda, const float* b, int ldb, int depth, int columns, Store store) {
   constexpr int kFlight = kRows > 4 ? 8 : 16;
   for (int item = threadIdx.x; item < kTile / kRows * columns; item += kThreads) {
     const int i = item / columns * kRows, j = item % columns;
@@ -154,9 +153,7 @@ class MapObjective {
   }
 
   // Entry e of d(sum of squares) / 2 scale, by [wq | wk] as they were scaled.
-  __device__ double gradient(int e) const {
-    return strided_sum<double>(grad_ + e, shape_.size(), group_.size);
-  }
+  __device__ double gradient(int e) const { return strided_sum<double>(grad_ + e, shape_.size(), group_.size); }
 
  private:
   __device__ void make_keys(float factor) {
@@ -164,7 +161,7 @@ class MapObjective {
     const float* wk = weights + shape_.dq * rank;
     for (int tile = group_.rank; tile < shape_.tiles(); tile += group_.size) {
       const int first = tile * kTile;
-      multiply<4>(xk_t_ + first, ld, wk, rank, shape_.dk, rank, [&](int i, int j, const float(&c)[4]) {
+      multiply<4>(xk_t_ + first, ld, wk, rank, shape_.dk, rank, [&](int i, int j, const float (&c)[4]) {
         for (int r = 0; r < 4; ++r) {
           k_[(first + i + r) * rank + j] = factor * c[r];
           k_t_[j * ld + first + i + r] = factor * c[r];
@@ -181,19 +178,18 @@ class MapObjective {
     for (int tile = group_.rank; tile < shape_.tiles(); tile += group_.size) {
       const int first = tile * kTile;
       const bool accumulate = tile != group_.rank;
-      multiply<4>(xq_t_ + first, ld, weights, rank, shape_.dq, rank, [&](int i, int j, const float(&c)[4]) {
+      multiply<4>(xq_t_ + first, ld, weights, rank, shape_.dq, rank, [&](int i, int j, const float (&c)[4]) {
         store4(q_tile_ + j * kStride + i, factor * c[0], factor * c[1], factor * c[2], factor * c[3]);
       });
       __syncthreads();
-      multiply<kTile>(q_tile_, kStride, k_t_, ld, rank, n, [&](int, int j, const float(&c)[kTile]) {
+      multiply<kTile>(q_tile_, kStride, k_t_, ld, rank, n, [&](int, int j, const float (&c)[kTile]) {
         for (int r = 0; r < kTile; r += 4) store4(map_ + j * kStride + r, c[r], c[r + 1], c[r + 2], c[r + 3]);
       });
       __syncthreads();
-      for (int row = 2 * warp(); row < kTile; row += 2 * kWarps)
-        two_rows(row, first, target, with_gradient, sums);
+      for (int row = 2 * warp(); row < kTile; row += 2 * kWarps) two_rows(row, first, target, with_gradient, sums);
       __syncthreads();
       if (!with_gradient) continue;
-      multiply<4>(map_, kStride, k_, rank, n, rank, [&](int i, int j, const float(&c)[4]) {
+      multiply<4>(map_, kStride, k_, rank, n, rank, [&](int i, int j, const float (&c)[4]) {
         store4(d_tile_ + j * kStride + i, c[0], c[1], c[2], c[3]);
         for (int r = 0; r < 4; ++r) sums.radial += static_cast<double>(c[r]) * q_tile_[j * kStride + i + r];
       });
@@ -280,8 +276,8 @@ class MapObjective {
   const MapShape shape_;
   const float *xq_t_, *xk_t_;
   CtaGroup& group_;
-  float *k_, *k_t_;            // [N, rank], [rank, ld]
-  float *grad_k_t_, *grad_;    // shares: [ctas, rank, ld], [ctas, size]
+  float *k_, *k_t_;          // [N, rank], [rank, ld]
+  float *grad_k_t_, *grad_;  // shares: [ctas, rank, ld], [ctas, size]
   float *map_, *q_tile_, *d_tile_;
 };
 

@@ -104,8 +104,8 @@ __attribute__((target("avx2,fma"))) Sums evaluate_avx2(const QKBasis& b, const i
                                                        bool g) {
   return evaluate<8>(b, t, ws, g);
 }
-__attribute__((target("avx512f"))) Sums evaluate_avx512(const QKBasis& b, const int64_t* t,
-                                                        QKObjective::Workspace& ws, bool g) {
+__attribute__((target("avx512f"))) Sums evaluate_avx512(const QKBasis& b, const int64_t* t, QKObjective::Workspace& ws,
+                                                        bool g) {
   return evaluate<16>(b, t, ws, g);
 }
 #endif
@@ -133,7 +133,8 @@ void copy_dense(const std::vector<float>& from, int64_t ld, double factor, int64
 QKBasis::QKBasis(const double* xq_, int64_t dq_, const double* xk_, int64_t dk_, int64_t n_, int64_t rank_,
                  double scale_, QKMonitor monitor_)
     : n(n_), dq(dq_), dk(dk_), rank(rank_), ld_n(padded(n)), ld_dq(padded(dq)), ld_dk(padded(dk)),
-      ld_rank(padded(rank)), scale(static_cast<float>(scale_)), monitor(monitor_), xq(n * ld_dq), xk(n * ld_dk), xk_t(dk * ld_n) {
+      ld_rank(padded(rank)), scale(static_cast<float>(scale_)), monitor(monitor_), xq(n * ld_dq), xk(n * ld_dk),
+      xk_t(dk * ld_n) {
   copy_padded(xq_, n, dq, xq, ld_dq);
   copy_padded(xk_, n, dk, xk, ld_dk);
   for (int64_t i = 0; i < n; ++i)

@@ -43,13 +43,13 @@ struct QKBasis {
   QKBasis(const double* xq, int64_t dq, const double* xk, int64_t dk, int64_t n, int64_t rank, double scale,
           QKMonitor monitor = QKMonitor());
 
-  int64_t n, dq, dk, rank;                 // tokens, basis sizes of the query and key side, columns of Wq and Wk
-  int64_t ld_n, ld_dq, ld_dk, ld_rank;     // their padded sizes
+  int64_t n, dq, dk, rank;              // tokens, basis sizes of the query and key side, columns of Wq and Wk
+  int64_t ld_n, ld_dq, ld_dk, ld_rank;  // their padded sizes
   float scale;
   QKMonitor monitor;
-  std::vector<float> xq;                   // [N, ld_dq]
-  std::vector<float> xk;                   // [N, ld_dk]
-  std::vector<float> xk_t;                 // [dk, ld_n]
+  std::vector<float> xq;    // [N, ld_dq]
+  std::vector<float> xk;    // [N, ld_dk]
+  std::vector<float> xk_t;  // [dk, ld_n]
 };
 
 // Evaluates one problem; throws QKMonitor::Stopped when told to. Not thread-safe: one object a thread.

@@ -104,8 +104,7 @@ class Problem {
   void start(int64_t s) {
     std::copy_n(starts_[s].wq, split_, point_.begin());
     for (int64_t c = 0; c < basis_.rank; ++c)
-      for (int64_t i = 0; i < basis_.dk; ++i)
-        point_[split_ + c * basis_.dk + i] = starts_[s].wk[i * basis_.rank + c];
+      for (int64_t i = 0; i < basis_.dk; ++i) point_[split_ + c * basis_.dk + i] = starts_[s].wk[i * basis_.rank + c];
     normalise();
   }
   void normalise() { rescale(point_, 1.0); }

@@ -10,18 +10,18 @@
 namespace convinit {
 
 struct QKSolution {
-  std::vector<double> wq;         // [dq, rank], Frobenius norm = weight_norm
-  std::vector<double> wk_t;       // [rank, dk], likewise
+  std::vector<double> wq;    // [dq, rank], Frobenius norm = weight_norm
+  std::vector<double> wk_t;  // [rank, dk], likewise
   double weight_norm = 0;
   QKMetrics metrics;
   int64_t iterations = 0;
-  int64_t evaluations = 0;        // of the loss, with or without its gradient
+  int64_t evaluations = 0;  // of the loss, with or without its gradient
 };
 
 // A start is a pair of factors of any norm; only their directions count.
 struct QKStart {
-  const double* wq;               // [dq, rank]
-  const double* wk;               // [dk, rank]
+  const double* wq;  // [dq, rank]
+  const double* wk;  // [dk, rank]
 };
 
 // options.num_starts is starts.size().

@@ -29,11 +29,11 @@ struct QKMetrics {
 constexpr int kDiagnostics = 6;  // mse, peak, hit_rate, weight_norm, iterations, evaluations
 
 struct QKSolverOptions {
-  double weight_norm = 0;         // exactly one of weight_norm and peak is positive
+  double weight_norm = 0;  // exactly one of weight_norm and peak is positive
   double peak = 0;
   int64_t num_starts = 1;
   int64_t max_iterations = 200;
-  double tolerance = 1e-2;        // see LbfgsOptions
+  double tolerance = 1e-2;  // see LbfgsOptions
 };
 
 namespace detail {
@@ -41,7 +41,7 @@ namespace detail {
 constexpr double kFirstPeak = 0.5;       // a higher wanted peak is approached from here
 constexpr double kLargestNorm = 3000.0;  // in natural norms; sharp maps were seen at 20 to 100
 constexpr double kNormStep = 1.4;
-constexpr int kNormSteps = 24;           // 1.4^23 is the last power below kLargestNorm
+constexpr int kNormSteps = 24;  // 1.4^23 is the last power below kLargestNorm
 
 CONVINIT_HD inline double logit(double p) {
   p = clamp(p, 1e-9, 1.0 - 1e-9);
@@ -133,8 +133,8 @@ CONVINIT_HD int64_t search(Space& space, LbfgsMemory& memory, const QKSolverOpti
   space.recall();
   space.weight_norm = for_peak ? best : options.weight_norm;
   const LbfgsOptions descent{.max_iterations = options.max_iterations, .tolerance = options.tolerance};
-  const int64_t iterations = for_peak ? detail::solve_for_peak(space, memory, natural, options)
-                                      : minimise(space, memory, descent).iterations;
+  const int64_t iterations =
+      for_peak ? detail::solve_for_peak(space, memory, natural, options) : minimise(space, memory, descent).iterations;
   space.value();
   return iterations;
 }

@@ -65,8 +65,8 @@ std::tuple<Tensor, Tensor, Tensor> qk_solver_cpu(const Tensor& xq_, const Tensor
       std::copy(solution.wq.begin(), solution.wq.end(), out_q + b * dq * rank);
       for (int64_t c = 0; c < rank; ++c)
         for (int64_t i = 0; i < dk; ++i) out_k[(b * dk + i) * rank + c] = solution.wk_t[c * dk + i];
-      const double values[kDiagnostics] = {solution.metrics.mse,      solution.metrics.peak,
-                                           solution.metrics.hit_rate, solution.weight_norm,
+      const double values[kDiagnostics] = {solution.metrics.mse,        solution.metrics.peak,
+                                           solution.metrics.hit_rate,   solution.weight_norm,
                                            double(solution.iterations), double(solution.evaluations)};
       std::copy(values, values + kDiagnostics, out_diagnostics + b * kDiagnostics);
       basis.monitor.count_problem();

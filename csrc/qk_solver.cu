@@ -39,9 +39,9 @@ std::tuple<Tensor, Tensor, Tensor> qk_solver_cuda(const Tensor& xq_, const Tenso
   const int64_t tokens = xq.size(0), dq = xq.size(1), dk = xk.size(1);
   const int64_t num_starts = wq_starts.size(0), problems = wq_starts.size(1), rank = wq_starts.size(3);
   // Within a problem the kernel counts with 32 bits.
-  STD_TORCH_CHECK((tokens + kTile) * (dq + dk + rank + kStride) < INT_MAX && (dq + dk) * rank < INT_MAX &&
-                      problems < INT_MAX,
-                  "convinit: the problem is too large for the CUDA solver");
+  STD_TORCH_CHECK(
+      (tokens + kTile) * (dq + dk + rank + kStride) < INT_MAX && (dq + dk) * rank < INT_MAX && problems < INT_MAX,
+      "convinit: the problem is too large for the CUDA solver");
 
   Tensor wq = torch::stable::new_empty(xq, {problems, dq, rank});
   Tensor wk = torch::stable::new_empty(xq, {problems, dk, rank});
@@ -78,6 +78,4 @@ std::tuple<Tensor, Tensor, Tensor> qk_solver_cuda(const Tensor& xq_, const Tenso
 
 }  // namespace convinit
 
-STABLE_TORCH_LIBRARY_IMPL(convinit, CUDA, m) {
-  m.impl("qk_solver", TORCH_BOX(&convinit::qk_solver_cuda));
-}
+STABLE_TORCH_LIBRARY_IMPL(convinit, CUDA, m) { m.impl("qk_solver", TORCH_BOX(&convinit::qk_solver_cuda)); }

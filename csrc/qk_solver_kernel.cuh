@@ -22,15 +22,15 @@ struct QKSolverArgs {
   const double* weight_norm;            // [problems], or null with options.peak
   double *wq, *wk, *diagnostics;        // results: [problems, dq or dk, rank], [problems, kDiagnostics]
 
-  unsigned* counters;                   // workspace: [groups]
-  double* exchange;                     // [groups, CtaGroup::kExchange]
-  float *xq_t, *xk_t;                   // [dq or dk, ld]
-  double* vectors;                      // [groups, kVectors, size]
-  float* pairs;                         // [groups, LbfgsMemory::kGradient, size]
-  float* maps;                          // [groups, shape.workspace_floats]
-  float* tiles;                         // [groups, ctas, tile_floats], where they do not fit shared memory
+  unsigned* counters;  // workspace: [groups]
+  double* exchange;    // [groups, CtaGroup::kExchange]
+  float *xq_t, *xk_t;  // [dq or dk, ld]
+  double* vectors;     // [groups, kVectors, size]
+  float* pairs;        // [groups, LbfgsMemory::kGradient, size]
+  float* maps;         // [groups, shape.workspace_floats]
+  float* tiles;        // [groups, ctas, tile_floats], where they do not fit shared memory
 
-  static constexpr int kVectors = 6;    // point, next, gradient, next_gradient, step, kept
+  static constexpr int kVectors = 6;  // point, next, gradient, next_gradient, step, kept
 
   void carve(Carver& carver) {
     const size_t groups = plan.groups, size = shape.size();
@@ -53,7 +53,8 @@ class DeviceProblem {
   int evaluations = 0;
 
   __device__ DeviceProblem(const QKSolverArgs& args, int group_index, CtaGroup& group, MapObjective& map)
-      : args_(args), shape_(args.shape), group_(group), map_(map), size_(shape_.size()), split_(shape_.dq * shape_.rank) {
+      : args_(args), shape_(args.shape), group_(group), map_(map), size_(shape_.size()),
+        split_(shape_.dq * shape_.rank) {
     const int share = (size_ + group.size - 1) / group.size;
     begin_ = min(group.rank * share, size_);
     end_ = min(begin_ + share, size_);
@@ -269,8 +270,8 @@ __global__ void __launch_bounds__(kThreads, 1) qk_solver_kernel(const __grid_con
                  args.exchange + static_cast<size_t>(index) * CtaGroup::kExchange, shared);
   float* tiles = args.plan.shared_bytes > 0 ? reinterpret_cast<float*>(dynamic_shared)
                                             : args.tiles + blockIdx.x * args.shape.tile_floats();
-  MapObjective map(args.shape, args.xq_t, args.xk_t, group,
-                   args.maps + index * args.shape.workspace_floats(ctas), tiles);
+  MapObjective map(args.shape, args.xq_t, args.xk_t, group, args.maps + index * args.shape.workspace_floats(ctas),
+                   tiles);
   DeviceProblem space(args, index, group, map);
   for (int problem = index; problem < args.problems; problem += args.plan.groups) {
     space.take_problem(problem);

@@ -15,14 +15,14 @@ struct Kernels {
                    const Operand& dmap);
 };
 
-#define CONVINIT_KERNELS(set, width, T, mark)                                                                          \
-  mark void apply_##set(const Sizes& s, const Map& map, const Operand& v, int64_t h, int64_t first, int64_t last,      \
-                        const Operand& out) {                                                                          \
-    attention::apply_map<width, T>(s, map, v, h, first, last, out);                                                    \
-  }                                                                                                                    \
-  mark void gradient_##set(const Sizes& s, const Operand& dout, const Operand& v, int64_t h, int64_t first,            \
-                           int64_t last, const Operand& dmap) {                                                        \
-    attention::map_gradient<width, T>(s, dout, v, h, first, last, dmap);                                               \
+#define CONVINIT_KERNELS(set, width, T, mark)                                                                     \
+  mark void apply_##set(const Sizes& s, const Map& map, const Operand& v, int64_t h, int64_t first, int64_t last, \
+                        const Operand& out) {                                                                     \
+    attention::apply_map<width, T>(s, map, v, h, first, last, out);                                               \
+  }                                                                                                               \
+  mark void gradient_##set(const Sizes& s, const Operand& dout, const Operand& v, int64_t h, int64_t first,       \
+                           int64_t last, const Operand& dmap) {                                                   \
+    attention::map_gradient<width, T>(s, dout, v, h, first, last, dmap);                                          \
   }
 CONVINIT_EACH_INSTRUCTION_SET(CONVINIT_KERNELS)
 

@@ -143,8 +143,7 @@ CONVINIT_INLINE void gemm_panel(int64_t rows, int64_t depth, const float* a, int
     gemm_tile<W, 6, NV>(depth, a + i * a_row, a_row, a_col, b, ldb, c + i * ldc, ldc, accumulate);
   for (; i + 2 <= rows; i += 2)
     gemm_tile<W, 2, NV>(depth, a + i * a_row, a_row, a_col, b, ldb, c + i * ldc, ldc, accumulate);
-  for (; i < rows; ++i)
-    gemm_tile<W, 1, NV>(depth, a + i * a_row, a_row, a_col, b, ldb, c + i * ldc, ldc, accumulate);
+  for (; i < rows; ++i) gemm_tile<W, 1, NV>(depth, a + i * a_row, a_row, a_col, b, ldb, c + i * ldc, ldc, accumulate);
 }
 
 // C [rows, cols] = (accumulate ? C : 0) + A B, with A(i, p) = a[i a_row + p a_col]; cols must be a multiple of W.

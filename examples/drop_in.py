@@ -37,7 +37,7 @@ from convinit.train import accuracy, batches, load_digits_split, shift_images, t
 # label: arguments of init_vit_, and whether P is enlarged with it; None: the library as it is.
 ARMS: dict[str, tuple[dict[str, str], bool] | None] = {
     "default": None,
-    "default, P enlarged": ({"method": "keep", "values": "keep"}, True),
+    "default, P enlarged": ({"method": "default", "values": "default"}, True),
     "mimetic": ({"method": "mimetic"}, False),
     "impulse": ({}, True),
     "control: scrambled": ({"method": "scrambled"}, True),

@@ -24,7 +24,6 @@ from convinit.kernels.positional_attention import (
     sum_images_kernel,
 )
 from convinit.kernels.shared_attention import apply_kernel, map_gradient_kernel
-from convinit.kernels.tiles import nothing_kernel
 
 T = TypeVar("T", Tensor, Tensor | None)
 Strides = tuple[int, ...]
@@ -225,11 +224,6 @@ def map_gradient(dout: Tensor, v: Tensor, chosen: Chosen | None = None) -> Tenso
         **tiles(config, v),
     )
     return parts.sum(0).to(v.dtype)
-
-
-def try_triton() -> None:
-    """Compiles and runs a kernel that does nothing; raises where Triton cannot."""
-    nothing_kernel[(1,)](num_warps=1)
 
 
 def tiles(config: Config, x: Tensor) -> dict[str, Any]:

@@ -9,8 +9,7 @@ A file a GPU and software, $CONVINIT_CACHE_DIR (or ~/.cache/convinit)/tuned/<GPU
     configs    [{kernel, dtype, N, r, config}]: config is a `Config` as a list, or null: without this kernel
 
 Where there is none, `sm_<capability>.json` beside this module is read: choices of the same form for GPUs of
-that capability; its machine is not compared. None is shipped yet. The first attention on a GPU reads the
-file, once.
+that capability; its machine is not compared. The first attention on a GPU reads the file, once.
 CONVINIT_TUNED=0 switches both off: PyTorch's choice, and the configurations of `configs.TABLE`.
 """
 
@@ -136,10 +135,10 @@ def of(device: int) -> Tuned:
 def _triton_starts(device: int) -> bool:
     """Whether Triton runs a kernel: it needs a C compiler, and a folder that it may write."""
     try:
-        from convinit.kernels import launch
+        from convinit.kernels.tiles import nothing_kernel
 
         with torch.cuda.device(device):
-            launch.try_triton()
+            nothing_kernel[(1,)](num_warps=1)
     except Exception as error:
         reason = str(error).strip().splitlines()[:1]
         warnings.warn(

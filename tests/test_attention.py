@@ -19,7 +19,7 @@ INITS = ["impulse", "scrambled", "norm_matched", "mimetic", "random", "default"]
 
 
 def make(variant="I", seed=0, **options):
-    options = {"init": "random"} | options
+    options = {"method": "random"} | options
     return ConvInitAttention(
         DIM, HEADS, GRID, variant=variant, generator=torch.Generator().manual_seed(seed), **options
     )
@@ -63,8 +63,8 @@ def papers_attention(module, x):
     "options",
     [
         {},
-        {"qkv_bias": True, "head_dim": 6, "scale": 0.11, "alpha": 0.7, "init": "default"},
-        {"trainable_mixing": False, "qkv_bias": True, "init": "default"},
+        {"qkv_bias": True, "head_dim": 6, "scale": 0.11, "alpha": 0.7, "method": "default"},
+        {"trainable_mixing": False, "qkv_bias": True, "method": "default"},
         {"value": False, "proj": False},
     ],
     ids=["plain", "biases", "frozen", "bare"],
@@ -83,7 +83,7 @@ def test_equals_the_papers_formula_in_value_and_gradients(variant, options):
 
 
 def test_gradcheck():
-    module = ConvInitAttention(4, 1, (2, 2), init="random", qkv_bias=True, dtype=torch.float64)
+    module = ConvInitAttention(4, 1, (2, 2), method="random", qkv_bias=True, dtype=torch.float64)
     names, parameters = zip(*module.named_parameters(), strict=True)
     x = torch.randn(2, 4, 4, dtype=torch.float64, requires_grad=True)
 
@@ -98,7 +98,7 @@ def test_gradcheck():
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_impulse_maps_look_at_their_offset(variant):
-    module = make(variant, init="impulse", peak=0.9, kernel_size=3)
+    module = make(variant, method="impulse", peak=0.9, kernel_size=3)
     targets = impulse_targets(module.offsets, GRID)
     # What the fit saw: LayerNorm(P) in the vanilla variant, whose tokens come out of a norm; else P alone.
     position = torch.zeros(TOKENS, DIM)
@@ -111,10 +111,10 @@ def test_impulse_maps_look_at_their_offset(variant):
         assert (head.argmax(dim=1) == target)[inside].all()
 
 
-@pytest.mark.parametrize("init", INITS)
+@pytest.mark.parametrize("method", INITS)
 @pytest.mark.parametrize("variant", ["I", "III"])
-def test_every_init_is_idempotent_and_pairs_offsets(variant, init):
-    options = {"init": init, "values": "mimetic", "peak": 0.7, "qkv_bias": True, "kernel_size": 3}
+def test_every_init_is_idempotent_and_pairs_offsets(variant, method):
+    options = {"method": method, "values": "mimetic", "qkv_bias": True, "kernel_size": 3}
     module = make(variant, **options)
     drawn = copy.deepcopy(module.state_dict())
     module.reset_parameters(torch.Generator().manual_seed(5))
@@ -122,7 +122,7 @@ def test_every_init_is_idempotent_and_pairs_offsets(variant, init):
     assert not torch.equal(module.state_dict()[name], drawn[name])
     module.reset_parameters(torch.Generator().manual_seed(0))
     assert all(torch.equal(value, drawn[key]) for key, value in module.state_dict().items())
-    assert torch.equal(module.offsets, make(variant, init="random", kernel_size=3).offsets)
+    assert torch.equal(module.offsets, make(variant, method="random", kernel_size=3).offsets)
     assert module(tokens()).isfinite().all()
 
 
@@ -131,13 +131,13 @@ def test_controls_have_the_weight_norm_of_the_fit():
         wq, wk = module.qk_weights()
         return (wq.norm(dim=(1, 2)) * wk.norm(dim=(1, 2))).sqrt()
 
-    fitted = norms(make(init="impulse", peak=0.8))
+    fitted = norms(make(method="impulse", peak=0.8))
     for init in ("scrambled", "norm_matched"):
-        torch.testing.assert_close(norms(make(init=init, peak=0.8)), fitted, rtol=1e-4, atol=0)
+        torch.testing.assert_close(norms(make(method=init, peak=0.8)), fitted, rtol=1e-4, atol=0)
 
 
 def test_free_maps_start_as_the_projected_ones():
-    options = {"init": "impulse", "weight_norm": 8.0, "scale": 0.3}
+    options = {"method": "impulse", "weight_norm": 8.0, "scale": 0.3}
     projected, free = make("II", **options), make("III", **options)
     torch.testing.assert_close(free.attention_map(), projected.attention_map(), rtol=1e-4, atol=1e-5)
     assert torch.equal(free.v.weight, projected.v.weight)
@@ -147,12 +147,12 @@ def test_free_maps_start_as_the_projected_ones():
 def test_the_papers_adam_sees_what_its_code_gives_it(alpha):
     """P itself in Model I, whatever alpha is; in Model III nothing: Q and K are the fit of free factors."""
     adam, offsets = Adam(steps=20), torch.tensor([[0, 1], [1, 0], [0, 0], [-1, -1]])
-    options = {"init": "impulse", "method": adam, "scale": 0.1, "offsets": offsets, "kernel_size": 3}
+    options = {"method": "impulse", "fit": adam, "scale": 0.1, "offsets": offsets, "kernel_size": 3}
     for variant, P in (("I", sincos_2d(GRID, DIM)), ("III", torch.eye(TOKENS))):
         module = make(variant, alpha=alpha, **options)
         seeded = torch.Generator().manual_seed(0)
-        sample_offsets(HEADS, 3, generator=seeded)  # drawn first, whatever is given
-        fit = fit_qk(P, offsets, GRID, DIM // HEADS, scale=0.1, method=adam, generator=seeded)
+        sample_offsets(HEADS, 3, stratified=True, generator=seeded)  # drawn first, whatever is given
+        fit = fit_qk(P, offsets, GRID, DIM // HEADS, scale=0.1, fit=adam, generator=seeded)
         wq, wk = module.qk_weights() if variant == "I" else (module.q_map, module.k_map.mT)
         torch.testing.assert_close(wq, fit.wq)
         torch.testing.assert_close(wk, fit.wk)
@@ -165,7 +165,7 @@ def test_mimetic_and_random_are_those_of_the_papers_code():
     def layer(init, variant="I", heads=8, **options):
         seeded = torch.Generator().manual_seed(0)
         return ConvInitAttention(
-            512, heads, (16, 16), head_dim=64, variant=variant, init=init, generator=seeded, **options
+            512, heads, (16, 16), head_dim=64, variant=variant, method=init, generator=seeded, **options
         )
 
     for distribution, diagonal, norm in (("uniform", 0.1407, 8.758), ("normal", 0.172, 10.15)):
@@ -185,7 +185,7 @@ def test_values_and_output_are_mimetic():
 
 
 def test_default_starts_as_linear():
-    module = make(init="default", qkv_bias=True)
+    module = make(method="default", values="default", qkv_bias=True)
     for parameter in (module.qkv.weight, module.qkv.bias, module.proj.weight, module.proj.bias):
         bound = DIM**-0.5
         assert 0.9 * bound < parameter.abs().max() <= bound
@@ -193,7 +193,7 @@ def test_default_starts_as_linear():
 
 def test_explicit_scale_is_honoured_by_fit_and_forward():
     for scale in (0.1, 1.0):
-        module = make("II", init="impulse", scale=scale, peak=0.8, kernel_size=3)
+        module = make("II", method="impulse", scale=scale, peak=0.8, kernel_size=3)
         logits = torch.log(module.attention_map()[0])
         q, k = F.linear(module.pos_embed, module.qk.weight).view(TOKENS, 2, HEADS, -1).permute(1, 2, 0, 3)
         expected = F.log_softmax(scale * q @ k.mT, dim=-1)
@@ -207,7 +207,7 @@ def test_explicit_scale_is_honoured_by_fit_and_forward():
 def test_set_qk():
     wq, wk = torch.randn(2, HEADS, DIM, 8)
     offsets = torch.ones(HEADS, 2, dtype=torch.int64)
-    module = make(init="default", qkv_bias=True).set_qk_(wq, wk, offsets)
+    module = make(method="default", values="default", qkv_bias=True).set_qk_(wq, wk, offsets)
     assert torch.equal(module.qk_weights()[0], wq) and torch.equal(module.qk_weights()[1], wk)
     assert torch.equal(module.offsets, offsets)
     assert not module.qkv.bias[: 2 * DIM].any() and module.qkv.bias[2 * DIM :].all()
@@ -219,7 +219,7 @@ def test_set_qk():
 
 def test_own_position_embedding():
     position = nn.functional.layer_norm(torch.randn(TOKENS, DIM), (DIM,))
-    module = make("II", init="impulse", peak=0.9, kernel_size=3, pos_embed=position)
+    module = make("II", method="impulse", peak=0.9, kernel_size=3, pos_embed=position)
     assert torch.equal(module.pos_embed, position) and "pos_embed" in module.state_dict()
     targets = impulse_targets(module.offsets, GRID)
     hits = (module.attention_map()[0].argmax(dim=2) == targets)[targets >= 0]
@@ -245,13 +245,13 @@ def test_frozen_mixing_does_not_train():
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_meta_then_to_empty_then_reset(variant):
     module = ConvInitAttention(
-        DIM, HEADS, GRID, variant=variant, init="impulse", kernel_size=3, device="meta"
+        DIM, HEADS, GRID, variant=variant, method="impulse", kernel_size=3, device="meta"
     )
     assert all(t.is_meta for t in (*module.parameters(), *module.buffers()))
     module.to_empty(device="cpu")
     module.pos_embed.fill_(float("nan"))
     module.reset_parameters(torch.Generator().manual_seed(0))
-    expected = make(variant, init="impulse", kernel_size=3)
+    expected = make(variant, method="impulse", kernel_size=3)
     assert torch.equal(module.pos_embed, expected.pos_embed)
     torch.testing.assert_close(module(tokens()), expected(tokens()), rtol=0, atol=0)
 
@@ -268,11 +268,11 @@ def test_copies(variant):
 
 def test_draws_come_from_the_given_generator_alone():
     torch.manual_seed(0)
-    module = ConvInitAttention(DIM, HEADS, GRID, init="random")
-    expected = make(init="random")
+    module = ConvInitAttention(DIM, HEADS, GRID, method="random")
+    expected = make(method="random")
     assert torch.equal(module.qkv.weight, expected.qkv.weight)
     state = torch.get_rng_state()
-    make(init="impulse", values="mimetic")
+    make(method="impulse", values="mimetic")
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -300,20 +300,20 @@ def test_compiles_into_one_graph(variant):
 
 def test_given_offsets_are_kept():
     offsets = torch.tensor([[0, 1], [1, 0], [-1, 0], [0, 0]])
-    module = make("II", init="impulse", offsets=offsets)
+    module = make("II", method="impulse", offsets=offsets)
     module.reset_parameters(torch.Generator().manual_seed(5))
     assert torch.equal(module.offsets, offsets)
     targets = impulse_targets(offsets, GRID)
     assert (module.attention_map()[0].argmax(-1) == targets)[targets >= 0].all()
     with pytest.raises(ValueError, match=r"offsets must be \[4, 2\]"):
-        make("II", init="impulse", offsets=offsets[:3])
+        make("II", method="impulse", offsets=offsets[:3])
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_state_loads_into_a_module_that_was_on_the_meta_device(variant):
-    source = make(variant, init="impulse")
+    source = make(variant, method="impulse")
     with torch.device("meta"):
-        module = make(variant, init="impulse")
+        module = make(variant, method="impulse")
     module.to_empty(device="cpu")
     module.pos_embed.fill_(float("nan"))
     module.load_state_dict(source.state_dict())
@@ -323,7 +323,7 @@ def test_state_loads_into_a_module_that_was_on_the_meta_device(variant):
 
 def test_papers_adam_is_fitted_layer_by_layer():
     """Its first weights depend on the heads of a layer, and so not on how many layers are drawn together."""
-    layers = [make(init="impulse", method=Adam(steps=1)) for _ in range(6)]
+    layers = [make(method="impulse", fit=Adam(steps=1)) for _ in range(6)]
     alone = layers[0].qk_weights()[0].norm()
     reset_mixing_(layers, torch.Generator().manual_seed(0))
     torch.testing.assert_close(layers[0].qk_weights()[0].norm(), alone, rtol=0.05, atol=0)
@@ -333,9 +333,9 @@ def test_papers_adam_is_fitted_layer_by_layer():
     ("options", "message"),
     [
         ({"attn_drop": 1.5}, "attn_drop must be at least 0 and below 1"),
-        ({"head_dim": 64, "init": "impulse"}, "head_dim must be at most dim = 32"),
+        ({"head_dim": 64, "method": "impulse"}, "head_dim must be at most dim = 32"),
         (
-            {"head_dim": 24, "init": "mimetic", "variant": "III"},
+            {"head_dim": 24, "method": "mimetic", "variant": "III"},
             "head_dim must be at most tokens of grid_size = 20",
         ),
     ],
@@ -379,14 +379,22 @@ def test_empty_batch():
     ("options", "message"),
     [
         ({"variant": "IV"}, "variant must be one of vanilla, I, II, III"),
-        ({"init": "impulses"}, "init must be one of impulse"),
+        ({"method": "impulses"}, "method must be one of impulse"),
         ({"values": "random"}, "values must be one of"),
         ({"padding_mode": "same"}, "padding_mode must be one of"),
         ({"alpha": 1.5}, "alpha must be 0 to 1"),
-        ({"alpha": 1.0, "init": "impulse"}, "alpha must be below 1"),
+        ({"alpha": 1.0, "method": "impulse"}, "alpha must be below 1"),
         ({"scale": -0.1}, "scale must be positive and finite"),
         ({"value": False, "head_dim": 16}, "value and proj must both be True"),
-        ({"proj": False, "values": "mimetic"}, "value and proj must be True"),
+        ({"method": "mimetic", "peak": 0.5}, "peak must be None with method='mimetic'"),
+        (
+            {"method": "impulse", "fit": "svd", "weight_norm": 5.0},
+            "weight_norm must be None with .* fit='svd'",
+        ),
+        ({"method": "impulse", "peak": 0.5, "weight_norm": 5.0}, "weight_norm or peak, not both"),
+        ({"method": "position_only"}, '"default" is that control'),
+        ({"offsets": "drawn"}, 'offsets must be None, "random", "fixed" or a tensor'),
+        ({"offsets": "fixed", "kernel_size": 5}, "kernel_size must be 3 with"),
         ({"pos_embed": torch.zeros(TOKENS, 8)}, r"pos_embed must be \[20, 32\]"),
         ({"kernel_size": 4}, "kernel_size must be odd"),
         ({"qk_norm": True}, "qk_norm must be False"),

@@ -22,8 +22,8 @@ for package in ("pytest_benchmark", "pandas", "matplotlib"):
     pytest.importorskip(package)
 
 import compare  # noqa: E402
+import docs_table  # noqa: E402
 import machine  # noqa: E402
-import readme_table  # noqa: E402
 import report  # noqa: E402
 import results  # noqa: E402
 import run as suites  # noqa: E402
@@ -425,25 +425,25 @@ def test_compare_names_other_machines_and_what_broke(result_file, tmp_path, caps
     assert compare_files(tmp_path / "none.json", new, capsys=capsys, monkeypatch=monkeypatch)[0] == 2
 
 
-def test_readme_table_says_what_the_results_say(result_file):
-    text = f"a\n{readme_table.START}\nold\n{readme_table.END}\nb\n"
-    line = readme_table.Line("A vector", "other", "p", "eager")
-    found = readme_table.replaced(text, [result_file], [line])
+def test_the_table_says_what_the_results_say(result_file):
+    text = f"a\n{docs_table.START}\nold\n{docs_table.END}\nb\n"
+    line = docs_table.Line("A vector", "other", "p", "eager")
+    found = docs_table.replaced(text, [result_file], [line])
     frame = results.load([result_file])
     row = frame[(frame["op"] == "other") & (frame["competitor"] == "convinit")].iloc[0]
-    assert f"| A vector | {readme_table.time(row['median_ms'])} | eager: " in found and "old" not in found
+    assert f"| A vector | {docs_table.time(row['median_ms'])} | eager: " in found and "old" not in found
     assert f"{row['ratio']:.3g} ({row['ratio_q20']:.3g} to {row['ratio_q80']:.3g}) |" in found
-    assert readme_table.replaced(found, [result_file], [line]) == found
+    assert docs_table.replaced(found, [result_file], [line]) == found
     with pytest.raises(ValueError, match="no timed row of 'wrong'"):
-        readme_table.replaced(text, [result_file], [line._replace(theirs="wrong")])
+        docs_table.replaced(text, [result_file], [line._replace(theirs="wrong")])
     with pytest.raises(ValueError, match="must hold"):
-        readme_table.replaced("no marks", [], [])
+        docs_table.replaced("no marks", [], [])
 
 
-def test_readme_is_what_the_committed_results_say():
-    text = report.README.read_text()
+def test_the_page_is_what_the_committed_results_say():
+    text = report.PAGE.read_text()
     committed = sorted((BENCHMARKS / "results").rglob("*.json"))
-    assert readme_table.replaced(text, committed) == text, "run python benchmarks/report.py --readme"
+    assert docs_table.replaced(text, committed) == text, "run python benchmarks/report.py --docs"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -79,7 +79,7 @@ def test_transformers(tmp_path, caplog):
     losses = [each["step"] for each in trainer.state.log_history if "loss" in each]
     assert losses == [2, 4]
     report = json.loads((tmp_path / "init_report.json").read_text())
-    assert len(report["heads"]) == 4 and "2 layers, 4 heads by 'newton'" in caplog.text
+    assert len(report["heads"]) == 4 and "2 layers, 4 heads by 'impulse'" in caplog.text
 
 
 def test_transformers_counts_optimizer_steps(tmp_path):

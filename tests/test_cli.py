@@ -18,10 +18,10 @@ from typer.testing import CliRunner
 
 import convinit
 from convinit import viz
-from convinit.adapters.request import UNFITTED
 from convinit.cli.app import app
-from convinit.fit.api import DEFAULT_PEAK, METHODS
+from convinit.fit.api import DEFAULT_PEAK, SOLVERS
 from convinit.fit.result import attention_maps
+from convinit.init.options import METHODS
 from convinit.nn import sincos_2d
 from convinit.serve import FORMATS
 
@@ -66,7 +66,7 @@ def test_help_names_what_the_library_takes():
     plot, fit, export = (
         re.sub(r"[│\s]+", " ", invoke(name, "--help").output) for name in ("plot", "fit", "export")
     )
-    assert ", ".join((*METHODS, *UNFITTED)) in plot
+    assert ", ".join(METHODS) in plot and all(name in plot for name in SOLVERS)
     assert f"[default: ({DEFAULT_PEAK})]" in fit and f"[default: ({DEFAULT_PEAK})]" in plot
     assert all(name in export for name in FORMATS)
 
@@ -156,14 +156,14 @@ def test_fit_writes_weights_that_make_the_maps(tmp_path):
     assert (out / "filters.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("method", [["adam", "--steps", "5"], ["svd", "--weight-norm", "3"]])
-def test_fit_by_the_papers_methods(method, tmp_path):
-    result = invoke("fit", *SMALL_FIT, "--method", *method, "--pos-embed", "learned", "--out", tmp_path)
+@pytest.mark.parametrize("solver", [["adam", "--steps", "5"], ["svd", "--weight-norm", "3"]])
+def test_fit_by_the_papers_solvers(solver, tmp_path):
+    result = invoke("fit", *SMALL_FIT, "--fit", *solver, "--pos-embed", "learned", "--out", tmp_path)
     assert result.exit_code == 0, result.output
     norms = load_file(tmp_path / "weights.safetensors")["weight_norm"]
-    if method[0] == "svd":
+    if solver[0] == "svd":
         torch.testing.assert_close(norms, torch.full((3, 2), 3.0, dtype=torch.float64))
-    assert json.loads((tmp_path / "fit.json").read_text())["settings"]["method"] == method[0]
+    assert json.loads((tmp_path / "fit.json").read_text())["settings"]["fit"] == solver[0]
 
 
 def test_fit_reads_position_embeddings_from_files(tmp_path):
@@ -198,16 +198,16 @@ def test_files_that_hold_code_are_not_run(tmp_path):
         (["fit", "--heads", "0"], "--heads must be at least 1, got 0"),
         (["fit", "-f", "4"], "--kernel-size must be odd"),
         (["fit", "--peak", "0.5", "--weight-norm", "3"], "--weight-norm or --peak, not both"),
-        (["fit", "--steps", "5"], "steps belongs to method adam, got method newton"),
+        (["fit", "--steps", "5"], "steps belongs to fit adam, got fit newton"),
         (["fit", "--pos-embed", "nothing.pt"], "'nothing.pt', which is no file"),
         (["fit", "--pos-embed", __file__], "not a .npy, .safetensors, .pt or .pth file"),
         (["demo", "--arm", "nix"], "--arm must be among default, mimetic-vo, "),
-        (["plot"], "give --model with a name of timm, or --fit with a folder"),
+        (["plot"], "give --model with a name of timm, or --fitted with a folder"),
         (
-            ["plot", "--fit", "nothing"],
+            ["plot", "--fitted", "nothing"],
             "folder of convinit fit --out, got 'nothing' without weights.safetensors",
         ),
-        (["plot", "--fit", "nothing", "--option", "depth=2"], "belong to --model, not to --fit"),
+        (["plot", "--fitted", "nothing", "--option", "depth=2"], "belong to --model, not to --fitted"),
         (["demo", "--epochs", "0"], "epochs must be at least 1, got 0"),
         (["demo", "--jobs", "0"], "jobs must be at least 1, got 0"),
         (["demo", "--train-images", "2000"], "--train-images must be below 1797"),
@@ -316,7 +316,7 @@ def tiny_vit():
 
 
 def test_plot_shows_a_model_before_and_after(tiny_vit, tmp_path, monkeypatch):
-    report = convinit.init_vit_(tiny_vit, method="keep", values="keep")
+    report = convinit.init_vit_(tiny_vit, method="default", values="default")
     torch.save(
         {"state_dict": {f"module.{k}": v for k, v in tiny_vit.state_dict().items()}}, tmp_path / "a.pt"
     )
@@ -359,11 +359,11 @@ def test_plot_of_wrong_weights(tiny_vit, tmp_path):
 
 def test_plot_of_a_fit(tmp_path):
     assert invoke("fit", *SMALL_FIT, "--out", tmp_path / "fit").exit_code == 0
-    result = invoke("plot", "--fit", tmp_path / "fit", "--radius", "1", "--out", tmp_path / "new" / "out")
+    result = invoke("plot", "--fitted", tmp_path / "fit", "--radius", "1", "--out", tmp_path / "new" / "out")
     assert result.exit_code == 0, result.output
     assert {path.name for path in (tmp_path / "new" / "out").iterdir()} == {"filters.png", "maps.png"}
     (tmp_path / "fit" / "weights.safetensors").write_bytes(b"\x00\x01")
-    result = invoke("plot", "--fit", tmp_path / "fit", "--out", tmp_path / "out")
+    result = invoke("plot", "--fitted", tmp_path / "fit", "--out", tmp_path / "out")
     assert result.exit_code == 2 and "was not written by convinit fit" in result.stderr
 
 

@@ -14,7 +14,7 @@ from convinit import viz
 STEPS = 5
 
 
-def build(seed: int = 0, method: str = "newton"):
+def build(seed: int = 0, method: str = "impulse"):
     model = convinit.models.SimpleViT(
         image_size=(8, 10), patch_size=2, num_classes=3, dim=32, depth=2, num_heads=3, head_dim=16,
         mlp_dim=32, variant="vanilla", generator=torch.Generator().manual_seed(seed),

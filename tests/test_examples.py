@@ -37,5 +37,5 @@ def test_a_librarys_model_is_initialised_and_learns(name, library, capsys):
 
 def test_an_adapter_for_an_unknown_model(capsys):
     text = printed("own_adapter.py", capsys)
-    assert "4 layers, 16 heads by 'newton'" in text
+    assert "4 layers, 16 heads by 'impulse'" in text
     assert float(re.search(r"on synthetic images (\d\.\d+) of the 0.70 asked", text)[1]) > 0.65

@@ -9,6 +9,9 @@ from torch import nn
 
 pytest.importorskip("accelerate")
 
+from typer.testing import CliRunner
+
+from convinit.cli.app import app
 from convinit.models import ConvMixer, SimpleViT
 from convinit.ops.fused import fused_positional_attention
 from convinit.serve import export
@@ -45,11 +48,11 @@ MODELS = {
     "I": lambda: vit(),
     "I, frozen": lambda: vit(trainable_mixing=False, value=False, proj=False),
     "II": lambda: vit(variant="II"),
-    "III": lambda: vit(variant="III", init="random"),
+    "III": lambda: vit(variant="III", method="random"),
     "mixer": lambda: mixer(),
-    "mixer, frozen impulses": lambda: mixer(init="impulse", trainable_mixing=False),
-    "mixer, shared softmax": lambda: mixer(init="softmax", num_filters=3, share_layers=True),
-    "mixer, matrices": lambda: mixer(init="permutation", matrix_form=True, num_filters=3),
+    "mixer, frozen impulses": lambda: mixer(method="impulse", trainable_mixing=False),
+    "mixer, shared softmax": lambda: mixer(method="softmax", num_filters=3, share_layers=True),
+    "mixer, matrices": lambda: mixer(method="permutation", matrix_form=True, num_filters=3),
     "timm's vit": lambda: timm_model(
         "vit_tiny_patch16_224", img_size=8, patch_size=2, depth=1, embed_dim=16, num_heads=2
     ),
@@ -195,3 +198,9 @@ def test_missing_packages_name_the_extra(missing, tmp_path, monkeypatch):
     with pytest.raises(ImportError, match=rf"needs {missing}, .*pip install 'convinit\[export\]'"):
         export(vit(depth=0), tmp_path / "m.onnx", SHAPE)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_mistyped_ending_makes_no_folder(tmp_path):
+    done = CliRunner().invoke(app, ["export", str(tmp_path), "--out", str(tmp_path / "model.onx")])
+    assert done.exit_code == 2 and "did you mean .onnx?" in " ".join(done.output.split())
+    assert not any(tmp_path.iterdir())

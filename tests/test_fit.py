@@ -82,7 +82,7 @@ def test_learned_embedding(generator):
     fit = fit_qk(P, window(3), (14, 14), 64, scale=1 / 8, weight_norm=7.0)
     assert fit.peak.mean() >= 0.97
     assert (fit.hit_rate == 1).all()
-    svd = fit_qk(P, window(3), (14, 14), 64, scale=1 / 8, method="svd", generator=generator)
+    svd = fit_qk(P, window(3), (14, 14), 64, scale=1 / 8, fit="svd", generator=generator)
     torch.testing.assert_close(svd.weight_norm, fit.weight_norm)
     assert (fit.mse < svd.mse).all()
     centre = (window(3) == 0).all(dim=1)
@@ -173,12 +173,12 @@ def test_heads_with_one_offset_share_the_map_not_the_weights(generator):
     assert fit.wq[0].norm(dim=0).max() < 3 * fit.wq[0].norm() / 32**0.5
 
 
-@pytest.mark.parametrize("method", ["newton", Adam(steps=3), "svd"])
-def test_one_seed_one_result(method):
+@pytest.mark.parametrize("solver", ["newton", Adam(steps=3), "svd"])
+def test_one_seed_one_result(solver):
     def run(seed):
         generator = torch.Generator().manual_seed(seed)
         offsets = sample_offsets(4, 3, generator=generator)
-        return fit_qk(sincos((6, 6), 32), offsets, (6, 6), 8, scale=0.3, method=method, generator=generator)
+        return fit_qk(sincos((6, 6), 32), offsets, (6, 6), 8, scale=0.3, fit=solver, generator=generator)
 
     first, again, other = run(1), run(1), run(2)
     assert torch.equal(first.wq, again.wq)
@@ -219,9 +219,9 @@ def test_one_seed_one_result_with_any_number_of_threads(P, goal):
     assert torch.equal(fits[0].wk, fits[1].wk)
 
 
-@pytest.mark.parametrize("method", ["newton", Adam(steps=2), "svd"])
-def test_default_device_does_not_matter(method):
-    arguments = {**GOOD, "method": method}
+@pytest.mark.parametrize("solver", ["newton", Adam(steps=2), "svd"])
+def test_default_device_does_not_matter(solver):
+    arguments = {**GOOD, "fit": solver}
     expected = fit_qk(**arguments, generator=torch.Generator().manual_seed(0))
     with torch.device("meta"):
         fit = fit_qk(**arguments, generator=torch.Generator().manual_seed(0))
@@ -283,10 +283,10 @@ def test_fit_targets_fits_permutations(generator):
     assert (fit.peak - 0.9).abs().max() < 0.01
 
 
-@pytest.mark.parametrize("method", ["newton", Adam(steps=1), "svd"])
-def test_no_heads(method):
+@pytest.mark.parametrize("solver", ["newton", Adam(steps=1), "svd"])
+def test_no_heads(solver):
     offsets = torch.empty(0, 2, dtype=torch.int64)
-    fit = fit_qk(sincos((4, 4), 16), offsets, (4, 4), 8, scale=0.3, method=method)
+    fit = fit_qk(sincos((4, 4), 16), offsets, (4, 4), 8, scale=0.3, fit=solver)
     assert fit.wq.shape == (0, 16, 8)
     assert fit.attention_map().shape == (0, 16, 16)
     assert "0 heads" in repr(fit)
@@ -297,7 +297,7 @@ def test_adam_follows_autograd_step_by_step():
     P, targets = sincos((4, 4), 16, torch.float64), torch.tensor([[*range(1, 16), -1], [*range(16)]])
     method = Adam(lr=1e-2, steps=5, norm_interval=2)
     seeded = torch.Generator().manual_seed(0)
-    wq, wk = fit_adam(P, targets, 4, scale=0.3, method=method, generator=seeded, device=torch.device("cpu"))
+    wq, wk = fit_adam(P, targets, 4, scale=0.3, options=method, generator=seeded, device=torch.device("cpu"))
 
     generator, bound = torch.Generator().manual_seed(0), (1 / (4 * 2)) ** 0.5
     q = torch.empty(2, 16, 4).uniform_(-bound, bound, generator=generator).double().requires_grad_()
@@ -326,9 +326,9 @@ def test_adam_follows_autograd_step_by_step():
         {"weight_norm": 8.77},
         {
             "peak": 0.8,
-            "method": Newton(tolerance=1e-3),
+            "fit": Newton(tolerance=1e-3),
         },  # looser, they may stop 2 % apart
-        {"method": Adam(steps=250)},
+        {"fit": Adam(steps=250)},
     ],
 )
 def test_fit_on_cuda_is_that_on_the_cpu(goal):
@@ -350,7 +350,7 @@ def test_adam_reproduces_the_papers_fit():
     """All 10,000 steps; minutes. The papers' code gave the figures in tests/data/official_fit.json."""
     offsets = torch.tensor([head["offset"] for head in OFFICIAL["heads"]])
     generator = torch.Generator().manual_seed(0)
-    fit = fit_qk(sincos((16, 16), 512), offsets, (16, 16), 64, scale=0.1, method="adam", generator=generator)
+    fit = fit_qk(sincos((16, 16), 512), offsets, (16, 16), 64, scale=0.1, fit="adam", generator=generator)
     official = torch.tensor([head["mse"] for head in OFFICIAL["heads"]], dtype=torch.float64)
     torch.testing.assert_close(fit.mse, official, rtol=0.05, atol=0)
 
@@ -360,11 +360,11 @@ def test_adam_fits_layers_together_as_each_alone():
     P, offsets = sincos((6, 6), 64), sample_offsets(8, 3, generator=torch.Generator().manual_seed(3))
     generator = torch.Generator().manual_seed(0)
     alone = [
-        fit_qk(P, part, (6, 6), 16, scale=0.25, method=Adam(steps=20), generator=generator)
+        fit_qk(P, part, (6, 6), 16, scale=0.25, fit=Adam(steps=20), generator=generator)
         for part in offsets.split(4)
     ]
     together = fit_qk(
-        P, offsets, (6, 6), 16, scale=0.25, method=Adam(steps=20, heads=4),
+        P, offsets, (6, 6), 16, scale=0.25, fit=Adam(steps=20, heads=4),
         generator=torch.Generator().manual_seed(0),
     )  # fmt: skip
     for name in ("wq", "wk"):
@@ -382,7 +382,7 @@ def test_adam_is_not_done_twice(monkeypatch):
 
     def fit(seed, scale=0.3):
         seeded = torch.Generator().manual_seed(seed)
-        return fit_qk(P, offsets, (5, 5), 8, scale=scale, method=method, generator=seeded).wq
+        return fit_qk(P, offsets, (5, 5), 8, scale=scale, fit=method, generator=seeded).wq
 
     first = fit(0)
     expected = first.clone()
@@ -399,7 +399,7 @@ def test_svd_fits_a_norm_that_pos_embed_gain_does_not_change():
 
     def product(P):
         seeded = torch.Generator().manual_seed(5)
-        fit = fit_qk(P, offsets, (8, 8), 32, scale=0.2, method="svd", generator=seeded)
+        fit = fit_qk(P, offsets, (8, 8), 32, scale=0.2, fit="svd", generator=seeded)
         return fit.wq @ fit.wk.mT
 
     expected = product(torch.nn.functional.layer_norm(P, [96]))
@@ -411,7 +411,7 @@ def test_svd_inverts_the_wanted_logits():
     """Rank D: the pseudo-inverse is exact, so W_q W_k^T is P+ L P+^T up to its scale."""
     P, offsets = sincos((4, 4), 16, torch.float64), torch.tensor([[0, 1]])
     method = SVD(impulse_logit=50.0, noise=2.0, weight_norm=3.0)
-    fit = fit_qk(P, offsets, (4, 4), 16, scale=0.3, method=method, generator=torch.Generator().manual_seed(0))
+    fit = fit_qk(P, offsets, (4, 4), 16, scale=0.3, fit=method, generator=torch.Generator().manual_seed(0))
     logits = torch.empty(1, 16, 16, dtype=torch.float64)
     torch.nn.init.trunc_normal_(logits, std=0.6, generator=torch.Generator().manual_seed(0)).mul_(2.0)
     M = impulse_matrix(offsets, (4, 4), dtype=torch.float64)
@@ -492,13 +492,13 @@ GOOD = {"pos_embed": P44, "offsets": torch.tensor([[0, 1]]), "grid_size": (4, 4)
         ({"scale": -0.1}, ValueError, "scale must be positive and finite, got -0.1"),
         ({"scale": float("nan")}, ValueError, "scale must be positive"),
         ({"scale": None}, TypeError, "scale must be a number"),
-        ({"method": "sgd"}, ValueError, "method must be one of newton, adam, svd.*'sgd'"),
+        ({"fit": "sgd"}, ValueError, "fit must be one of newton, adam, svd.*'sgd'"),
         ({"weight_norm": 0.0}, ValueError, "weight_norm must be positive"),
         ({"weight_norm": torch.ones(2)}, ValueError, r"weight_norm must be a number or a.*got \[2\]"),
         ({"peak": 1.0}, ValueError, "peak must be below 1"),
         ({"peak": -0.5}, ValueError, "peak must be positive"),
         ({"peak": 0.5, "weight_norm": 3.0}, ValueError, "weight_norm or peak, not both"),
-        ({"peak": 0.5, "method": "svd"}, ValueError, "belong to method 'newton'"),
+        ({"peak": 0.5, "fit": "svd"}, ValueError, "belong to fit='newton'"),
         ({"padding_mode": "same"}, ValueError, "padding_mode must be one of"),
         ({"generator": 0}, TypeError, "generator must be a torch.Generator"),
     ],
@@ -523,6 +523,17 @@ def test_target_errors(targets, error, message):
 
 
 def test_options_are_honoured():
-    loose = fit_qk(**GOOD, weight_norm=4.0, method=Newton(max_iterations=0))
+    loose = fit_qk(**GOOD, weight_norm=4.0, fit=Newton(max_iterations=0))
     tight = fit_qk(**GOOD, weight_norm=4.0)
     assert (tight.mse < loose.mse).all()
+
+
+def test_a_missing_norm_is_named():
+    P, offsets = 0.02 * learned(49, 96), window(3)  # as it was drawn
+    with pytest.warns(UserWarning, match=r"rms 0\.0.*norm 1\d\d.*LayerNorm\(P\)") as caught:
+        fit_qk(P, offsets, (7, 7), 32, scale=32**-0.5)
+    assert caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fit_qk(F.layer_norm(P, (96,)), offsets, (7, 7), 32, scale=32**-0.5)
+        fit_qk(P, offsets, (7, 7), 32, scale=32**-0.5, weight_norm=150.0)  # which was asked for

@@ -165,7 +165,7 @@ def test_explicit_triton_never_falls_back(monkeypatch):
     with pytest.raises(ValueError, match="needs tensors on a CUDA device, got cpu"):
         positional_attention(q, k, v, backend="triton")
     with pytest.raises(ValueError, match="needs tensors on a CUDA device, got cpu"):
-        ConvInitAttention(8, 2, (2, 2), init="random", backend="triton")(torch.randn(1, 4, 8))
+        ConvInitAttention(8, 2, (2, 2), method="random", backend="triton")(torch.randn(1, 4, 8))
     monkeypatch.setattr(fused, "HAS_TRITON", False)
     with pytest.raises(RuntimeError, match="Triton, which is not installed"):
         shared_attention(*pos, v, backend="triton")
@@ -176,7 +176,7 @@ def test_explicit_triton_never_falls_back(monkeypatch):
         with pytest.raises(ValueError, match="backend must be one of auto, triton, native, sdpa, eager"):
             f("flash")
     with pytest.raises(ValueError, match="backend must be one of"):
-        ConvInitAttention(8, 2, (2, 2), init="random", backend="flash")
+        ConvInitAttention(8, 2, (2, 2), method="random", backend="flash")
 
 
 def test_triton_is_imported_by_nothing_but_its_kernels():

@@ -133,7 +133,7 @@ def test_forward_mode_derivatives():
     """Of the op, and of a layer of frozen impulse filters in its input and in its weight."""
     x, offsets, gain, bias = problem((2, 5, 3, 4), torch.float64)
     tangents = [torch.randn_like(y) for y in (x, gain, bias)]
-    layer = convinit.nn.SpatialConv(5, 3, init="impulse", trainable=False, dtype=torch.float64)
+    layer = convinit.nn.SpatialConv(5, 3, method="impulse", trainable=False, dtype=torch.float64)
     weight, dw = layer.weight.detach(), torch.randn_like(layer.weight)
     with forward_ad.dual_level():
         dx, dg, db = (forward_ad.make_dual(y, t) for y, t in zip((x, gain, bias), tangents, strict=True))

@@ -17,6 +17,7 @@ import convinit
 from convinit.adapters import AdditiveLayout
 from convinit.adapters.find import find_layouts
 from convinit.adapters.layout import Slot
+from convinit.adapters.subspace import row_space, smooth_position
 from convinit.nn import sincos_2d
 
 SIDE = 64  # pixels, in patches of 8
@@ -273,7 +274,7 @@ def test_nothing_but_the_position_is_in_its_subspace():
 
 def test_controls_differ_in_queries_and_keys_alone():
     weights = {}
-    for method in ("newton", "scrambled", "norm_matched", "position_only"):
+    for method in ("impulse", "scrambled", "norm_matched", "position_only"):
         model = timm_vit()
         report = quietly(model, method=method)
         weights[method] = dict(model.named_parameters())
@@ -281,7 +282,7 @@ def test_controls_differ_in_queries_and_keys_alone():
             fresh = timm_vit().blocks[0].attn.qkv.weight[:96]
             assert torch.equal(model.blocks[0].attn.qkv.weight[:96], fresh)
             assert report.records[0].targets is None
-    for name, value in weights["newton"].items():
+    for name, value in weights["impulse"].items():
         for control in ("scrambled", "norm_matched", "position_only"):
             other = weights[control][name]
             if name.endswith("qkv.weight"):
@@ -404,7 +405,7 @@ def test_heads_get_their_impulses(name):
 def test_rotary_models_get_theirs_through_biases(name):
     model = ROTARY[name]()
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    report = quietly(model, values="keep", images=torch.randn(2, 3, SIDE, SIDE))
+    report = quietly(model, values="default", images=torch.randn(2, 3, SIDE, SIDE))
     peaks = torch.cat([record.peak for record in report.records])
     assert (peaks > 0.6).all() and 0.65 < peaks.mean() < 0.72
     assert all((record.hit_rate > 0.95).all() for record in report.records)
@@ -413,7 +414,7 @@ def test_rotary_models_get_theirs_through_biases(name):
     assert changed and all(key.endswith("bias") for key in changed)
 
 
-@pytest.mark.parametrize("values", ["keep", "mimetic"])
+@pytest.mark.parametrize("values", ["default", "mimetic"])
 def test_nothing_else_changes(values):
     model = timm_vit()
     before = {key: value.clone() for key, value in model.state_dict().items()}
@@ -427,7 +428,7 @@ def test_nothing_else_changes(values):
     for i in range(3):
         key = f"blocks.{i}.attn.qkv.weight"
         same = torch.equal(model.state_dict()[key][96:], before[key][96:])
-        assert same == (values == "keep")
+        assert same == (values == "default")
 
 
 def test_mimetic_values_and_biases():
@@ -479,12 +480,12 @@ def test_qk_norm_sets_the_peak_by_its_own_weights():
 
 def test_controls_under_qk_norm_have_the_temperature_of_the_impulses():
     weights = {}
-    for method in ("newton", "scrambled", "norm_matched"):
+    for method in ("impulse", "scrambled", "norm_matched"):
         model = timm_vit(qk_norm=True)
         quietly(model, method=method, pos_embed_gain=60.0)
         weights[method] = [float(block.attn.q_norm.weight[0].detach()) for block in model.blocks]
-    assert weights["newton"] == weights["scrambled"] == weights["norm_matched"]
-    assert all(0.5 < weight < 2 for weight in weights["newton"])
+    assert weights["impulse"] == weights["scrambled"] == weights["norm_matched"]
+    assert all(0.5 < weight < 2 for weight in weights["impulse"])
 
 
 @pytest.mark.parametrize("copied", ["deepcopy", "pickle"])
@@ -504,7 +505,7 @@ def test_position_embedding_that_is_not_saved():
     model, new = vit_pytorch("SimpleViT"), vit_pytorch("SimpleViT")
     with pytest.warns(UserWarning, match="not in its state_dict"):
         convinit.init_vit_(model, pos_embed_gain=4.0)
-    quietly(new, method="keep", values="keep", pos_embed_gain=4.0)
+    quietly(new, method="default", values="default", pos_embed_gain=4.0)
     new.load_state_dict(model.state_dict())
     images = torch.randn(2, 3, SIDE, SIDE)
     assert torch.equal(new(images), model(images))
@@ -582,16 +583,14 @@ def test_layers(layers, chosen):
         assert torch.equal(block.attn.qkv.weight, other.attn.qkv.weight) == (i not in chosen)
 
 
-@pytest.mark.parametrize("method", ["mimetic", "scrambled", "norm_matched", "svd", "keep", "adam"])
+@pytest.mark.parametrize("method", ["mimetic", "scrambled", "norm_matched", "random", "default"])
 def test_other_initialisations(method):
-    options = {} if method != "adam" else {"layers": 0}
-    chosen = convinit.fit.Adam(steps=20) if method == "adam" else method
-    impulse = quietly(timm_vit(), **options)
+    impulse = quietly(timm_vit())
     model = timm_vit()
-    report = quietly(model, method=chosen, **options)
+    report = quietly(model, method=method)
     peak = torch.cat([record.peak for record in report.records])
     norm, other = (torch.cat([record.weight_norm for record in each.records]) for each in (report, impulse))
-    if method in ("mimetic", "keep"):
+    if method in ("mimetic", "random", "default"):
         assert peak.isnan().all() and report.records[0].targets is None
     if method in ("scrambled", "norm_matched"):
         shares = [
@@ -603,16 +602,52 @@ def test_other_initialisations(method):
         targets = report.records[0].targets
         assert torch.equal(targets.sort(dim=1).values, torch.arange(64).expand(3, -1))
         assert report.records[0].offsets is None
-    if method == "keep":
+    if method == "default":
         assert torch.equal(model.blocks[0].attn.qkv.weight[:96], timm_vit().blocks[0].attn.qkv.weight[:96])
-    if method == "svd":
-        assert (peak > 0.2).all()
+    if method == "random":
+        assert model.blocks[1].attn.qkv.weight[:96].abs().max() <= 48**-0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("grid_size", [(2, 2), (2, 3), (2, 4), (3, 3), (1, 4), (14, 14)])
+def test_a_second_call_knows_the_position_embedding_of_the_first(grid_size, dtype):
+    model = timm_vit(img_size=(8 * grid_size[0], 8 * grid_size[1]), embed_dim=192).to(dtype)
+    first = quietly(model)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    again = quietly(model)
+    after = model.state_dict()
+    assert (first.options["position"], again.options["position"]) == ("new", "subspace")
+    for name in ("pos_embed", "cls_token", "patch_embed.proj.weight", "blocks.1.mlp.fc2.weight"):
+        assert torch.equal(before[name], after[name])
+
+
+def test_rounding_adds_no_directions():
+    P = smooth_position((14, 14), 192, 64, torch.Generator().manual_seed(0))
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        assert row_space(P.to(dtype).float(), dtype).shape == (192, 64)
+
+
+def test_the_report_says_that_the_position_embedding_was_kept():
+    model = timm_vit()
+    model.blocks[0].mlp.fc2.weight.requires_grad_(False)
+    report = quietly(model)
+    assert (
+        report.options["position"] == "keep" and "kept as it is: blocks.0.mlp.fc2.weight" in report.notes[0]
+    )
+
+
+def test_the_papers_fits_leave_the_position_embedding():
+    model, P = timm_vit(), timm_vit().pos_embed
+    peaks = quietly(model, fit="svd").records[1].peak
+    assert torch.equal(model.pos_embed, P) and (peaks > 0.2).all()
+    report = quietly(model, fit=convinit.fit.Adam(steps=20), layers=0)
+    assert report.options["fit"].startswith("Adam(") and report.options["position"] == "keep"
 
 
 @pytest.mark.parametrize("variant", ["vanilla", "I", "II", "III"])
 def test_own_models(variant):
     model = convinit.models.SimpleViT(
-        32, 4, 5, dim=48, depth=2, num_heads=3, head_dim=16, mlp_dim=48, variant=variant, init="default"
+        32, 4, 5, dim=48, depth=2, num_heads=3, head_dim=16, mlp_dim=48, variant=variant, method="default"
     )
     images = torch.randn(2, 3, 32, 32)
     report = quietly(model, images=images, alpha=0.1)
@@ -865,9 +900,9 @@ def test_mlp_mixer():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"method": "sgd"}, "method must be one of newton"),
+        ({"method": "sgd"}, "method must be one of impulse"),
         ({"values": "all"}, "values must be"),
-        ({"peak": 1.0}, r"peak must lie in \(0, 1\)"),
+        ({"peak": 1.0}, r"peak must be below 1"),
         ({"peak": 0.5, "weight_norm": 3.0}, "not both"),
         ({"alpha": 0.5}, "alpha must be None for VisionTransformer"),
         ({"position": "learned"}, "position must be one of subspace, new, keep"),
@@ -880,7 +915,7 @@ def test_mlp_mixer():
         ({"pos_embed": torch.zeros(4, 48)}, "together"),
         ({"grid_size": (8, 7)}, "H·W = 64"),
         ({"padding_mode": "wrap", "pos_embed_gain": 5.0}, "padding_mode must be"),
-        ({"method": "svd", "peak": 0.5, "pos_embed_gain": 5.0}, "peak must be None"),
+        ({"fit": "svd", "peak": 0.5, "pos_embed_gain": 5.0}, "peak must be None"),
         (
             {"grid_size": (8, 8), "pos_embed": torch.randn(64, 48), "pos_embed_gain": 5.0},
             "parameter or buffer of the model",

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.slow  # a process for each
 def model(seed: int) -> SimpleViT:
     options: dict[str, Any] = {"dim": 8, "depth": 1, "num_heads": 2, "head_dim": 4, "mlp_dim": 8}
     generator = torch.Generator().manual_seed(seed)
-    return SimpleViT(4, 2, 2 + seed, init="random", generator=generator, **options).eval()
+    return SimpleViT(4, 2, 2 + seed, method="random", generator=generator, **options).eval()
 
 
 def same(one: SimpleViT, other: SimpleViT) -> bool:

@@ -48,10 +48,10 @@ def test_a_fit_is_the_same_in_all_units(size, scale):
         (P.double() * 1e200, {"scale": 1e-100}),
         (P.half(), {}),
         (P.bfloat16(), {}),
-        (P.half(), {"method": "svd"}),
-        (P.half(), {"method": Adam(steps=20)}),
+        (P.half(), {"fit": "svd"}),
+        (P.half(), {"fit": Adam(steps=20)}),
         (P, {"weight_norm": 1e-30}),
-        (P, {"method": SVD(noise_std=1e300)}),
+        (P, {"fit": SVD(noise_std=1e300)}),
     ],
 )
 def test_figures_are_those_of_the_weights_that_are_returned(pos_embed, options):
@@ -77,10 +77,10 @@ def test_figures_are_those_of_the_weights_that_are_returned(pos_embed, options):
         (P, {"weight_norm": 1e30}, "weight_norm"),
         (P, {"weight_norm": 1e300}, "weight_norm"),
         (P, {"weight_norm": 1e-300}, "weight_norm"),
-        (P, {"method": SVD(weight_norm=1e300)}, "weight_norm"),
-        (P, {"method": SVD(noise=1e308)}, "noise"),
-        (P, {"method": Adam(steps=5, lr=1e30)}, "lr=1e\\+30.*learning rate"),
-        (P, {"method": Adam(steps=5), "scale": 1e39}, "scale"),
+        (P, {"fit": SVD(weight_norm=1e300)}, "weight_norm"),
+        (P, {"fit": SVD(noise=1e308)}, "noise"),
+        (P, {"fit": Adam(steps=5, lr=1e30)}, "lr=1e\\+30.*learning rate"),
+        (P, {"fit": Adam(steps=5), "scale": 1e39}, "scale"),
     ],
 )
 def test_what_a_dtype_does_not_hold_is_an_error(pos_embed, options, names):
@@ -153,7 +153,7 @@ def half(*shape):
         (lambda: init.mimetic_vo_(half(4, 4), half(4, 4), identity=1e12), "wv"),
         (lambda: init.impulse_qk_(half(2, 16, 8), half(2, 16, 8), P * 1e-5, OFFSETS, GRID, scale=0.35), "wq"),
         (lambda: ConvInitAttention(16, 2, GRID, offsets=OFFSETS, scale=1e-12, dtype=HALF), "pos_embed"),
-        (lambda: ConvInitAttention(16, 2, GRID, variant="III", init="random").half().set_qk_(
+        (lambda: ConvInitAttention(16, 2, GRID, variant="III", method="random").half().set_qk_(
             torch.full((2, 16, 8), 1e6), torch.full((2, 16, 8), 1e6)), "wq"),
     ],
 )  # fmt: skip
@@ -179,7 +179,7 @@ def test_a_window_is_held_against_the_grid_whatever_the_seed(grid, largest):
         lambda f, g: ConvInitAttention(16, 2, grid, kernel_size=f, generator=g),
         lambda f, g: vit(kernel_size=f, generator=g),
         lambda f, g: init.impulse_mixing_(torch.empty(4, tokens, tokens), grid, f, generator=g),
-        lambda f, g: SpatialConv(4, f, init="impulse", grid_size=grid, generator=g),
+        lambda f, g: SpatialConv(4, f, method="impulse", grid_size=grid, generator=g),
     ]
     for make in build:
         for seed in range(8):
@@ -190,4 +190,4 @@ def test_a_window_is_held_against_the_grid_whatever_the_seed(grid, largest):
 
 def test_given_offsets_and_unfitted_baselines_need_no_window():
     ConvInitAttention(16, 2, (2, 2), offsets=OFFSETS)
-    ConvInitAttention(16, 2, (2, 2), init="random")
+    ConvInitAttention(16, 2, (2, 2), method="random")

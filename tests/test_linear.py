@@ -166,7 +166,7 @@ def test_it_is_an_nn_linear():
 
 
 def test_the_models_use_it(convolves):
-    model = SimpleViT(8, 2, 3, dim=16, depth=1, num_heads=2, head_dim=8, mlp_dim=16, init="random")
+    model = SimpleViT(8, 2, 3, dim=16, depth=1, num_heads=2, head_dim=8, mlp_dim=16, method="random")
     layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
     assert all(type(layer) is Linear for layer in layers)
     images = torch.randn(2, 3, 8, 8)

@@ -9,9 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import convinit.nn.attention
 import convinit.nn.spatial_conv
 from convinit import impulse_targets
+from convinit.init import query_key
 from convinit.models import ConvMixer, SimpleViT
 from convinit.nn import SpatialConv
 from convinit.offsets import attention_on_targets
@@ -21,13 +21,13 @@ VIT = {"dim": 32, "depth": 2, "num_heads": 4, "head_dim": 8, "mlp_dim": 24, "ker
 MIXER = {"dim": 12, "depth": 3, "kernel_size": 3}
 KINDS = [
     {},
-    {"init": "impulse", "trainable_mixing": False},
-    {"init": "box", "num_cells": 4, "num_filters": 5},
-    {"init": "gaussian", "variance": 0.5, "share_layers": True},
-    {"init": "softmax", "num_filters": 4, "share_layers": True, "trainable_mixing": False},
-    {"init": "impulse", "matrix_form": True},
-    {"init": "permutation", "matrix_form": True, "num_filters": 3, "trainable_mixing": False},
-    {"init": "full_permutation", "matrix_form": True, "num_filters": 3, "share_layers": True},
+    {"method": "impulse", "trainable_mixing": False},
+    {"method": "box", "num_cells": 4, "num_filters": 5},
+    {"method": "gaussian", "variance": 0.5, "share_layers": True},
+    {"method": "softmax", "num_filters": 4, "share_layers": True, "trainable_mixing": False},
+    {"method": "impulse", "matrix_form": True},
+    {"method": "permutation", "matrix_form": True, "num_filters": 3, "trainable_mixing": False},
+    {"method": "full_permutation", "matrix_form": True, "num_filters": 3, "share_layers": True},
 ]
 
 
@@ -98,24 +98,24 @@ def test_seeds_and_the_global_generator():
 # --- SimpleViT --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("init", ["impulse", "scrambled", "norm_matched"])
-def test_one_fit_serves_all_layers(init, monkeypatch):
+@pytest.mark.parametrize("method", ["impulse", "scrambled", "norm_matched"])
+def test_one_fit_serves_all_layers(method, monkeypatch):
     calls = []
 
     def spy(pos_embed, offsets, *args, **kwargs):
         calls.append(len(offsets))
         return fit_qk(pos_embed, offsets, *args, **kwargs)
 
-    fit_qk = convinit.nn.attention.fit_qk
-    monkeypatch.setattr(convinit.nn.attention, "fit_qk", spy)
-    model = vit(init=init)
+    fit_qk = query_key.fit_qk
+    monkeypatch.setattr(query_key, "fit_qk", spy)
+    model = vit(method=method)
     assert calls == [8]
     assert not torch.equal(model.blocks[0].attn.qkv.weight, model.blocks[1].attn.qkv.weight)
 
 
 def test_position_enters_where_the_variant_says():
     for variant in VARIANTS:
-        model = vit(variant=variant, depth=1, alpha=0.3, init="random")
+        model = vit(variant=variant, depth=1, alpha=0.3, method="random")
         content = model.patch_embed(model.patchify(images()))
         entry = 0.3 * content + 0.7 * model.pos_embed if variant == "vanilla" else content
         torch.testing.assert_close(model.embed(images()), entry)
@@ -128,7 +128,7 @@ def test_position_enters_where_the_variant_says():
 
 def test_options_of_the_papers_code():
     """P = I, P at the entry of Models II and III, and one fit for all layers."""
-    model = vit(variant="II", pos_embed="identity", init="impulse", kernel_size=3, dim=32, alpha=0.25,
+    model = vit(variant="II", pos_embed="identity", method="impulse", kernel_size=3, dim=32, alpha=0.25,
                 input_pos_embed=True, layers_alike=True)  # fmt: skip
     tokens = model.grid_size[0] * model.grid_size[1]
     assert torch.equal(model.pos_embed, torch.eye(tokens, 32))
@@ -176,7 +176,7 @@ def test_a_patch_of_one_number_is_not_normalised_away():
 
 
 def test_parameters_of_the_papers_model():
-    model = SimpleViT(32, 2, 10, init="default", device="meta")
+    model = SimpleViT(32, 2, 10, method="default", device="meta")
     attention, mlp, norms = 4 * 512 * 512, 2 * 512 * 512 + 2 * 512, 4 * 512
     patch = 24 + (12 + 1) * 512 + 1024
     assert sum(p.numel() for p in model.parameters()) == 6 * (attention + mlp + norms) + patch + 1024 + 5130
@@ -196,7 +196,7 @@ def test_learned_mixer_is_made_of_torch_layers():
 
 
 def test_shared_layers_have_one_weight_and_their_own_assignment():
-    model = mixer(init="impulse", num_filters=4, share_layers=True)
+    model = mixer(method="impulse", num_filters=4, share_layers=True)
     first, second, _ = (block.spatial for block in model.blocks)
     assert first.weight is second.weight and first.weight.shape == (4, 1, 3, 3)
     assert not torch.equal(first.assignment, second.assignment)
@@ -206,7 +206,7 @@ def test_shared_layers_have_one_weight_and_their_own_assignment():
 def test_shared_filters_are_dealt_anew_in_each_layer():
     """Without replacement, and in each layer in another order, also where every channel has a filter."""
     for num_filters, channels in ((None, {1}), (12, {1}), (5, {2, 3})):
-        model = mixer(init="impulse", num_filters=num_filters, share_layers=True)
+        model = mixer(method="impulse", num_filters=num_filters, share_layers=True)
         dealt = [block.spatial.assignment for block in model.blocks]
         for assignment in dealt:
             assert {*assignment.bincount(minlength=num_filters or 12).tolist()} == channels
@@ -216,27 +216,27 @@ def test_shared_filters_are_dealt_anew_in_each_layer():
 def test_spatial_mixing_of_the_papers_code():
     """arXiv 2401.12511 has no GELU there, and an option without bias; 2404.01139 has the gain √(1/f)."""
     options = {"spatial_gelu": False, "spatial_bias": False, "gain": 5**-0.5, "kernel_size": 5, "depth": 1}
-    model = mixer(init="impulse", **options).eval()
+    model = mixer(method="impulse", **options).eval()
     block = model.blocks[0]
     assert block.spatial.bias is None and block.spatial.weight.max().item() == pytest.approx(0.4472, abs=1e-4)
     x = model.patch_embed(images())
     conv = F.conv2d(x, block.spatial.weight, padding=2, groups=12)
     x = block.pointwise(x + block.spatial_norm[1](conv))
     torch.testing.assert_close(model(images()), model.head(x.mean(dim=(2, 3))))
-    box = mixer(init="box", num_cells=25, **options).blocks[0].spatial.weight
+    box = mixer(method="box", num_cells=25, **options).blocks[0].spatial.weight
     torch.testing.assert_close(box, torch.full_like(box, 125**-0.5))  # "box25": all cells alike
-    matrix = mixer(init="impulse", matrix_form=True, **options).blocks[0].spatial.weight
+    matrix = mixer(method="impulse", matrix_form=True, **options).blocks[0].spatial.weight
     assert matrix.max().item() == pytest.approx(0.4472, abs=1e-4)
     with pytest.raises(ValueError, match="kernel_size must be odd, so that the window has a centre"):
-        mixer(init="impulse", matrix_form=True, kernel_size=4)
+        mixer(method="impulse", matrix_form=True, kernel_size=4)
     with pytest.raises(ValueError, match="gain must be"):
-        mixer(init="impulse", gain=-1.0)
+        mixer(method="impulse", gain=-1.0)
 
 
 def test_matrix_form_of_the_impulse_is_the_filter():
     options = {"bias": True, "generator": torch.Generator().manual_seed(0)}
-    matrix = SpatialConv(6, 3, init="impulse", grid_size=(4, 5), **options)
-    filters = SpatialConv(6, 3, init="impulse")
+    matrix = SpatialConv(6, 3, method="impulse", grid_size=(4, 5), **options)
+    filters = SpatialConv(6, 3, method="impulse")
     with torch.no_grad():
         filters.bias.copy_(matrix.bias)
         filters.weight.zero_()
@@ -249,7 +249,7 @@ def test_matrix_form_of_the_impulse_is_the_filter():
 
 def test_channels_take_their_assigned_filter():
     x = torch.randn(2, 6, 4, 5)
-    for options in ({"init": "softmax"}, {"init": "permutation", "grid_size": (4, 5)}):
+    for options in ({"method": "softmax"}, {"method": "permutation", "grid_size": (4, 5)}):
         shared = SpatialConv(6, 3, num_filters=2, **options)
         own = SpatialConv(6, 3, **options)
         with torch.no_grad():
@@ -259,7 +259,7 @@ def test_channels_take_their_assigned_filter():
 
 
 def test_softmax_filters_stay_distributions():
-    conv = SpatialConv(3, 3, init="softmax", bias=False)
+    conv = SpatialConv(3, 3, method="softmax", bias=False)
     torch.nn.init.normal_(conv.weight, std=3.0)
     torch.testing.assert_close(conv(torch.ones(1, 3, 5, 5))[:, :, 1:-1, 1:-1], torch.ones(1, 3, 3, 3))
 
@@ -282,7 +282,7 @@ def shifts(monkeypatch):
 @pytest.mark.parametrize("num_filters", [None, 4])
 @pytest.mark.parametrize("kernel_size", [1, 2, 3, 4, 5])
 def test_frozen_impulses_are_shifts(kernel_size, num_filters, shifts):
-    conv = SpatialConv(20, kernel_size, init="impulse", num_filters=num_filters, trainable=False)
+    conv = SpatialConv(20, kernel_size, method="impulse", num_filters=num_filters, trainable=False)
     x = torch.randn(2, 20, 6, 7, requires_grad=True)
     torch.testing.assert_close(conv(x), as_conv2d(conv, x))
     for a, b in zip(
@@ -298,7 +298,7 @@ def test_frozen_impulses_are_shifts(kernel_size, num_filters, shifts):
 
 def test_a_frozen_weight_may_become_anything(shifts):
     """Each time the layer computes what its weight says, by a shift where that is possible."""
-    conv = SpatialConv(6, 3, init="impulse", trainable=False)
+    conv = SpatialConv(6, 3, method="impulse", trainable=False)
     x = torch.randn(2, 6, 5, 4)
 
     def check(shifted, conv=conv, x=x):
@@ -314,13 +314,13 @@ def test_a_frozen_weight_may_become_anything(shifts):
     check(True)
     conv.weight.data[0, 0, 0] = 1
     check(False)
-    conv.load_state_dict(SpatialConv(6, 3, init="impulse").state_dict())
+    conv.load_state_dict(SpatialConv(6, 3, method="impulse").state_dict())
     check(True)
-    conv.load_state_dict(SpatialConv(6, 3, init="box").state_dict())
+    conv.load_state_dict(SpatialConv(6, 3, method="box").state_dict())
     check(False)
     conv.reset_parameters()
     check(True)
-    conv.weight.data.numpy()[:] = SpatialConv(6, 3, init="impulse").weight.detach().numpy()
+    conv.weight.data.numpy()[:] = SpatialConv(6, 3, method="impulse").weight.detach().numpy()
     check(True)
     conv.weight = torch.nn.Parameter(torch.zeros(6, 1, 3, 3), requires_grad=False)
     check(True)
@@ -356,8 +356,8 @@ def test_a_frozen_weight_may_become_anything(shifts):
 
 @pytest.mark.parametrize("options", [{}, {"num_filters": 4}, {"num_filters": 4, "share_layers": True}])
 def test_frozen_mixer_is_its_depthwise_twin(options, shifts):
-    frozen = mixer(init="impulse", trainable_mixing=False, **options)
-    twin = mixer(init="impulse", **options)
+    frozen = mixer(method="impulse", trainable_mixing=False, **options)
+    twin = mixer(method="impulse", **options)
     for model, calls in ((frozen, 3), (twin, 0)):
         shifts.clear()
         F.cross_entropy(model(images()), torch.tensor([0, 1, 2])).backward()
@@ -368,7 +368,7 @@ def test_frozen_mixer_is_its_depthwise_twin(options, shifts):
 
 
 def test_spatial_conv_gradcheck():
-    conv = SpatialConv(2, 3, init="full_permutation", grid_size=(2, 2), num_filters=1, dtype=torch.float64)
+    conv = SpatialConv(2, 3, method="full_permutation", grid_size=(2, 2), num_filters=1, dtype=torch.float64)
     x = torch.randn(2, 2, 2, 2, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(
         lambda x, w, b: torch.func.functional_call(conv, {"weight": w, "bias": b}, x),
@@ -377,7 +377,7 @@ def test_spatial_conv_gradcheck():
 
 
 def test_compiles_into_one_graph():
-    for model in (vit(variant="vanilla"), mixer(init="softmax", num_filters=3).eval()):
+    for model in (vit(variant="vanilla"), mixer(method="softmax", num_filters=3).eval()):
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(compiled(images()), model(images()))
 
@@ -395,16 +395,16 @@ def test_compiles_into_one_graph():
             lambda: SimpleViT(8, 2, 10, dim=32, num_heads=5, head_dim=None),
             "dim must be divisible by num_heads",
         ),
-        (lambda: vit(init="implus"), "init must be one of"),
+        (lambda: vit(method="implus"), "method must be one of"),
         (lambda: vit()(torch.zeros(1, 3, 8, 8)), r"images must be \[B, 3, 8, 12\]"),
         (lambda: mixer()(torch.zeros(1, 3, 8, 8)), r"images must be \[B, 3, 8, 12\]"),
-        (lambda: mixer(init="permutation"), "init of the filter form"),
-        (lambda: mixer(init="box", matrix_form=True), "init of the matrix form"),
+        (lambda: mixer(method="permutation"), "method of the filter form"),
+        (lambda: mixer(method="box", matrix_form=True), "method of the matrix form"),
         (lambda: mixer(num_filters=13), "num_filters must be at most dim = 12"),
-        (lambda: mixer(init="box", num_cells=10), "num_cells must be at most 9"),
+        (lambda: mixer(method="box", num_cells=10), "num_cells must be at most 9"),
         (lambda: SpatialConv(6, 3, weight=torch.nn.Parameter(torch.zeros(5, 1, 3, 3))), "weight must be"),
         (
-            lambda: SpatialConv(6, 3, init="permutation", grid_size=(2, 2))(torch.zeros(1, 6, 4, 1)),
+            lambda: SpatialConv(6, 3, method="permutation", grid_size=(2, 2))(torch.zeros(1, 6, 4, 1)),
             r"x must be \[B, 6, 2, 2\]",
         ),
     ],

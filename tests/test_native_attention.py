@@ -295,7 +295,7 @@ def test_compiles_into_one_graph():
 
 
 def test_autocast():
-    layer = ConvInitAttention(32, 2, (4, 4), init="random", backend="native")
+    layer = ConvInitAttention(32, 2, (4, 4), method="random", backend="native")
     with torch.autocast("cpu", torch.bfloat16):
         out = layer(torch.randn(2, 16, 32))
     out.float().sum().backward()
@@ -424,7 +424,7 @@ def test_auto_is_native_where_nothing_stands_against_it(monkeypatch):
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*jit.*deprecated")
 def test_auto_leaves_exports_and_transforms_to_torch(monkeypatch):
     monkeypatch.setattr(native, "_WORTHWHILE", 0)
-    layer = ConvInitAttention(16, 2, (2, 2), init="random").eval()
+    layer = ConvInitAttention(16, 2, (2, 2), method="random").eval()
     x = torch.randn(1, 4, 16)
     exported = torch.export.export(layer, (x,))
     assert not any("convinit" in str(node.target) for node in exported.graph.nodes)

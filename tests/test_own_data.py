@@ -109,8 +109,10 @@ def test_images_that_differ_in_size(tmp_path):
 
 def test_images_of_one_colour(tmp_path):
     np.savez(tmp_path / "x.npz", images=np.full((4, 3, 3), 7, np.uint8), labels=[0, 0, 1, 1])
-    with pytest.raises(ValueError, match="std must be given, above 0: .* all of one colour"):
-        load_data("npz", tmp_path / "x.npz", test_fraction=0.5)
+    data = load_data("npz", tmp_path / "x.npz", test_fraction=0.5)
+    assert data.std == (1.0,) and normalised(data).batch([0])[0].abs().max() < 1e-4
+    with pytest.raises(ValueError, match=r"data.std must be above 0, got \[0.0\]"):
+        load_data("npz", tmp_path / "x.npz", std=[0.0], test_fraction=0.5)
     assert load_data("npz", tmp_path / "x.npz", std=[1.0], test_fraction=0.5).std == (1.0,)
 
 

@@ -103,7 +103,7 @@ def test_a_checkpoint_becomes_folder_and_classifies_as_in_training(tmp_path, mon
     def no_fit(*args, **kwargs):
         raise AssertionError("loading must not fit")
 
-    monkeypatch.setattr("convinit.nn.attention.fit_qk", no_fit)
+    monkeypatch.setattr("convinit.init.query_key.fit_qk", no_fit)
     state = torch.get_rng_state()
     trained, average = (load_trained(tmp_path / "run", weights=each) for each in ("model", "ema"))
     assert torch.equal(torch.get_rng_state(), state)

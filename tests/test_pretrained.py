@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-import convinit.nn.attention
 from convinit import sample_offsets
 from convinit.fit import Adam, Newton
+from convinit.init import query_key
 from convinit.models import ConvMixer, SimpleViT
 from convinit.models.pretrained import read_weights
 
@@ -43,17 +43,17 @@ def some_offsets(heads):
 MODELS = {
     "vanilla": lambda: vit(variant="vanilla"),
     "I": lambda: vit(),
-    "II, newton options": lambda: vit(variant="II", method=Newton(max_iterations=30), peak=0.9),
+    "II, newton options": lambda: vit(variant="II", fit=Newton(max_iterations=30), peak=0.9),
     "III, frozen": lambda: vit(variant="III", trainable_mixing=False),
-    "adam": lambda: vit(method=Adam(steps=2)),
+    "adam": lambda: vit(fit=Adam(steps=2)),
     "offsets": lambda: vit(offsets=some_offsets(4)),
-    "offsets of layers, one control": lambda: vit(offsets=some_offsets(8), init="norm_matched"),
+    "offsets of layers, one control": lambda: vit(offsets=some_offsets(8), method="norm_matched"),
     "no values": lambda: vit(value=False, proj=False, variant="II"),
     "float64": lambda: vit(dtype=torch.float64),
     "bfloat16": lambda: vit().to(torch.bfloat16),
     "mixer": lambda: mixer(),
-    "mixer, shared": lambda: mixer(init="gaussian", share_layers=True, num_filters=4),
-    "mixer, matrices": lambda: mixer(init="full_permutation", matrix_form=True, trainable_mixing=False),
+    "mixer, shared": lambda: mixer(method="gaussian", share_layers=True, num_filters=4),
+    "mixer, matrices": lambda: mixer(method="full_permutation", matrix_form=True, trainable_mixing=False),
 }
 
 
@@ -73,7 +73,7 @@ def test_the_loaded_model_is_the_saved_one(name, tmp_path, monkeypatch):
     def no_fit(*args, **kwargs):
         raise AssertionError("from_pretrained must not fit")
 
-    monkeypatch.setattr(convinit.nn.attention, "fit_qk", no_fit)
+    monkeypatch.setattr(query_key, "fit_qk", no_fit)
     state = torch.get_rng_state()
     loaded = type(model).from_pretrained(tmp_path / "deep" / "model")
     assert torch.equal(torch.get_rng_state(), state)
@@ -105,7 +105,7 @@ def test_shared_weights_are_stored_once_and_in_the_format_of_safetensors(tmp_pat
     model.save_pretrained(tmp_path)
     names = safetensors.load_file(tmp_path / "model.safetensors").keys()
     assert sum(name.endswith("spatial.weight") for name in names) == 1
-    other = mixer(share_layers=True, init="impulse")
+    other = mixer(share_layers=True, method="impulse")
     safetensors.load_model(other, tmp_path / "model.safetensors")
     assert torch.equal(other.eval()(images()), model.eval()(images()))
 
@@ -208,7 +208,7 @@ def test_what_cannot_be_loaded(tmp_path):
     fails(ValueError, "does not describe a SimpleViT.*depht")
     edited(tmp_path, arguments={**arguments, "dim": 30})
     fails(ValueError, "does not describe a SimpleViT: dim must be a multiple of 4")
-    edited(tmp_path, arguments={**arguments, "method": {"method": "os.system"}})
+    edited(tmp_path, arguments={**arguments, "fit": {"fit": "os.system"}})
     fails(ValueError, "does not describe a SimpleViT")
     for name in ("nn", "load", 3):
         edited(tmp_path, dtype=name)
@@ -245,7 +245,7 @@ def test_what_cannot_be_loaded(tmp_path):
 
 
 def test_weights_may_be_replaced_on_purpose(tmp_path):
-    model, other = vit().eval(), vit(init="random").eval()
+    model, other = vit().eval(), vit(method="random").eval()
     model.save_pretrained(tmp_path)
     safetensors.save_model(other, str(tmp_path / "model.safetensors"))
     config = json.loads((tmp_path / "config.json").read_text())
@@ -331,4 +331,4 @@ def test_saving_without_safetensors_names_the_extra(tmp_path, monkeypatch):
 
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(ImportError, match=r"pip install 'convinit\[train\]'"):
-        vit(init="default").save_pretrained(tmp_path)
+        vit(method="default").save_pretrained(tmp_path)

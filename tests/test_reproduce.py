@@ -17,8 +17,8 @@ from typer.testing import CliRunner
 
 from convinit.cli.app import app
 from convinit.fit import Adam
-from convinit.fit.api import METHODS
-from convinit.reproduce import DATA, TABLES, Grid, Report, declared, run_all, unfinished
+from convinit.fit.api import SOLVERS
+from convinit.reproduce import DATA, TABLES, Grid, Report, declared, run_all, tables_of, unfinished
 from convinit.reproduce import write_report as write
 from convinit.reproduce.cells import OUTCOME, folder_of, identity, read_outcome, run_cell
 from convinit.reproduce.conclusions import conclusions
@@ -49,17 +49,19 @@ def fake(grid: Grid, accuracy=lambda cell, seed: 0.5, **changes) -> Report:
     outcomes = {}
     for cell, configs in grid.configs.items():
         outcomes[cell] = []
-        for seed, config in enumerate(configs):
-            share = accuracy(cell, seed)
+        for config in configs:
+            share = accuracy(cell, config.run.seed)
             outcomes[cell].append(
                 {
                     "identity": identity(config),
+                    "config": config.as_dict(),
                     "accuracy": share,
+                    "validation": share,
                     "epochs": config.recipe.epochs,
                     "curve": [
                         [i, share * i / config.recipe.epochs] for i in range(1, config.recipe.epochs + 1)
                     ],
-                    "shifted": {p: {"up": share / 2, "down": share / 4} for p in ("1", "2")},
+                    "shifted": {p: {"up": share / 2, "down": share / 4} for p in ("1", "2", "4")},
                     "peak": {"start": 0.7, "trained": None},
                     "train_images": 1000,
                     "test_images": 797,
@@ -76,8 +78,7 @@ def fake(grid: Grid, accuracy=lambda cell, seed: 0.5, **changes) -> Report:
 # --- what is declared -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("data", DATA)
-@pytest.mark.parametrize("name", TABLES)
+@pytest.mark.parametrize(("name", "data"), [(name, data) for data in DATA for name in tables_of(data)])
 def test_every_table_is_whole(name, data):
     table = declared(name, data)
     grid = Grid.of(table, (0, 1), {})
@@ -89,22 +90,56 @@ def test_every_table_is_whole(name, data):
     assert {row.against or table.ours for row in table.rows} <= {*rows}
     runs = grid.runs()
     everywhere = sum(row.everywhere for row in table.rows)
-    assert len(runs) == 2 * (len(grid.configs) - everywhere * (len(columns) - 1))
+    assert len(runs) == 2 * max(1, len(table.rates)) * (len(grid.configs) - everywhere * (len(columns) - 1))
     for config in runs.values():
         assert config.data.name == data and config.run.tracker == "none"
-        assert config.recipe.precision == ("no" if data == "digits" else "bf16")
+        assert config.recipe.precision == ("no" if data in ("digits", "fashion-mnist") else "bf16")
     if table.figure == "lines":
         assert all(column.x is not None for column in table.columns)
     for reading in table.readings:
-        assert title(reading, 8).endswith(", %")
+        assert title(reading, 8).endswith(" %")
 
 
-@pytest.mark.parametrize("name", TABLES)
-def test_every_small_cell_can_be_built(name, monkeypatch):
-    monkeypatch.setitem(METHODS, "adam", Adam(steps=2))
-    for configs in Grid.of(declared(name), (0,), {}).configs.values():
-        model = build_model(configs[0], image_size=8, channels=1, num_classes=10)
-        assert model(torch.zeros(1, 1, 8, 8)).shape == (1, 10)
+@pytest.mark.parametrize(
+    ("name", "data", "side"),
+    [(name, data, side) for data, side in (("digits", 8), ("fashion-mnist", 28)) for name in tables_of(data)],
+)
+def test_every_small_cell_can_be_built(name, data, side, monkeypatch):
+    monkeypatch.setitem(SOLVERS, "adam", Adam(steps=2))
+    for configs in Grid.of(declared(name, data), (0,), {}).configs.values():
+        model = build_model(configs[0], image_size=side, channels=1, num_classes=10)
+        assert model(torch.zeros(1, 1, side, side)).shape == (1, 10)
+
+
+def test_each_cell_has_its_best_rate_on_validation_images():
+    grid = Grid.of(declared("window", "fashion-mnist"), range(3), {})
+    seeds = {config.data.seed for config in grid.runs().values()}
+    assert seeds == {0, 1, 2} == {config.run.seed for config in grid.runs().values()}
+    whole = fake(grid, lambda cell, seed: 0.5)
+    ours, control = ("impulse (the plain call)", "1,000 images"), ("control: scrambled", "1,000 images")
+    # Test images would choose 5e-4, and 2e-3 diverges for one seed: validation images choose 1e-3.
+    test = {5e-4: 0.9, 1e-3: 0.6, 2e-3: 0.8}
+    outcomes = {cell: [dict(each) for each in found] for cell, found in whole.outcomes.items()}
+    for cell in (ours, control):
+        for each in outcomes[cell]:
+            rate, seed = each["config"]["recipe"]["lr"], each["config"]["run"]["seed"]
+            each["validation"] = {5e-4: 0.1, 1e-3: 0.2, 2e-3: 0.3}[rate]
+            each["accuracy"] = test[rate] + 0.01 * seed * (cell == ours)
+            if rate == 2e-3 and seed == 1:
+                each["failed"] = "the loss became nan"
+    report = Report(grid, outcomes)
+    assert report.values(ours, "accuracy") == pytest.approx([60, 61, 62])
+    assert report.paired(ours, control, "accuracy") == pytest.approx([0, 1, 2])
+    page = report.markdown("convinit reproduce window", conclusions(report))
+    # mean 1, sd 1, three seeds: 4.303 / sqrt(3)
+    assert "paired by seed, with its 95 % interval: +1.0 (-1.5 to +3.5)." in page
+    assert "Rates chosen: 0.0005 for " in page and "0.001 for impulse (the plain call), " in page
+    assert "Unfinished" not in page
+
+
+def test_epochs_until_an_accuracy():
+    curve = {"curve": [[1, 0.3], [2, 0.6], [3, 0.55], [4, 0.7]], "epochs": 4}
+    assert [value(f"epochs-to-{x}", curve) for x in (30, 60, 70, 71)] == [1, 2, 4, None]
 
 
 @pytest.mark.parametrize("data", ["digits", "cifar10"])
@@ -204,7 +239,7 @@ def test_settings_of_all_cells():
 def test_refused():
     with pytest.raises(ValueError, match="table must be one of convmixer, models"):
         declared("tables")
-    with pytest.raises(ValueError, match="data must be one of digits, cifar10"):
+    with pytest.raises(ValueError, match="data must be one of digits, fashion-mnist, cifar10"):
         declared("alpha", "imagenet")
     with pytest.raises(ValueError, match=r"\[recipe\] has no key"):
         Grid.of(declared("alpha"), (0,), {"recipe.epoch": 2})
@@ -406,7 +441,7 @@ def test_a_table_says_what_its_runs_say(tmp_path):
     grid = Grid.of(declared("alpha"), range(3), {})
     report = fake(grid, spread)
     command = "convinit reproduce alpha"
-    page = report.markdown(command)
+    page = report.markdown(command, conclusions(report))
     assert "| **impulse** | **91.0 ± 1.0** |" in page and "| mimetic | 51.0 ± 1.0 |" in page
     assert "Test accuracy, impulse against mimetic: clearly above for α = 0 (+40.0), α = 0.1 (+40.0)" in page
     assert "Test accuracy, impulse against control: scrambled: not clearly apart for α = 0 (+0.0)" in page
@@ -432,11 +467,13 @@ def test_clearly_above_every_control():
     assert "After 12 epochs, impulse against control: scrambled: clearly above (+5.0)." in text
 
 
-@pytest.mark.parametrize("name", TABLES)
-def test_every_table_is_drawn_and_written(name, tmp_path):
-    report = fake(Grid.of(declared(name), range(2), {}), spread)
+@pytest.mark.parametrize(
+    ("name", "data"), [(name, data) for data in ("digits", "fashion-mnist") for name in tables_of(data)]
+)
+def test_every_table_is_drawn_and_written(name, data, tmp_path):
+    report = fake(Grid.of(declared(name, data), range(2), {}), spread)
     write(report, tmp_path, "convinit")
-    page = (tmp_path / f"digits-{name}.md").read_text()
+    page = (tmp_path / f"{data}-{name}.md").read_text()
     for row in report.grid.table.rows:
         assert f"| {row.label} |" in page.replace("**", "")
     assert "nan" not in page and "None" not in page
@@ -448,7 +485,7 @@ def test_unfinished_tables_say_so(tmp_path):
     part = Report(
         grid, {cell: found[:1] if cell[0] != "random" else [] for cell, found in whole.outcomes.items()}
     )
-    page = part.markdown("convinit")
+    page = part.markdown("convinit", conclusions(part))
     assert "**Unfinished: 27 of 93 runs.**" in page and "| random | – | – | – | – |" in page
     assert part.picture() is not None
     assert Report(grid, grid.outcomes(tmp_path)).picture() is None
@@ -482,7 +519,9 @@ def test_a_table_of_diverged_runs_is_still_written(tmp_path):
             for cell, configs in grid.configs.items()
         }
         report = Report(grid, failed)
-        assert report.picture() is None and "| diverged |" in report.markdown("convinit").replace("**", "")
+        assert report.picture() is None and "| diverged |" in report.markdown("convinit", ()).replace(
+            "**", ""
+        )
 
 
 def test_grid_pictures_refuse():
@@ -548,6 +587,8 @@ def test_kinds_of_steps():
     [
         (["tables"], "table must be one of"),
         (["alpha", "--data", "mnist"], "data must be one of"),
+        (["window"], "got 'window' (with --data fashion-mnist)"),
+        (["window", "--data", "fashion-mnist", "--set", "recipe.lr=1"], "sets recipe.lr itself"),
         (["alpha", "--set", "epochs=3"], "--set must be SECTION.KEY=VALUE"),
         (["alpha", "--set", "recipe.epochs=x"], "epochs must be a whole number"),
         (["alpha", "--set", "model.alpha=0.3"], "sets model.alpha itself"),

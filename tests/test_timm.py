@@ -53,7 +53,7 @@ def test_trains_in_a_timm_vit_and_keeps_its_parameter_names():
 
 def test_vanilla_computes_what_timms_attention_computes():
     theirs = Attention(32, num_heads=4, qkv_bias=True)
-    ours = ConvInitAttention(32, 4, (4, 4), variant="vanilla", qkv_bias=True, init="random")
+    ours = ConvInitAttention(32, 4, (4, 4), variant="vanilla", qkv_bias=True, method="random")
     missing, unexpected = ours.load_state_dict(theirs.state_dict(), strict=False)
     assert missing == ["offsets", "_extra_state"] and not unexpected
     x = torch.randn(2, 16, 32)

@@ -119,7 +119,7 @@ def test_a_training_script_that_nobody_changed(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "mean (0.5, 0.5, 0.5) loss" in done.stdout
-    assert "2 layers, 8 heads by 'newton'" in done.stdout + done.stderr  # in the script's log
+    assert "2 layers, 8 heads by 'impulse'" in done.stdout + done.stderr  # in the script's log
     timm.utils.random_seed(7, 0)
     expected = ways.create_model(NAME, init=INIT, **SMALL).state_dict()
     assert states_equal(torch.load(tmp_path / "initial.pt"), expected)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import re
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -10,6 +11,7 @@ from rich.progress import Progress
 from training import records, small
 from typer.testing import CliRunner
 
+from convinit.cli import train
 from convinit.cli.app import app
 from convinit.cli.train_progress import Bar
 from convinit.train.config import SECTIONS, Config, kind_of
@@ -48,6 +50,23 @@ def test_a_run_from_the_command_line(tmp_path):
     assert "the run was finished already" in invoke(*SMALL_RUN, "--out", tmp_path / "o", "--ema", 0.5).output
     other = invoke(*SMALL_RUN, "--out", tmp_path / "o", "--ema", 0.6)
     assert other.exit_code == 2 and "other settings: --ema: 0.6, not 0.5." in other.output
+
+
+def test_every_run_has_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train.time, "strftime", lambda form: "20261126-120000")
+    for options, ending in ((["--lr", 1e-3], ""), (["--lr", 2e-3], "-2")):
+        folder = f"convinit-train/digits-simple_vit-impulse-20261126-120000{ending}"
+        done = invoke(*SMALL_RUN, *options, "--val-fraction", 0.2)
+        assert done.exit_code == 0, done.output
+        assert f"the run's folder is {folder}" in done.output
+        assert f"and are in {folder}/best; 4 steps" in done.output
+        assert f"Weights: {folder}/step-000004/model.safetensors" in done.output
+        assert f"convinit predict {folder} IMAGES" in Path(folder, "README.md").read_text()
+    assert train._again(["train", "--overwrite"], Path(folder)) == ["train", "--out", folder]
+    assert train._again(["train", "--out", "o"], Path("o")) == ["train", "--out", "o"]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "--out must be given to several processes" in invoke(*SMALL_RUN).output
 
 
 def test_the_bar_shows_loss_accuracy_and_speed(tmp_path):
@@ -104,7 +123,7 @@ def test_dry_run(tmp_path, monkeypatch):
         (["--config", "nowhere.toml"], "nowhere.toml"),
         (["--init", "implse"], "got 'implse'; did you mean impulse?"),
         (["--model", "convmixer", "--offsets", "random"], "error: --offsets must not be set for model"),
-        (["--peak", 0.5, "--weight-norm", 3], "error: give --peak or --weight-norm, not both"),
+        (["--peak", 0.5, "--weight-norm", 3], "error: give --weight-norm or --peak, not both"),
         (["--warmup-epochs", 300], "error: --warmup-epochs must be at most epochs = 200, got 300"),
     ],
 )

@@ -102,10 +102,10 @@ def test_fixed_sincos_position_of_a_timm_model(monkeypatch):
     seeded = torch.Generator().manual_seed(0)
     offsets = sample_offsets(2, 3, stratified=True, generator=seeded)
     seen = torch.nn.functional.layer_norm(P, (32,), eps=1e-6)
-    fit = fit_qk(seen, offsets, (4, 4), 16, scale=0.25, method="svd", generator=seeded)
+    fit = fit_qk(seen, offsets, (4, 4), 16, scale=0.25, fit="svd", generator=seeded)
     wq = model.blocks[0].attn.qkv.weight[:32].unflatten(0, (2, 16)).mT
     assert (wq - fit.wq).norm() <= 0.05 * fit.wq.norm()  # whose noise is drawn after other things
-    raw = fit_qk(P, offsets, (4, 4), 16, scale=0.25, method="svd", generator=seeded)
+    raw = fit_qk(P, offsets, (4, 4), 16, scale=0.25, fit="svd", generator=seeded)
     assert (wq - raw.wq).norm() > 0.2 * fit.wq.norm()
     with pytest.raises(ValueError, match="sincos is for embeddings of patches alone"):
         given = {"model.options": small | {"class_token": True, "global_pool": "token"}}
@@ -131,7 +131,7 @@ def test_fixed_sincos_position_of_a_timm_model(monkeypatch):
         ("model.options", {"a": [None]}, "options.a must be a number, a text, .*got None"),
         ("model.name", " ", "must not be empty"),
         ("init.method", "box", "init.method must be one of impulse, mimetic"),
-        ("init.offsets", "fixed", "init.offsets must not be set"),
+        ("init.kernel_size", 4, "init.kernel_size must be odd"),
         ("init.peak", 1, "below 1, got 1"),
         ("recipe.lrr", 1, r"\[recipe\] has no key 'lrr'; it has epochs"),
         ("recipes.lr", 1, "a config has the tables model, init, data, recipe, run, got 'recipes'"),
@@ -176,7 +176,7 @@ def test_numbers_of_numpy_and_torch_and_paths_are_taken():
 
 
 def test_what_excludes_each_other():
-    with pytest.raises(ValueError, match="peak or init.weight_norm, not both"):
+    with pytest.raises(ValueError, match="give init.weight_norm or init.peak, not both"):
         resolve(given={"init.peak": 0.5, "init.weight_norm": 3})
     with pytest.raises(ValueError, match="train_count or data.train_fraction, not both"):
         resolve(given={"data.train_count": 5, "data.train_fraction": 0.5})

@@ -177,11 +177,11 @@ def test_a_finished_run_is_left_as_it_is(tmp_path):
 
 
 def test_only_the_same_run_is_resumed(tmp_path):
-    run_training(small(recipe__epochs=1), tmp_path)
+    run_training(small(recipe__epochs=2), tmp_path)
     with pytest.raises(
-        ValueError, match=r"other settings: recipe.epochs: 2, not 1; recipe.lr: 0.02, not 0.01\."
+        ValueError, match=r"other settings: recipe.epochs: 1, not 2; recipe.lr: 0.02, not 0.01\."
     ):
-        run_training(small(recipe__epochs=2, recipe__lr=0.02), tmp_path)
+        run_training(small(recipe__epochs=1, recipe__lr=0.02), tmp_path)
     with pytest.raises(ValueError, match="holds a run"):
         run_training(small(recipe__epochs=1), tmp_path, resume=False)
     (tmp_path / "notes.txt").write_text("mine")

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 from training import SMALL, final_tensors, records, small
 
+from convinit.serve.trained import load_trained
 from convinit.train import checkpoint as files
 from convinit.train import run as driver
 from convinit.train.build import build_model
@@ -92,7 +93,7 @@ def test_it_learns(tmp_path):
         {"recipe__optimizer": "sgd", "recipe__schedule": "constant", "recipe__clip": "none"},
         {"recipe__optimizer": "adam", "recipe__schedule": "one-cycle", "recipe__warmup_epochs": 0},
         {"recipe__precision": "bf16", "recipe__decay": "matrices", "recipe__drop_last": True},
-        {"model__name": "convmixer", "init__values": "default", "model__heads": "none",
+        {"model__name": "convmixer", "model__heads": "none",
          "model__mlp_dim": "none", "model__options": {}, "model__share_layers": True, "model__depth": 2},
     ],
 )  # fmt: skip
@@ -153,6 +154,75 @@ def test_epochs_are_validated_and_the_test_images_are_met_once(tmp_path):
     assert epochs[-1]["val_top1"] == pytest.approx(hits / 300)
     assert engine.evaluate()["top1"] == epochs[-1]["top1"]
 
+    # The best weights are kept, and a model can be made of them alone.
+    assert sorted(path.suffix for path in (tmp_path / "best").iterdir()) == [
+        "",
+        ".json",
+        ".safetensors",
+        ".toml",
+    ]
+    engine.inner.load_state_dict(files.read_tensors(tmp_path / "best", "model"))
+    assert engine.evaluate(val=True)["val_top1"] == epochs[-1]["best_val_top1"]
+    assert engine.evaluate()["top1"] == epochs[-1]["top1_of_best"]
+    assert load_trained(tmp_path / "best").network is not None
+
+
+def test_the_best_weights_are_of_an_earlier_epoch(tmp_path, monkeypatch):
+    evaluate, shares = Engine.evaluate, iter([0.2, 0.6, 0.5])
+
+    def scripted(self, *args, val=False, **options):
+        figures = evaluate(self, *args, val=val, **options)
+        return {**figures, "val_top1": next(shares)} if val else figures
+
+    monkeypatch.setattr(Engine, "evaluate", scripted)
+    seen = []
+
+    class Seen(Watcher):
+        def recorded(self, record):
+            if record["kind"] == "epoch":
+                seen.append(files.read_tensors(tmp_path / "best", "model"))
+
+    figures = run_training(small(data__val_fraction=0.3), tmp_path, watcher=Seen()).figures
+    first, second, last = seen
+    assert any(not torch.equal(second[name], each) for name, each in first.items())
+    assert all(torch.equal(last[name], each) for name, each in second.items())
+    assert figures["best_val_top1"] == 0.6
+    final = files.read_tensors(files.checkpoints(tmp_path)[-1], "model")
+    assert any(not torch.equal(last[name], each) for name, each in final.items())
+    monkeypatch.setattr(Engine, "evaluate", evaluate)
+    config = small(data__val_fraction=0.3)
+    engine = Engine(config, make_accelerator(config))
+    for weights, name in ((last, "top1_of_best"), (final, "top1")):
+        engine.inner.load_state_dict(weights)
+        assert engine.evaluate()["top1"] == figures[name]
+
+
+def test_a_kill_between_two_renames_leaves_the_best_weights(tmp_path):
+    run_training(small(data__val_fraction=0.3), tmp_path)
+    kept = files.read_tensors(tmp_path / "best", "model")
+    (tmp_path / "best").rename(tmp_path / ".unfinished-old-best")
+    files.clean(tmp_path)
+    for name, each in files.read_tensors(tmp_path / "best", "model").items():
+        assert torch.equal(each, kept[name])
+
+
+@pytest.mark.parametrize("schedule", [{}, {"recipe__schedule": "one-cycle", "recipe__warmup_epochs": 0}])
+def test_a_finished_run_goes_on_for_longer(schedule, tmp_path):
+    run_training(small(recipe__epochs=2, **schedule), tmp_path / "a")
+    longer = small(recipe__epochs=4, **schedule)
+    result = run_training(longer, tmp_path / "a")
+    assert (result.steps, result.figures["epoch"]) == (8, 4)
+    run_training(longer, tmp_path / "b")
+
+    def rates(name):
+        return {
+            r["step"]: r["lr"] for r in records(tmp_path / name) if r["kind"] == "train" and r["step"] > 8
+        }
+
+    assert rates("a") == pytest.approx(rates("b")) and len(rates("a")) >= 3
+    with pytest.raises(ValueError, match="recipe.epochs: 2, not 4"):
+        run_training(small(recipe__epochs=2, **schedule), tmp_path / "a")
+
 
 def test_the_clock_asks_for_checkpoints(tmp_path):
     run_training(small(run__checkpoint_steps="none", run__checkpoint_minutes=1e-9, run__keep=99), tmp_path)
@@ -203,7 +273,9 @@ def test_a_disk_that_is_full_while_writing(tmp_path):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, before[1]))
     try:
-        with pytest.raises(OSError, match="step 9 could not be written: .*step-000004 is intact. Make room"):
+        with pytest.raises(
+            OSError, match="step-000009 could not be written: .*step-000004 is intact. Make room"
+        ):
             files.save(tmp_path, 9, big, {}, "", keep=1)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)

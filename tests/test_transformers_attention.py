@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from convinit.adapters import transformers_attention
+from convinit.adapters import transformers as entry
 from convinit.adapters.transformers import register_attention
 
 transformers = pytest.importorskip("transformers", minversion="5", exc_type=ImportError)
@@ -25,8 +25,8 @@ def calls(monkeypatch):
         made.append(kwargs)
         return original(*args, **kwargs)
 
-    original = transformers_attention.positional_attention
-    monkeypatch.setattr(transformers_attention, "positional_attention", watched)
+    original = entry.positional_attention
+    monkeypatch.setattr(entry, "positional_attention", watched)
     return made
 
 

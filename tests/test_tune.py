@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -599,3 +600,18 @@ def test_build_info(monkeypatch):
     assert convinit.build_info()["tuned"] == "2026-11-26 for NVIDIA Test 3000 (1 entry)"
     monkeypatch.setattr(tuned, "_loaded", {0: Tuned()})
     assert convinit.build_info()["tuned"] is None
+
+
+def test_what_is_shipped_serves_any_torch_and_triton():
+    shipped = sorted(Path(tuned.__file__).parent.glob("sm_*.json"))
+    assert [path.name for path in shipped] == ["sm_90.json"]
+    for path in shipped:
+        content = tuned.read(path)
+        assert content["machine"]["capability"] == "9.0" and not content["configs"]
+        assert {row["choice"] for row in content["choices"]} == {"triton", "torch"}
+        for row in content[
+            "choices"
+        ]:  # as `convinit tune` decided, or PyTorch's choice in place of a back end
+            times = {name: tuple(each) for name, each in row["ms"].items()}
+            decided = tune.decide(times)
+            assert row["choice"] == (decided if decided == "triton" else "torch")

@@ -8,7 +8,7 @@ import torch
 
 import convinit
 from convinit import viz
-from convinit.drift import DriftHistory
+from convinit.records import DriftHistory
 
 
 def pixels(figure) -> torch.Tensor:

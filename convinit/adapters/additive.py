@@ -13,11 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from convinit import init as init_
 from convinit.adapters.calibrate import Plan, Seen, calibrate_, qk_norm_weights
 from convinit.adapters.layout import Layout, Linear, SelfAttention, Slot, apply_norm, memory_of
 from convinit.adapters.measure import output_of
-from convinit.adapters.report import LayerRecord, measured
 from convinit.adapters.request import Request
 from convinit.adapters.subspace import (
     MIMETIC_CONTENT,
@@ -30,10 +28,9 @@ from convinit.adapters.subspace import (
     smooth_position,
 )
 from convinit.adapters.synthetic import synthetic_images
-from convinit.fit import fit_qk
-from convinit.offsets import impulse_targets
-
-_SMALLEST_POSITION = 0.1  # rms of a P that attention may see without a norm
+from convinit.fit.api import SMALLEST_POSITION
+from convinit.init.query_key import fitted_qk
+from convinit.records import LayerRecord, measured
 
 
 @dataclass(eq=False)
@@ -56,6 +53,8 @@ class AdditiveLayout(Layout):
         position_is_given: P came from the caller, and need not be a part of the model.
         prefix_is_unknown: nobody said how many class and register tokens there are; a forward pass shows it,
             and `unknown_prefix` keeps it.
+        placed: what the last call did with P: "new", it was replaced; "subspace", it was kept, and V is its
+            row space; "keep".
     """
 
     position: Slot | None = None
@@ -71,6 +70,7 @@ class AdditiveLayout(Layout):
     position_is_given: bool = False
     prefix_is_unknown: bool = False
     unknown_prefix: int = 0
+    placed: str | None = None
     notes: list[str] = field(default_factory=list)
 
     takes_alpha: ClassVar[bool] = False
@@ -105,6 +105,7 @@ class AdditiveLayout(Layout):
         images = self._images(request, needed=subspace)
         V = self._separate_position_(request, images, seed) if subspace else None
         if V is None:
+            self.placed = None if self.takes_alpha else "keep"
             self._check_differs(request)
             self.scale_(request)
         for i, attention in chosen.items():
@@ -115,10 +116,10 @@ class AdditiveLayout(Layout):
         if V is not None:
             self._separate_writers_(V)
         plans: dict[int, Plan] = {}
-        if request.method == "mimetic":
+        if request.draws:
             for attention in live.values():
                 attention.share = None
-                attention.set_mimetic_qk_(request.generator)
+                attention.draw_qk_(request)
         elif request.fits:
             for attention in live.values():
                 attention.share = None
@@ -223,10 +224,12 @@ class AdditiveLayout(Layout):
     ) -> Tensor:
         """Gives P its subspace V [D, k]; P is replaced where it is as drawn."""
         assert self.position is not None
-        P = self.position.read()
+        P, dtype = self.position.read(), self.position.tensor.dtype
+        self.placed = "subspace"
         constant = bool((P == P[0]).all())
-        drawn = constant or (not self.position.frozen and looks_drawn(P, self.grid_size))
+        drawn = constant or (not self.position.frozen and looks_drawn(P, self.grid_size, dtype))
         if drawn or request.position == "new":
+            self.placed = "new"
             if not self._is_saved():
                 raise ValueError(
                     f"position embedding of {type(self.root).__name__} must be in its state_dict, or a new "
@@ -248,7 +251,7 @@ class AdditiveLayout(Layout):
             generator = torch.Generator().manual_seed(seed)
             rank = min(attention.head_dim for attention in self.attentions)
             self.position.write_(size * smooth_position(self.grid_size, P.shape[1], rank, generator))
-        V = row_space(self.position.read())
+        V = row_space(self.position.read(), dtype)
         if V.shape[1] > MOST_OF_WIDTH * V.shape[0]:
             raise ValueError(
                 f"position embedding must leave room for the content, but that of {type(self.root).__name__} "
@@ -371,7 +374,7 @@ class AdditiveLayout(Layout):
         warnings.warn(
             f"the position embedding of {type(self.root).__name__} is not in its state_dict. Before these "
             "weights are loaded into a new model, scale its P too: "
-            'init_vit_(new, method="keep", values="keep", pos_embed_gain=...)',
+            'init_vit_(new, method="default", values="default", pos_embed_gain=...)',
             stacklevel=8,
         )
 
@@ -389,32 +392,17 @@ class AdditiveLayout(Layout):
         subspace: bool,
     ) -> dict[int, Plan]:
         """Weights of layers that see the same P, seen [n + N, D], from one fit."""
-        first, generator = next(iter(members.values())), request.generator
+        first = next(iter(members.values()))
         heads = [attention.num_heads for attention in members.values()]
         P = _without(seen[prefix:], seen[:prefix])
         offsets = torch.cat([dealt[i] for i in members])
         # A LayerNorm of queries takes off their mean over r: one direction less, and none of it is wasted.
         rank = first.head_dim - first.has_qk_norm
-        weight_norm: float | Tensor
-        aim: Any = None
-        if request.method == "norm_matched" and request.weight_norm is not None:
-            wq, wk = P.new_empty(2, len(offsets), P.shape[1], rank)
-            weight_norm = request.weight_norm
-            targets = impulse_targets(offsets, self.grid_size, padding_mode=request.padding_mode)
-        else:
-            fit = fit_qk(
-                P, offsets, self.grid_size, rank, scale=first.scale, method=request.fit_method(heads[0]),
-                weight_norm=request.weight_norm, peak=request.peak, padding_mode=request.padding_mode,
-                generator=generator,
-            )  # fmt: skip
-            wq, wk, weight_norm, targets = fit.wq, fit.wk, fit.weight_norm, fit.targets
-            aim = self._parts(first, heads, wq.clone(), wk.clone(), targets, fit.peak)
-        if request.method == "norm_matched":
-            init_.norm_matched_qk_(wq, wk, weight_norm, generator=generator)
-        elif request.method == "scrambled":
-            targets = init_.scrambled_qk_(
-                wq, wk, P, scale=first.scale, weight_norm=weight_norm, generator=generator
-            ).targets
+        wq, wk, targets, fit = fitted_qk(
+            request, P, offsets, self.grid_size, rank, scale=first.scale, num_heads=heads[0],
+            generator=request.generator,
+        )  # fmt: skip
+        aim = None if fit is None else self._parts(first, heads, fit.wq, fit.wk, fit.targets, fit.peak)
         own = self._parts(first, heads, wq, wk, targets)
         plans = {}
         for j, (i, attention) in enumerate(members.items()):
@@ -455,7 +443,7 @@ class AdditiveLayout(Layout):
             )
         size = float(P.square().mean().sqrt()) * (request.pos_embed_gain or 1)
         unknown = self.prefix_is_unknown and all(attention.norm is None for attention in self.attentions)
-        if request.fits and unknown and size < _SMALLEST_POSITION:
+        if request.fits and unknown and size < SMALLEST_POSITION:
             raise ValueError(
                 f"pos_embed must be as large as attention sees it, but its rms is {size:.2g}, for which "
                 "queries and keys would need weights of 100 and more. A norm in front of the attention would "

@@ -13,11 +13,11 @@ from convinit.adapters import (
     own,
     rotary,
     swin,
-    timm,
+    timm_vit,
     torch_nn,
     torchvision,
-    transformers,
     transformers_towers,
+    transformers_vit,
     vit_pytorch,
 )
 from convinit.adapters.additive import AdditiveLayout
@@ -29,9 +29,9 @@ Adapter = Callable[[nn.Module, str], Layout | None]
 # Whole models; the first that knows a module has it, and what is inside is not looked at again.
 MODELS: tuple[Adapter, ...] = (
     own.layout,
-    timm.layout,
+    timm_vit.layout,
     torchvision.layout,
-    transformers.layout,
+    transformers_vit.layout,
     transformers_towers.layout,
     vit_pytorch.layout,
     rotary.layout,
@@ -40,8 +40,8 @@ MODELS: tuple[Adapter, ...] = (
 )
 # Single attentions, for models that nobody knows: grid and P come from the caller.
 ATTENTIONS: tuple[Callable[[nn.Module, str], SelfAttention | None], ...] = (
-    timm.attention,
-    transformers.attention,
+    timm_vit.attention,
+    transformers_vit.attention,
     vit_pytorch.attention,
     torch_nn.attention,
 )

@@ -10,18 +10,15 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor, nn
 
-from convinit._checks import came, check_grid_size, check_int, check_kernel_size, check_offsets
+from convinit._checks import came, check_grid_size, check_int
 from convinit.adapters.additive import AdditiveLayout
 from convinit.adapters.find import find_layouts, unwrapped
 from convinit.adapters.layout import Layout, is_sharded, reshard_
 from convinit.adapters.measure import measure_on_images_, without_autocast
-from convinit.adapters.report import InitReport, LayerRecord
+from convinit.adapters.report import InitReport
 from convinit.adapters.request import Request
-from convinit.fit.api import Method
-from convinit.offsets import sample_offsets
-
-# The head order of the code of arXiv 2505.19985, as (dy, dx): centre, up, right, left, down, then corners.
-FIXED_ORDER = ((0, 0), (-1, 0), (0, 1), (0, -1), (1, 0), (-1, -1), (-1, 1), (1, -1), (1, 1))
+from convinit.fit.api import Solver
+from convinit.records import LayerRecord
 
 
 @torch.no_grad()
@@ -29,11 +26,13 @@ def init_vit_(
     model: nn.Module,
     *,
     kernel_size: int | None = None,
-    method: str | Method = "newton",
+    method: str = "impulse",
+    fit: str | Solver = "newton",
     weight_norm: float | None = None,
     peak: float | None = None,
     alpha: float | None = None,
     values: str = "mimetic",
+    distribution: str = "normal",
     layers: str | int | slice | Sequence[int] = "all",
     offsets: Tensor | str | None = None,
     padding_mode: str = "zeros",
@@ -67,17 +66,20 @@ def init_vit_(
         model: in place. Frozen queries and keys are left alone, and the report says so.
         kernel_size: offsets are drawn from the f×f window; odd, and at most 2·min(H, W) − 1. None means
             half the grid, 3 to 7: 3 on 8 × 8 tokens, 7 on 14 × 14.
-        method: "newton", "adam", "svd" or options as in :func:`convinit.fit_qk`, of which the papers' two are
-            not their weights where there are class tokens (here orthogonal to the fit) or biases (here 0);
-            "mimetic" (arXiv 2305.09828); or a control: "position_only" (queries and keys stay as the library
-            drew them, all else is done), "scrambled" (a random permutation of the tokens in place of a
-            shift), "norm_matched" (random directions), the last two with the weight norm of the impulse fit
-            and the factors that impulses would need; "keep" leaves queries and keys.
+        method: what queries and keys start as. "impulse"; "mimetic" (arXiv 2305.09828); "random", U(±√(1/D));
+            "default", as the library drew them; or a control: "position_only" (queries and keys stay as the
+            library drew them, all else is done), "scrambled" (a random permutation of the tokens in place of
+            a shift), "norm_matched" (random directions), the last two with the weight norm of the impulse fit
+            and the factors that impulses would need.
+        fit: the solver of the impulses, "newton", "adam", "svd" or options as in :func:`convinit.fit_qk`. The
+            papers' two are not their weights where there are class tokens (here orthogonal to the fit) or
+            biases (here 0).
         weight_norm, peak: how sharp, see :func:`convinit.fit_qk`; None means peak = 0.7. With a weight norm
             nothing is measured. With qk_norm the peak is set by the weights of those norms.
         alpha: only for convinit's own models: their attribute, the content share of Model I.
         values: "mimetic" sets values and output layer so that their product is 0.4·Z − 0.4·I, biases 0 (arXiv
-            2305.09828); "keep" leaves them.
+            2305.09828); "default" leaves them as the library drew them.
+        distribution: of the noise in mimetic queries and keys, see :func:`convinit.init.mimetic_qk_`.
         layers: "all", or the numbers of those to set: an int, a slice or several ints.
         offsets: (dy, dx) of the heads of the chosen layers, [heads of all layers, 2] or [layers, heads, 2].
             None deals them out so that every f² heads in a row cover the window once (stratified over the
@@ -89,7 +91,8 @@ def init_vit_(
             content (rms). Any other is kept, and V is its row space: sin-cos, one that was loaded, what an
             earlier call made. "new": P is replaced in any case. "keep": P and all that writes to the stream
             stay; the image then blurs the maps, and a warning says how much. None means "subspace", but
-            "keep" for the methods "mimetic" and "keep".
+            "keep" for the methods "mimetic", "random" and "default", and for the papers' fits, which know no
+            subspace.
         pos_embed_gain: multiplies P (the patches' rows) in place, once, however often the function is called
             on one model object; implies position="keep". arXiv 2505.19985 multiplies the parameter by 18 as
             well, the class token's row with it.
@@ -128,28 +131,19 @@ def init_vit_(
             "generator must be given for a model on several processes: torch.Generator().manual_seed(seed), "
             "with the same seed on each, so that all of them set the same weights"
         )
-    default = "keep" if method in ("mimetic", "keep") or pos_embed_gain is not None else "subspace"
     request = Request(
-        method, weight_norm, peak, alpha, default if position is None else position, pos_embed_gain,
-        values, padding_mode, generator, position is not None, inner, images, shared,
+        method=method, fit=fit, values=values, kernel_size=kernel_size, peak=peak, weight_norm=weight_norm,
+        padding_mode=padding_mode, offsets=offsets, distribution=distribution, alpha=alpha, position=position,
+        pos_embed_gain=pos_embed_gain, generator=generator, model=inner, images=images, shared=shared,
     )  # fmt: skip
     if grid_size is not None:
         grid_size = check_grid_size(grid_size)
     found = find_layouts(inner, grid_size=grid_size, pos_embed=pos_embed, adapter=adapter, images=images)
-    if kernel_size is None:
-        kernel_size = (
-            3
-            if isinstance(offsets, str) and offsets == "fixed"
-            else _window(min(min(layout.grid_size) for layout in found))
-        )
     every = [(layout, i) for layout in found for i in range(len(layout.attentions))]
     layer_numbers = _chosen(layers, len(every))
     chosen = [every[number] for number in layer_numbers]
-    drawn = offsets is None or isinstance(offsets, str)
-    if drawn and method not in ("mimetic", "keep", "position_only"):
-        for layout, i in chosen:
-            check_kernel_size(kernel_size, layout.grid_of(i))
-    dealt = _deal(offsets, kernel_size, [layout.attentions[i].num_heads for layout, i in chosen], generator)
+    kernel_size = request.window([layout.grid_of(i) for layout, i in chosen])
+    dealt = request.deal([layout.attentions[i].num_heads for layout, i in chosen], kernel_size, generator)
 
     records: list[LayerRecord] = []
     with ExitStack() as contexts, without_autocast(model):
@@ -164,17 +158,18 @@ def init_vit_(
             for j, record in zip(mine, own, strict=True):
                 record.layer = layer_numbers[j]
             records += own
+    placed = {layout.placed for layout in found if isinstance(layout, AdditiveLayout) and layout.placed}
     options = {
-        "position": request.position, "pos_embed_gain": request.pos_embed_gain, "values": values,
-        "kernel_size": None if kernel_size is None else int(kernel_size), "peak": request.target_peak,
-        "weight_norm": request.weight_norm, "alpha": request.alpha,
-        "padding_mode": padding_mode, "layers": str(layers), "seed": seed,
-        "offsets": "given" if isinstance(offsets, Tensor) else offsets or "stratified",
+        "fit": (fit if isinstance(fit, str) else repr(fit)) if request.fits else None,
+        "values": values, "position": ", ".join(sorted(placed)) or None,
+        "pos_embed_gain": request.pos_embed_gain, "kernel_size": kernel_size, "peak": request.target_peak,
+        "weight_norm": request.weight_norm, "alpha": request.alpha, "padding_mode": padding_mode,
+        "layers": str(layers), "seed": seed, "offsets": request.rule,
     }  # fmt: skip
     report = InitReport(
         records,
         found[0].grid_size,
-        method if isinstance(method, str) else repr(method),
+        method,
         time.perf_counter() - start,
         notes=[note for layout in found for note in getattr(layout, "notes", ())],
         places=chosen,
@@ -205,15 +200,6 @@ def _on_several_processes(model: nn.Module, inner: nn.Module) -> bool:
     )
 
 
-def _window(side: int) -> int:
-    """Half the grid, odd, 3 to 7.
-
-    On 14 × 14 tokens 7 was better than 3 by 0.9 to 3.5 points in six of six pairs of runs, on 7 × 7 and 8 × 8
-    nothing was better than 3; docs/init_vit has the sweep.
-    """
-    return min(max(3, (side // 2 - 1) // 2 * 2 + 1), 7)
-
-
 def _chosen(layers: str | int | slice | Sequence[int], count: int) -> list[int]:
     every = range(count)
     if isinstance(layers, str):
@@ -233,32 +219,3 @@ def _chosen(layers: str | int | slice | Sequence[int], count: int) -> list[int]:
     if not picked:
         raise ValueError(f"layers must choose at least one of the {count} layers, got {layers}")
     return picked
-
-
-def _deal(
-    offsets: Tensor | str | None, kernel_size: int, heads: Sequence[int], generator: torch.Generator | None
-) -> list[Tensor]:
-    """The offsets [heads, 2] of each chosen layer."""
-    total = sum(heads)
-    if offsets is None:
-        return list(
-            sample_offsets(total, kernel_size, stratified=True, generator=generator).split(list(heads))
-        )
-    if isinstance(offsets, str):
-        if offsets == "random":
-            return list(sample_offsets(total, kernel_size, generator=generator).split(list(heads)))
-        if offsets != "fixed":
-            raise ValueError(f'offsets must be None, "random", "fixed" or a tensor, got {offsets!r}')
-        if check_int("kernel_size", kernel_size) != 3:
-            raise ValueError(f'kernel_size must be 3 with offsets="fixed", got {kernel_size}')
-        order = torch.tensor(FIXED_ORDER, device="cpu")
-        return [order[torch.arange(count, device="cpu") % len(order)] for count in heads]
-    if isinstance(offsets, Tensor) and offsets.dim() == 3:
-        offsets = offsets.flatten(0, 1)
-    offsets = check_offsets(offsets).cpu()
-    if len(offsets) != total:
-        raise ValueError(
-            f"offsets must be [{total}, 2], one row for each head of the {len(heads)} layers, got "
-            f"{list(offsets.shape)}"
-        )
-    return list(offsets.split(list(heads)))

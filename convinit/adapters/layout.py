@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from convinit import init as init_
-from convinit.adapters.report import LayerRecord, measured, no_figures
+from convinit.records import LayerRecord, measured, no_figures
 
 if TYPE_CHECKING:
     from convinit.adapters.request import Request
@@ -199,13 +199,21 @@ class SelfAttention:
 
     def set_qk_(self, wq: Tensor, wk: Tensor, offsets: Tensor | None) -> None:
         """Takes wq, wk [heads, D, r]; biases become 0. `offsets` is for models that keep them."""
+        self._write_qk_(wq, wk)
+
+    def _write_qk_(self, wq: Tensor, wk: Tensor) -> None:
+        """Takes what `qk_weights` gives; biases become 0."""
         self.query.set_(wq.mT.flatten(0, 1))
         self.key.set_(wk.mT.flatten(0, 1))
 
-    def set_mimetic_qk_(self, generator: torch.Generator | None) -> None:
-        """Mimetic queries and keys, biases 0."""
+    def draw_qk_(self, request: Request) -> None:
+        """Mimetic or random queries and keys, biases 0."""
         wq, wk = self.qk_weights()
-        self.set_qk_(*init_.mimetic_qk_(wq, wk, generator=generator), None)
+        if request.method == "mimetic":
+            init_.mimetic_qk_(wq, wk, distribution=request.distribution, generator=request.generator)
+        else:
+            init_.random_qk_(wq, wk, generator=request.generator)
+        self._write_qk_(wq, wk)
 
     def set_values_(self, generator: torch.Generator | None) -> str | None:
         """Mimetic values and output layer, biases 0; a note where that cannot be."""

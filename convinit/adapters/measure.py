@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from convinit.adapters.layout import is_sharded, reshard_
-from convinit.adapters.report import measured
+from convinit.records import measured
 
 if TYPE_CHECKING:
     from convinit.adapters.report import InitReport

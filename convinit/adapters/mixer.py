@@ -12,11 +12,10 @@ from torch import Tensor, nn
 
 from convinit import init as init_
 from convinit.adapters.layout import Layout, Linear
-from convinit.adapters.report import LayerRecord
 from convinit.adapters.request import Request
 from convinit.adapters.types import child_name, is_a
-from convinit.fit import Newton
 from convinit.offsets import impulse_targets
+from convinit.records import LayerRecord
 
 
 @dataclass(eq=False)
@@ -52,21 +51,18 @@ class MixerLayout(Layout):
 
     def init_(self, request: Request, layers: Sequence[int], offsets: Tensor) -> list[LayerRecord]:
         request.refuse_additive(self.root)
-        if (
-            not (isinstance(request.method, Newton) or request.method in ("newton", "keep"))
-            or request.peak is not None
-            or request.weight_norm is not None
-        ):
+        given = not request.by_newton or request.peak is not None or request.weight_norm is not None
+        if request.method not in ("impulse", "default") or given:
             raise ValueError(
-                "method must be newton (or keep), without peak and weight_norm, for "
-                f"{type(self.root).__name__}: its impulses are exact; got method {request.method!r}"
+                "method must be impulse or default, without fit, peak and weight_norm, for "
+                f"{type(self.root).__name__}: its impulses are exact; got method={request.method!r}"
             )
         chosen: list[TokenMixing] = [self.attentions[i] for i in layers]
         records = []
         of_layer = offsets.split([mixing.num_heads for mixing in chosen])
         for layer, mixing, own in zip(layers, chosen, of_layer, strict=True):
             targets = None
-            if not mixing.frozen and request.method != "keep":
+            if not mixing.frozen and request.fits:
                 weights = [mixing.fc1.weight, mixing.fc1.bias, mixing.fc2.weight, mixing.fc2.bias]
                 values: list[Any] = [None if slot is None else slot.read() for slot in weights]
                 fc1, fc1_bias, fc2, fc2_bias = values

@@ -29,12 +29,17 @@ class OwnAttention(SelfAttention):
     def set_qk_(self, wq: Tensor, wk: Tensor, offsets: Tensor | None) -> None:
         if self.reads.variant == "III":
             P = whole_pos_embed(self.reads)
-            self.query.weight.write_(P @ wq.double())
-            self.key.weight.write_((P @ wk.double()).mT)
-        else:
-            super().set_qk_(wq, wk, offsets)
+            wq, wk = P @ wq.double(), P @ wk.double()
+        self._write_qk_(wq, wk)
         if offsets is not None:
             self.reads.offsets.copy_(offsets)
+
+    def _write_qk_(self, wq: Tensor, wk: Tensor) -> None:
+        if self.reads.variant == "III":
+            self.query.weight.write_(wq)
+            self.key.weight.write_(wk.mT)
+        else:
+            super()._write_qk_(wq, wk)
 
     def qk_weights(self) -> tuple[Tensor, Tensor]:
         if self.reads.variant == "III":

@@ -9,9 +9,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
-from convinit.fit.result import map_metrics
+from convinit.records import LayerRecord
 
 if TYPE_CHECKING:
     from convinit.adapters.layout import Layout
@@ -19,61 +18,6 @@ if TYPE_CHECKING:
 _WIDTH = 100  # columns of a terminal
 _FAR = 0.1  # a peak on images that misses what was asked by more warns
 _NUMBERS = ("mse", "peak", "hit_rate", "weight_norm", "prefix")
-
-
-@dataclass(eq=False)
-class LayerRecord:
-    """One layer's heads.
-
-    Attributes:
-        layer: its number in the model, from 0.
-        name: of its attention, as in ``model.named_modules()``.
-        offsets: [heads, 2] int64, (dy, dx); None where the heads have none (mimetic, scrambled).
-        targets: [heads, N] int64, the token that each token is to look at; −1: nowhere. None: no target.
-        mse, peak, hit_rate: [heads] float64, of the map that the positions alone make, as written to the
-            model; NaN without targets. Class and register tokens compete for the attention there too.
-        weight_norm: [heads] float64, √(‖W_q‖_F · ‖W_k‖_F); of biases or tables where those hold it.
-        prefix: [heads] float64, mean attention of the patches on all class and register tokens.
-        peak_on_images, prefix_on_images: [heads] float64, the same on a batch of images; None: not measured.
-        asked_peak: the mean attention on the target that was wanted of the layer; None: none was.
-        share: of P in the norm of the tokens that the layer saw on images; None: not measured.
-        note: what should be known of this layer, or "".
-    """
-
-    layer: int
-    name: str
-    offsets: Tensor | None
-    targets: Tensor | None
-    mse: Tensor
-    peak: Tensor
-    hit_rate: Tensor
-    weight_norm: Tensor
-    prefix: Tensor
-    peak_on_images: Tensor | None = None
-    prefix_on_images: Tensor | None = None
-    asked_peak: float | None = None
-    share: float | None = None
-    note: str = ""
-
-
-def measured(maps: Tensor, targets: Tensor) -> dict[str, Tensor]:
-    """mse, peak, hit_rate and prefix [heads] of maps [heads, T, T] whose last N tokens are the patches."""
-    maps = maps.double().cpu()
-    prefix = maps.shape[-1] - targets.shape[-1]
-    patches = maps[:, prefix:]  # [heads, N, T]
-    mse, peak, hit_rate = map_metrics(patches[:, :, prefix:], targets.cpu())
-    return {
-        "mse": mse,
-        "peak": peak,
-        "hit_rate": hit_rate,
-        "prefix": patches[:, :, :prefix].sum(dim=2).mean(dim=1),
-    }
-
-
-def no_figures(num_heads: int) -> dict[str, Tensor]:
-    """Those figures of heads that have no target."""
-    nothing = torch.full((num_heads,), torch.nan, dtype=torch.float64, device="cpu")
-    return {"mse": nothing, "peak": nothing, "hit_rate": nothing, "prefix": nothing}
 
 
 @dataclass(eq=False, repr=False)
@@ -88,7 +32,8 @@ class InitReport:
         method: by which queries and keys were set.
         seconds: wall-clock time.
         notes: what should be known of the whole model.
-        options: of the call, by their names; the seed of its generator.
+        options: of the call, by their names; `position` as it was done: "new", P was replaced; "subspace", P
+            was kept and got a subspace; "keep". The seed of its generator.
         images: what peaks were measured on, "yours" or "synthetic".
         places: for each record the layout and the number of the attention in it. They refer to the model's
             own parameters, and so follow the model as it trains.
@@ -206,7 +151,7 @@ class InitReport:
         more = f" and {len(far) - 4} more" if len(far) > 4 else ""
         hint = (
             "ask for another peak, or for a larger head dimension"
-            if self.options.get("position") in ("subspace", "new")
+            if self.options.get("position") != "keep"
             else 'position="subspace", the default where a model allows it, keeps it'
         )
         return (

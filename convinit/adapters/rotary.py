@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from convinit import init as init_
 from convinit.adapters.layout import Layout, Linear, SelfAttention, packed_qkv
-from convinit.adapters.report import LayerRecord
 from convinit.adapters.request import Request
 from convinit.adapters.types import child_name, is_a, learned_norm
+from convinit.records import LayerRecord
 
 
 @dataclass(eq=False)
@@ -63,17 +63,17 @@ class RotaryLayout(Layout):
 
     def init_(self, request: Request, layers: Sequence[int], offsets: Tensor) -> list[LayerRecord]:
         request.refuse_additive(self.root)
-        method = request.biases_method(self.root)
+        request.check_biases(self.root)
         chosen: dict[int, RotaryAttention] = {i: self.attentions[i] for i in layers}
         of_layer = offsets.split([attention.num_heads for attention in chosen.values()])
         dealt = dict(zip(chosen, of_layer, strict=True))
         live = [i for i, attention in chosen.items() if not attention.frozen]
         targets: dict[int, Tensor] = {}
-        if method == "mimetic":
+        if request.draws:
             live = [i for i in live if not (chosen[i].query.frozen or chosen[i].key.frozen)]
             for i in live:
-                chosen[i].set_mimetic_qk_(request.generator)
-        elif method != "keep" and live:
+                chosen[i].draw_qk_(request)
+        elif request.fits and live:
             found = self._set_biases_(request, [chosen[i] for i in live], torch.cat([dealt[i] for i in live]))
             targets = dict(zip(live, found, strict=True))
         records = []

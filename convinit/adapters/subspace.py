@@ -26,9 +26,10 @@ MIMETIC_CONTENT = 0.3
 # and keys have rank r; the content needs the others.
 _MOST_DIRECTIONS = 64
 MOST_OF_WIDTH = 0.75  # of D, that a P that is kept may take
-# Directions of a P that is kept count above this share of the strongest.
+# Directions of a P that is kept count above this share of the strongest, and above what its dtype rounds.
 _SMALLEST_DIRECTION = 1e-3
 _ORTHOGONAL = 1e-5  # a writer whose part in V is smaller, as a share of its norm, is left as it is
+_EQUAL_ROWS = 1e-5  # spread of the norms of P's rows, as a share of their mean, that no noise has
 
 
 def smooth_position(
@@ -66,22 +67,31 @@ def _cosines(n: int) -> Tensor:
     return cosines
 
 
-def row_space(P: Tensor) -> Tensor:
-    """V [D, k] float64, orthonormal: the numerical row space of P [N, D] behind a norm that removes means."""
+def row_space(P: Tensor, dtype: torch.dtype) -> Tensor:
+    """V [D, k] float64, orthonormal: the numerical row space of P [N, D] behind a norm that removes means.
+
+    dtype: that P is stored in. Rounding alone makes directions of up to a third of its eps.
+    """
     centred = P.double() - P.double().mean(dim=1, keepdim=True)
     _, S, Vh = torch.linalg.svd(centred, full_matrices=False)
-    return Vh[S > _SMALLEST_DIRECTION * S[0]].mT
+    smallest = max(_SMALLEST_DIRECTION, torch.finfo(dtype).eps / 2)
+    return Vh[S > smallest * S[0]].mT
 
 
-def looks_drawn(P: Tensor, grid_size: tuple[int, int]) -> bool:
+def looks_drawn(P: Tensor, grid_size: tuple[int, int], dtype: torch.dtype) -> bool:
     """Whether P [N, D] is as libraries draw it: the same row everywhere, or rows without relation.
 
-    Neighbours correlate in everything that is made for a grid or was trained on one.
+    Neighbours correlate in everything that is made for a grid or was trained on one; on a few tokens too
+    little to tell, but there all rows of what is made, here or as sin-cos, have one norm.
     """
-    P = P.double() - P.double().mean(dim=0)
+    P = P.double()
+    norms = P.norm(dim=1)
+    P = P - P.mean(dim=0)
     energy = P.square().mean()
     if energy == 0:
         return True
+    if norms.max() - norms.min() < max(_EQUAL_ROWS, torch.finfo(dtype).eps / 4) * norms.mean():
+        return False
     grid = P.unflatten(0, grid_size)
     pairs = [(grid[1:], grid[:-1]), (grid[:, 1:], grid[:, :-1])]
     products = torch.cat([(a * b).mean(dim=-1).flatten() for a, b in pairs])
@@ -103,7 +113,7 @@ def separate_(slot: Slot, V: Tensor, *, rows: bool = False) -> bool:
         values.double().mT if rows else values.double().flatten(1) if values.dim() > 1 else values.double()
     )
     inside = V.mT @ matrix
-    if inside.norm() <= _ORTHOGONAL * matrix.norm():
+    if inside.norm() <= max(_ORTHOGONAL, torch.finfo(slot.tensor.dtype).eps / 2) * matrix.norm():
         return False
     matrix = matrix - V @ inside
     slot.write_((matrix.mT if rows else matrix.view(values.shape)).to(values))

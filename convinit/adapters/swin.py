@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from convinit import init as init_
 from convinit._checks import check_grid_size
 from convinit.adapters.layout import Layout, Linear, SelfAttention, Slot, packed_qkv
-from convinit.adapters.report import LayerRecord
 from convinit.adapters.request import Request
 from convinit.adapters.types import child_name, is_a
+from convinit.records import LayerRecord
 
 
 @dataclass(eq=False)
@@ -79,7 +79,7 @@ class WindowLayout(Layout):
 
     def init_(self, request: Request, layers: Sequence[int], offsets: Tensor) -> list[LayerRecord]:
         request.refuse_additive(self.root)
-        method = request.biases_method(self.root)
+        request.check_biases(self.root)
         chosen: list[WindowAttention] = [self.attentions[i] for i in layers]
         records = []
         of_layer = offsets.split([attention.num_heads for attention in chosen])
@@ -87,11 +87,11 @@ class WindowLayout(Layout):
             assert attention.table is not None
             targets = None
             weights_frozen = attention.query.frozen or attention.key.frozen
-            if method == "mimetic" and not weights_frozen:
-                attention.set_mimetic_qk_(request.generator)
-            elif method not in ("mimetic", "keep") and not attention.frozen:
+            if request.draws and not weights_frozen:
+                attention.draw_qk_(request)
+            elif request.fits and not attention.frozen:
                 targets = self._set_table_(request, attention, own)
-            left = weights_frozen if method == "mimetic" else attention.frozen
+            left = weights_frozen if request.draws else attention.frozen
             note = "frozen: left alone" if left else None
             if request.values == "mimetic" and not left:
                 note = attention.set_values_(request.generator)

@@ -1,90 +1,105 @@
-"""Hugging Face transformers: ViT, DeiT (class and distillation token) and the encoder of ViTMAE."""
+"""Entry point for users of Hugging Face transformers: convinit's attention as an implementation of theirs.
+
+How convinit sees the library's models is in `transformers_vit` and `transformers_towers`.
+"""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from convinit.adapters.additive import AdditiveLayout, mlp_output
-from convinit.adapters.layout import Layout, Linear, SelfAttention, Slot
-from convinit.adapters.transformers_attention import register_attention
-from convinit.adapters.types import child_name, is_a
+from convinit.ops.fused import check_backend
+from convinit.ops.positional_attention import positional_attention
 
-__all__ = ["attention", "layout", "register_attention"]
+__all__ = ["register_attention"]
 
-_MODELS = {
-    f"transformers.models.{package}.modeling_{package}.{model}": f"{stem}Attention"
-    for package, model, stem in (
-        ("vit", "ViTModel", "ViT"),
-        ("deit", "DeiTModel", "DeiT"),
-        ("vit_mae", "ViTMAEModel", "ViTMAE"),
-    )
-}
-_ATTENTIONS = tuple(f"{path.rpartition('.')[0]}.{name}" for path, name in _MODELS.items())
+# What some models of transformers also give to their attention, and what would change its result.
+_REFUSED = ("cache", "position_bias", "s_aux", "sliding_window", "softcap")
 
 
-def layout(module: Any, name: str) -> Layout | None:
-    if not is_a(module, *_MODELS) or not hasattr(module, "layers"):  # as of transformers 5
-        return None
-    embeddings = module.embeddings
-    attentions = [
-        attention(layer.attention, child_name(name, f"layers.{i}.attention"), norm=layer.layernorm_before)
-        for i, layer in enumerate(module.layers)
-    ]
-    tokens = [getattr(embeddings, token, None) for token in ("cls_token", "distillation_token")]
-    special = [token for token in tokens if token is not None]
-    position = embeddings.position_embeddings
-    patches = embeddings.patch_embeddings
-    height, width = (patches.image_size[i] // patches.patch_size[i] for i in range(2))
+def register_attention(name: str = "convinit", *, backend: str = "auto") -> str:
+    """Makes :func:`convinit.positional_attention` an attention implementation of transformers.
 
-    return AdditiveLayout(
-        name,
-        module,
-        (height, width),
-        attentions,
-        position=Slot(position, (0, slice(len(special), None))),
-        prefix=[Slot(token, 0) for token in special],
-        prefix_position=Slot(position, (0, slice(len(special)))),
-        content=patches.projection,
-        writers=[Linear.of(patches.projection), *(mlp_output(layer.mlp) for layer in module.layers)],
-        image_shape=functools.partial(_image_shape, patches),
-        whole_grid=functools.partial(_unmasked, embeddings),
-    )
+    softmax(scaling · q kᵀ) v
 
+    Call it once; then ``model.set_attn_implementation("convinit")``, or ``attn_implementation="convinit"``
+    where a model is made. Weights and results stay as they are.
 
-def _image_shape(patches: Any, grid_size: tuple[int, int]) -> tuple[int, int, int]:
-    return patches.num_channels, patches.image_size[0], patches.image_size[1]
+    It is for encoders in which every token sees all others, such as ViT, DeiT and ViTMAE. What it cannot do
+    raises a ValueError in the forward pass and never falls back: a mask that hides tokens, causal attention,
+    fewer keys than queries, and attention weights to be returned (output_attentions; "eager" returns them).
 
+    Args:
+        name: under which transformers knows it. The last registration of a name counts.
+        backend: "auto", "triton", "native", "sdpa" or "eager", as in
+            :func:`convinit.positional_attention`.
 
-@contextmanager
-def _unmasked(embeddings: Any) -> Iterator[None]:
-    """A masked autoencoder that masks nothing and leaves the tokens in their order."""
-    if not hasattr(embeddings, "random_masking"):
-        yield
-        return
+    Returns:
+        The name.
 
-    def keep_all(sequence: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        batch, tokens = sequence.shape[:2]
-        order = torch.arange(tokens, device=sequence.device).expand(batch, -1)
-        return sequence, sequence.new_zeros(batch, tokens), order
-
-    embeddings.random_masking = keep_all
+    Raises:
+        ValueError: the backend is unknown, or the name is one of transformers' own.
+        ImportError: transformers is missing, or older than 5.
+    """
+    check_backend(backend)
     try:
-        yield
-    finally:
-        del embeddings.random_masking
+        from transformers import AttentionInterface, AttentionMaskInterface
+        from transformers.masking_utils import sdpa_mask
+    except ImportError as error:
+        raise ImportError(
+            "register_attention needs transformers 5 or newer; get it with: pip install 'transformers>=5'"
+        ) from error
+    if name == "eager" or not isinstance(AttentionInterface().get(name), (_Attention, type(None))):
+        raise ValueError(f"name must be new, but transformers has an attention implementation {name!r}")
+    AttentionInterface.register(name, _Attention(name, backend))
+    # Without a mask function under the same name transformers would drop every mask without a word. This one
+    # makes a mask only where there is something to hide.
+    AttentionMaskInterface.register(name, sdpa_mask)
+    return name
 
 
-def attention(module: Any, name: str, norm: nn.Module | None = None) -> SelfAttention | None:
-    if not is_a(module, *_ATTENTIONS):
-        return None
-    return SelfAttention(
-        name, module, module.num_attention_heads, module.head_dim, float(module.scaling),
-        Linear.of(module.q_proj), Linear.of(module.k_proj), Linear.of(module.v_proj),
-        Linear.of(module.o_proj), norm,
-    )  # fmt: skip
+@dataclass(frozen=True)
+class _Attention:
+    """The attention that is registered."""
+
+    name: str
+    backend: str
+
+    def __call__(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        dropout: float = 0.0,
+        scaling: float | None = None,
+        is_causal: bool | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        """query, key, value [B, heads, N, r] → [B, N, heads, r], and no attention weights."""
+        if attention_mask is not None:
+            self._refuse("attention_mask must be None or hide nothing", f"got {list(attention_mask.shape)}")
+        # As transformers' own: an attention that does not say is that of a decoder.
+        if getattr(module, "is_causal", True) if is_causal is None else is_causal:
+            self._refuse("is_causal must be False", f"{type(module).__name__} is causal")
+        config = getattr(module, "config", None)
+        if kwargs.get("output_attentions", getattr(config, "output_attentions", False)):
+            self._refuse("output_attentions must be False", "the attention weights are never made")
+        for argument in _REFUSED:
+            if kwargs.get(argument) is not None:
+                self._refuse(f"{argument} must be None", f"{type(module).__name__} gives one")
+        if torch.is_autocast_enabled(query.device.type):  # rotary embedding leaves float32 beside bfloat16
+            dtype = torch.get_autocast_dtype(query.device.type)
+            query, key, value = (tensor.to(dtype) for tensor in (query, key, value))
+        out = positional_attention(query, key, value, scale=scaling, dropout_p=dropout, backend=self.backend)
+        return out.unflatten(-1, (query.shape[1], query.shape[3])), None
+
+    def _refuse(self, expected: str, reason: str) -> None:
+        raise ValueError(
+            f"{expected} with the attention implementation {self.name!r}: {reason}; use "
+            'model.set_attn_implementation("eager") or "sdpa" for this model'
+        )

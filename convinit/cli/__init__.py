@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import sys
 
-EXTRA = ("accelerate", "matplotlib", "rich", "safetensors", "sklearn", "typer")
+from convinit.cli.extra import EXTRA, without
 
 
 def main() -> None:
@@ -23,11 +23,3 @@ def main() -> None:
             raise
         sys.exit(f"convinit: {without(error.name)}")
     app(prog_name="convinit")
-
-
-def without(library: str) -> str:
-    """What to do without a library of the extra."""
-    return (
-        f"the command line needs {library}, which is not installed; "
-        "get all that it needs with: pip install 'convinit[train]'"
-    )

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from convinit import __version__
+from convinit._version import __version__
 from convinit.cli import errors
 from convinit.cli.demo import demo
 from convinit.cli.export import export_command

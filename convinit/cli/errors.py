@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.text import Text
 from typer.models import OptionInfo
 
-from convinit.cli import EXTRA, without
+from convinit.cli.extra import EXTRA, without
 from convinit.train.config import SECTIONS
 
 show_traceback = False  # the option --traceback

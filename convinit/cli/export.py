@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from convinit.train.config import near
+
 _FORMATS = {".pt2": "torch-export", ".onnx": "onnx", "": "pretrained"}  # suffix → format
 
 
@@ -40,15 +42,23 @@ def export_command(
 
     Examples:
 
-    - `convinit export convinit-train --out model.onnx`
+    - `convinit export cifar10 --out model.onnx`
 
-    - `convinit export convinit-train/step-000120 --ema --out model.pt2`
+    - `convinit export cifar10/step-000120 --ema --out model.pt2`
 
-    - `convinit export convinit-train --out my-model`, later `SimpleViT.from_pretrained("my-model")`
+    - `convinit export cifar10/best --out my-model`, later `SimpleViT.from_pretrained("my-model")`
     """
-    kind = format or _FORMATS.get(out.suffix.lower(), _FORMATS[""])
-    if kind not in _FORMATS.values():
-        raise ValueError(f"format must be one of {', '.join(_FORMATS.values())}, got {kind!r}")
+    if format is None:
+        suffix = out.suffix.lower()
+        if hint := near(suffix, (".onnx", ".pt2")) if suffix not in _FORMATS else "":
+            raise ValueError(
+                "--out must end in .onnx or .pt2, or name a folder (--format pretrained for any name), got "
+                f"{out}{hint}"
+            )
+        format = _FORMATS.get(suffix, _FORMATS[""])
+    if format not in _FORMATS.values():
+        raise ValueError(f"--format must be one of {', '.join(_FORMATS.values())}, got {format!r}")
+    kind = format
     from convinit.serve import export, load_trained, save_trained
 
     trained = load_trained(model, weights="ema" if ema else "model", device="cpu")

@@ -20,13 +20,18 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from convinit.fit import QKFit
-    from convinit.fit.api import Method as FitMethod
+    from convinit.fit.api import Solver as FitOptions
 
 
-class Method(str, Enum):
+class Solver(str, Enum):
     newton = "newton"
     adam = "adam"
     svd = "svd"
+
+
+class Offsets(str, Enum):
+    random = "random"
+    fixed = "fixed"
 
 
 class PaddingMode(str, Enum):
@@ -52,14 +57,28 @@ def fit(
         ),
     ] = None,
     kernel_size: Annotated[
-        int, typer.Option("--kernel-size", "-f", help="Offsets are drawn from an f×f window of tokens; odd.")
-    ] = 5,
-    method: Annotated[
-        Method,
+        int | None,
         typer.Option(
-            help="newton is ours; adam (arXiv 2401.12511) and svd (arXiv 2505.19985) are the papers'."
+            "--kernel-size",
+            "-f",
+            help="Offsets are drawn from an f×f window of tokens; odd.",
+            show_default="half the grid, 3 to 7",
         ),
-    ] = Method.newton,
+    ] = None,
+    offsets: Annotated[
+        Offsets | None,
+        typer.Option(
+            help="How heads are dealt their offsets.", show_default="each window cell equally often"
+        ),
+    ] = None,
+    solver: Annotated[
+        Solver,
+        typer.Option(
+            "--fit",
+            help="Solver: newton is ours; adam (arXiv 2401.12511) and svd (arXiv 2505.19985) are the "
+            "papers'.",
+        ),
+    ] = Solver.newton,
     weight_norm: Annotated[
         float | None,
         typer.Option(
@@ -88,7 +107,7 @@ def fit(
         str | None, typer.Option(help="Name of the tensor, in a file that holds several.")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of all draws.")] = 0,
-    steps: Annotated[int | None, typer.Option(help="Steps of --method adam.", show_default="10000")] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps of --fit adam.", show_default="10000")] = None,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -108,15 +127,17 @@ def fit(
 
     - `convinit fit --grid 14x14 --dim 192 --heads 3 --layers 12 -f 3 --pos-embed learned --out vit-tiny`
 
-    - `convinit fit --grid 8 --dim 128 --heads 4 --layers 1 --method adam --steps 2000`
+    - `convinit fit --grid 8 --dim 128 --heads 4 --layers 1 --fit adam --steps 2000`
     """
     grid_size = _grid_size(grid)
     import torch
 
-    from convinit._checks import check_int, check_kernel_size
+    from convinit._checks import check_int
     from convinit.fit import SVD, Adam, Newton
+    from convinit.init.options import InitOptions
 
-    check_kernel_size(kernel_size, grid_size)
+    draws = InitOptions(kernel_size=kernel_size, offsets=None if offsets is None else offsets.value)
+    kernel_size = draws.window([grid_size])
     generator = torch.Generator().manual_seed(check_int("seed", seed, minimum=-(2**63)))
     P = _pos_embed(pos_embed, pos_embed_key, grid_size, dim, generator)
     dim = P.shape[1]
@@ -126,15 +147,15 @@ def fit(
         raise ValueError(f"dim must be divisible by heads, got {dim} and {heads}; or give --rank")
     rank = dim // heads if rank is None else check_int("rank", rank)
     scale = rank**-0.5 if scale is None else scale
-    if steps is not None and method is not Method.adam:
-        raise ValueError(f"steps belongs to method adam, got method {method.value}")
-    if weight_norm is not None and method is Method.adam:
-        raise ValueError("weight_norm belongs to the methods newton and svd, got method adam")
+    if steps is not None and solver is not Solver.adam:
+        raise ValueError(f"steps belongs to fit adam, got fit {solver.value}")
+    if weight_norm is not None and solver is Solver.adam:
+        raise ValueError("weight_norm belongs to the fits newton and svd, got fit adam")
 
-    options: FitMethod
-    if method is Method.adam:
+    options: FitOptions
+    if solver is Solver.adam:
         options = Adam(heads=heads) if steps is None else Adam(heads=heads, steps=check_int("steps", steps))
-    elif method is Method.svd:
+    elif solver is Solver.svd:
         options = SVD() if weight_norm is None else SVD(weight_norm=weight_norm)
     else:
         options = Newton()
@@ -145,15 +166,15 @@ def fit(
 
         out.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=out).close()
-    offsets = convinit.sample_offsets(layers * heads, kernel_size, generator=generator)
+    dealt = draws.deal([heads] * layers, kernel_size, generator)
     result = convinit.fit_qk(
         P,
-        offsets,
+        torch.cat(dealt),
         grid_size,
         rank,
         scale=scale,
-        method=options,
-        weight_norm=weight_norm if method is Method.newton else None,
+        fit=options,
+        weight_norm=weight_norm if solver is Solver.newton else None,
         peak=peak,
         padding_mode=padding_mode.value,
         generator=generator,
@@ -162,8 +183,9 @@ def fit(
     if out is not None:  # before anything is printed, which may fail where nobody reads on
         settings = {
             "grid_size": list(grid_size), "dim": dim, "heads": heads, "layers": layers, "rank": rank,
-            "scale": scale, "kernel_size": kernel_size, "method": method.value, "weight_norm": weight_norm,
-            "peak": peak, "padding_mode": padding_mode.value, "pos_embed": pos_embed, "seed": seed,
+            "scale": scale, "kernel_size": kernel_size, "offsets": draws.offsets, "fit": solver.value,
+            "weight_norm": weight_norm, "peak": peak, "padding_mode": padding_mode.value,
+            "pos_embed": pos_embed, "seed": seed,
             "steps": options.steps if isinstance(options, Adam) else None,
         }  # fmt: skip
         written = _write(out, result, layers, grid_size, settings)
@@ -270,7 +292,7 @@ def _write(
         by_layer["offsets"],
         filters.unflatten(0, (layers, -1)),
         grid_size,
-        title="Attention around a query (centre), {}×{} tokens, {method}".format(*grid_size, **settings),
+        title="Attention around a query (centre), {}×{} tokens, {fit}".format(*grid_size, **settings),
     )
     picture = out / "filters.png"
     figure.savefig(picture, dpi=120)

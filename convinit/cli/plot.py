@@ -22,7 +22,9 @@ def plot(
     model: Annotated[
         str | None, typer.Option(help="A model of timm by its name, such as vit_tiny_patch16_224.")
     ] = None,
-    fit: Annotated[Path | None, typer.Option(help="Or a folder that convinit fit --out has written.")] = None,
+    fitted: Annotated[
+        Path | None, typer.Option(help="Or a folder that convinit fit --out has written.")
+    ] = None,
     option: Annotated[
         list[str] | None,
         typer.Option(help="NAME=VALUE for timm.create_model; may be repeated.", show_default="none"),
@@ -30,13 +32,20 @@ def plot(
     init: Annotated[
         str,
         typer.Option(
-            help="How init_vit_ sets queries and keys: newton, adam, svd, mimetic, norm_matched, scrambled, "
-            "position_only, keep (timm's own)."
+            help="What queries and keys start as: impulse, mimetic, random, default, scrambled, "
+            "norm_matched, position_only; see init_vit_."
         ),
-    ] = "newton",
+    ] = "impulse",
+    fit: Annotated[str, typer.Option(help="Solver of the impulses: newton, adam or svd.")] = "newton",
     kernel_size: Annotated[
-        int, typer.Option("--kernel-size", "-f", help="Offsets are drawn from an f×f window of tokens; odd.")
-    ] = 3,
+        int | None,
+        typer.Option(
+            "--kernel-size",
+            "-f",
+            help="Offsets are drawn from an f×f window of tokens; odd.",
+            show_default="half the grid, 3 to 7",
+        ),
+    ] = None,
     peak: Annotated[
         float | None, typer.Option(help="Mean attention on the target, 0 to 1.", show_default="0.7")
     ] = None,
@@ -76,12 +85,12 @@ def plot(
 
     - `convinit plot --model vit_tiny_patch16_224 --option num_classes=10 --after checkpoint.safetensors`
 
-    - `convinit plot --model vit_base_patch16_224 --init keep --after pretrained.pth`
+    - `convinit plot --model vit_base_patch16_224 --init default --after pretrained.pth`
 
-    - `convinit plot --fit vit-tiny`
+    - `convinit plot --fitted vit-tiny`
     """
-    if (model is None) == (fit is None):
-        raise ValueError("give --model with a name of timm, or --fit with a folder of convinit fit")
+    if (model is None) == (fitted is None):
+        raise ValueError("give --model with a name of timm, or --fitted with a folder of convinit fit")
     import torch
 
     from convinit import viz
@@ -89,16 +98,16 @@ def plot(
     out.mkdir(parents=True, exist_ok=True)
     console = Console()
     summary = ""
-    if fit is not None:
+    if fitted is not None:
         if before or after or option:
-            raise ValueError("before, after and option belong to --model, not to --fit")
-        figures = _of_fit(fit, radius)
+            raise ValueError("before, after and option belong to --model, not to --fitted")
+        figures = _of_fit(fitted, radius)
     else:
         network = _create(str(model), option or [], seed)
         weights = {path: _weights(network, path) for path in (before, after) if path is not None}
         report = convinit.init_vit_(
-            network, method=init, kernel_size=kernel_size, peak=peak, pos_embed_gain=pos_embed_gain,
-            values="keep", generator=torch.Generator().manual_seed(seed),
+            network, method=init, fit=fit, kernel_size=kernel_size, peak=peak, pos_embed_gain=pos_embed_gain,
+            values="default", generator=torch.Generator().manual_seed(seed),
         )  # fmt: skip
         summary = report.summary()
         start = None
@@ -188,13 +197,13 @@ def _of_fit(folder: Path, radius: int | None) -> dict[str, Figure]:
     path = folder / "weights.safetensors"
     if not path.is_file():
         raise ValueError(
-            f"fit must be a folder of convinit fit --out, got {str(folder)!r} without {path.name}"
+            f"fitted must be a folder of convinit fit --out, got {str(folder)!r} without {path.name}"
         )
     try:
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in ("wq", "wk", "pos_embed", "offsets")}
             settings: dict[str, Any] = json.loads((file.metadata() or {})["settings"])
-        (height, width), scale, method = (settings[name] for name in ("grid_size", "scale", "method"))
+        (height, width), scale, solver = (settings[name] for name in ("grid_size", "scale", "fit"))
     except (SafetensorError, KeyError, ValueError, TypeError) as error:
         raise ValueError(f"{path} was not written by convinit fit: {error}") from error
     filters, maps = [], []
@@ -202,7 +211,7 @@ def _of_fit(folder: Path, radius: int | None) -> dict[str, Figure]:
         own = attention_maps(wq, wk, tensors["pos_embed"], scale)
         filters.append(attention_filter(own, (height, width), radius=radius))
         maps += smaller([own])
-    what = f"{height}×{width} tokens, {method}"
+    what = f"{height}×{width} tokens, {solver}"
     return {
         "filters.png": fit_filters(
             tensors["offsets"],

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import itertools
 import os
+import re
 import shlex
 import signal
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,9 +30,13 @@ _METAVARS = {int: "N", float: "X", tuple: "X,...", str: "TEXT", dict: "NAME=VALU
 
 
 def train(
-    out: Annotated[Path, typer.Option(help="Folder of the run: checkpoints, metrics.jsonl, curves.")] = Path(
-        "convinit-train"
-    ),
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of the run: checkpoints, metrics.jsonl, curves.",
+            show_default="a new one: convinit-train/DATA-MODEL-INIT-TIME",
+        ),
+    ] = None,
     preset: Annotated[
         str | None,
         typer.Option(help="Settings to start from: " + " ".join(f"{k}: {v}" for k, v in PRESETS.items())),
@@ -49,7 +55,7 @@ def train(
         typer.Option("--dry-run", help="Say what would be done and how long it would take; write nothing."),
     ] = False,
     resume: Annotated[
-        bool, typer.Option(help="Go on with the run in the folder, if there is one; or start anew.")
+        bool, typer.Option(help="Go on with the run in --out, if there is one; or start anew.")
     ] = True,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Start anew and remove the run in the folder.")
@@ -60,7 +66,8 @@ def train(
 
     What the command line gives overrules the --config file, which overrules the --preset; the defaults below
     are those without either. A run that was stopped, even by kill -9, goes on where its last checkpoint is
-    when the same command is given again, and ends with the same weights. Ctrl-C and SIGTERM save first.
+    when the same command is given with its folder as --out, and ends with the same weights. Ctrl-C and
+    SIGTERM save first. A finished run goes on with more --epochs: its learning rate is then the longer run's.
 
     Several GPUs: `torchrun --nproc-per-node 8 -m convinit.cli train …` or `accelerate launch`; --batch-size
     is that of all together.
@@ -88,6 +95,7 @@ def train(
     if dry_run:
         _print_plan(wanted, *measure(wanted))
         return
+    out = _new_folder(wanted) if out is None else out
     start = time.perf_counter()
     try:
         with watcher(wanted.recipe.epochs) as watching:
@@ -95,12 +103,37 @@ def train(
     except RunInterrupted as stopped:
         if _first_process():
             name = "Ctrl-C" if stopped.signum == signal.SIGINT else signal.Signals(stopped.signum).name
-            words = [word for word in sys.argv[1:] if word not in ("--overwrite", "--no-resume")]
-            again = shlex.join(["convinit", *words])
+            again = shlex.join(["convinit", *_again(sys.argv[1:], out)])
             say(f"stopped by {name}; {stopped.checkpoint} is saved. To go on: {again}", style="yellow")
         raise typer.Exit(128 + stopped.signum) from None
     if _first_process():
+        _write_readme(out, wanted)
         _print_result(result.figures, result.checkpoint, result.steps, time.perf_counter() - start)
+
+
+def _new_folder(config: Config) -> Path:
+    """Makes the folder of a run that was given none."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError("--out must be given to several processes, so that all of them write to one folder")
+    model = config.model.name + (f"-{config.model.variant}" if config.model.variant else "")
+    name = re.sub(r"[^\w.-]+", "_", f"{config.data.name}-{model}-{config.init.method}")
+    stem = Path("convinit-train") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    for number in itertools.count(1):
+        folder = stem if number == 1 else stem.with_name(f"{stem.name}-{number}")
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        say(f"the run's folder is {folder}", style="")
+        return folder
+    raise AssertionError
+
+
+def _again(words: Sequence[str], out: Path) -> list[str]:
+    """The command line that goes on with a run."""
+    kept = [word for word in words if word not in ("--overwrite", "--no-resume")]
+    named = any(word == "--out" or word.startswith("--out=") for word in kept)
+    return kept if named else [*kept, "--out", str(out)]
 
 
 def _given(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -187,15 +220,32 @@ def _print_plan(config: Config, plan: Any, step_seconds: float) -> None:
     Console().print(table, soft_wrap=True, highlight=False)
 
 
+def _write_readme(out: Path, config: Config) -> None:
+    """How this very run is used, in its folder."""
+    again = shlex.join(["convinit", *_again(sys.argv[1:], out)])
+    folder = shlex.quote(str(out))
+    lines = [
+        f"# {config.model.name} on {config.data.name}, init {config.init.method}", "",
+        "Curves: metrics.jsonl. All settings: config.toml in step-*.", "",
+        f"    convinit predict {folder} IMAGES", f"    convinit export {folder} --out model.onnx",
+        f"    {again}   # with more --epochs it goes on", "",
+    ]  # fmt: skip
+    (out / "README.md").write_text("\n".join(lines), encoding="utf-8")
+
+
 def _print_result(figures: Mapping[str, Any], checkpoint: Path, steps: int, seconds: float) -> None:
+    from convinit.train.checkpoint import BEST
+
     names = {"top1": "top-1", "top5": "top-5", "ema_top1": "average's top-1", "ema_top5": "average's top-5"}
     shares = [f"{words} {figures[key]:.2%}" for key, words in names.items() if key in figures]
-    best = "best_val_top1" if "best_val_top1" in figures else "best_top1"
+    if "best_val_top1" in figures:
+        best = f"best validation top-1 {figures['best_val_top1']:.2%}, whose weights have top-1 "
+        best += f"{figures['top1_of_best']:.2%} and are in {checkpoint.parent / BEST}"
+    else:
+        best = f"best top-1 {figures['best_top1']:.2%}"
     done = f"{steps} steps in {duration(seconds)}" if steps else "the run was finished already"
     Console().print(
-        f"After {figures['epoch']} epochs: {', '.join(shares)}, best "
-        f"{'validation ' * ('val' in best)}top-1 {figures[best]:.2%}; "
-        f"{done}.\n"
+        f"After {figures['epoch']} epochs: {', '.join(shares)}, {best}; {done}.\n"
         f"Weights: {checkpoint / 'model.safetensors'}, curves: {checkpoint.parent / 'metrics.jsonl'}",
         highlight=False,
         soft_wrap=True,

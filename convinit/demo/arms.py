@@ -36,26 +36,25 @@ _VIT = {
     "variant": "I",
     "alpha": 0.2,
     "kernel_size": 3,
+    "offsets": "random",
 }
 _CONVMIXER = {"dim": 64, "depth": 4, "kernel_size": 3}
 
 ARMS = {
-    "default": Arm("default", "SimpleViT", {**_VIT, "init": "default"}),
-    "mimetic-vo": Arm("mimetic + V·proj", "SimpleViT", {**_VIT, "init": "mimetic", "values": "mimetic"}),
-    "impulse": Arm("impulse", "SimpleViT", {**_VIT, "init": "impulse"}),
-    "impulse-vo": Arm("impulse + V·proj", "SimpleViT", {**_VIT, "init": "impulse", "values": "mimetic"}),
-    "scrambled-vo": Arm(
-        "control: scrambled + V·proj", "SimpleViT", {**_VIT, "init": "scrambled", "values": "mimetic"}
-    ),
+    "default": Arm("default", "SimpleViT", {**_VIT, "method": "default", "values": "default"}),
+    "mimetic-vo": Arm("mimetic + V·proj", "SimpleViT", {**_VIT, "method": "mimetic"}),
+    "impulse": Arm("impulse", "SimpleViT", {**_VIT, "method": "impulse", "values": "default"}),
+    "impulse-vo": Arm("impulse + V·proj", "SimpleViT", {**_VIT, "method": "impulse"}),
+    "scrambled-vo": Arm("control: scrambled + V·proj", "SimpleViT", {**_VIT, "method": "scrambled"}),
     "random-vo": Arm(
         "control: random + V·proj",
         "SimpleViT",
-        {**_VIT, "init": "norm_matched", "values": "mimetic"},
+        {**_VIT, "method": "norm_matched"},
     ),
     "convmixer": Arm(
         "ConvMixer, frozen impulses",
         "ConvMixer",
-        {**_CONVMIXER, "init": "impulse", "trainable_mixing": False},
+        {**_CONVMIXER, "method": "impulse", "trainable_mixing": False},
     ),
 }
 QUICK = ("default", "mimetic-vo", "impulse-vo", "scrambled-vo")

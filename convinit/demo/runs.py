@@ -69,7 +69,7 @@ def run_demo(
 
     `out`/results.json holds every run that was finished in this folder, whatever its settings; a run is
     taken from there when arm, seed, settings and versions are the same. It is rewritten, whole or not at all,
-    after every run: whoever interrupts loses only the runs in progress.
+    after every run: an interruption loses only the runs in progress.
 
     Args:
         out: folder, made if missing.
@@ -165,7 +165,7 @@ def _run_one(arm_key: str, seed: int, settings: Settings, out: Path, on_epoch: O
 
     after = _maps(model, test_images[:MAP_IMAGES])
     peaks: dict[str, float | None] = {"start": None, "trained": None}
-    if before is not None and after is not None and ARMS[arm_key].options["init"] == "impulse":
+    if before is not None and after is not None and ARMS[arm_key].options["method"] == "impulse":
         offsets = torch.stack(
             [layer.offsets for layer in model.modules() if isinstance(layer, ConvInitAttention)]
         )

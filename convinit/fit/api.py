@@ -1,9 +1,10 @@
-"""`fit_qk` and `fit_targets`: checks, the choice of method, and the result's figures."""
+"""`fit_qk` and `fit_targets`: checks, the choice of solver, and the result's figures."""
 
 from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -25,9 +26,12 @@ from convinit.fit import newton, papers
 from convinit.fit.result import QKFit, attention_maps, map_metrics, norms_of, warn_if_missed
 from convinit.offsets import impulse_targets
 
-Method = newton.Newton | papers.Adam | papers.SVD
+Solver = newton.Newton | papers.Adam | papers.SVD
 
-METHODS: dict[str, Method] = {"newton": newton.Newton(), "adam": papers.Adam(), "svd": papers.SVD()}
+SOLVERS: dict[str, Solver] = {"newton": newton.Newton(), "adam": papers.Adam(), "svd": papers.SVD()}
+# Below this rms no norm has been in front of P, and above this weight norm something ought to be.
+SMALLEST_POSITION = 0.1
+_LARGEST_NORM = 100.0
 # Digits, 20 epochs, 3 seeds: peaks 0.5 and 0.7 kept 72 and 69 % on shifted images, 0.8 and 0.9 kept 64 and
 # 61 %. Speed of learning was not clearly apart.
 DEFAULT_PEAK = 0.7
@@ -41,7 +45,7 @@ def fit_qk(
     rank: int,
     *,
     scale: float,
-    method: str | Method = "newton",
+    fit: str | Solver = "newton",
     weight_norm: float | Tensor | None = None,
     peak: float | None = None,
     padding_mode: str = "zeros",
@@ -59,8 +63,8 @@ def fit_qk(
         grid_size: (H, W); N = H · W tokens, row-major.
         rank: head dimension r, at most D.
         scale: softmax temperature σ, positive; usually r**-0.5.
-        method: "newton" (ours), "adam" (arXiv 2401.12511, 2404.01139), "svd" (arXiv 2505.19985), or one of
-            `convinit.fit.Newton`, `Adam`, `SVD` with options.
+        fit: the solver: "newton" (ours), "adam" (arXiv 2401.12511, 2404.01139), "svd" (arXiv 2505.19985), or
+            one of `convinit.fit.Newton`, `Adam`, `SVD` with options.
         weight_norm: "newton" only: the Frobenius norm of W_q and of W_k, one number or [B]; more is sharper.
         peak: "newton" only: the wanted mean attention on the target, in (0, 1); the norm follows. If
             neither is given, peak = 0.7. A map too sharp is hard to unlearn.
@@ -77,9 +81,10 @@ def fit_qk(
             does not hold the fitted weights: whatever is returned is finite.
 
     Warns:
-        UserWarning: the wanted peak is out of reach; the best map is returned.
+        UserWarning: the wanted peak is out of reach; the best map is returned. Or P is so small that it must
+            be missing the LayerNorm in front of the attention.
 
-    Source: arXiv 2401.12511, states the problem (mse of the maps). Method "newton" departs from
+    Source: arXiv 2401.12511, states the problem (mse of the maps). "newton" departs from
     it: it solves in the row space of P, once per distinct offset, under an exact weight norm.
     """
     height, width = check_grid_size(grid_size)
@@ -90,9 +95,7 @@ def fit_qk(
             f"pos_embed must have a row for each of {height} x {width} tokens, [{height * width}, D], got "
             f"{list(pos_embed.shape)}; leave class and register tokens out"
         )
-    return _fit(
-        pos_embed, targets, rank, scale, method, weight_norm, peak, generator, offsets, (height, width)
-    )
+    return _fit(pos_embed, targets, rank, scale, fit, weight_norm, peak, generator, offsets, (height, width))
 
 
 @torch.no_grad()
@@ -102,7 +105,7 @@ def fit_targets(
     rank: int,
     *,
     scale: float,
-    method: str | Method = "newton",
+    fit: str | Solver = "newton",
     weight_norm: float | Tensor | None = None,
     peak: float | None = None,
     generator: torch.Generator | None = None,
@@ -134,7 +137,7 @@ def fit_targets(
         raise ValueError(
             "targets must have at least one row with a target in each head, got a head of -1 alone"
         )
-    return _fit(pos_embed, targets, rank, scale, method, weight_norm, peak, generator, None, None)
+    return _fit(pos_embed, targets, rank, scale, fit, weight_norm, peak, generator, None, None)
 
 
 def impulses(
@@ -167,9 +170,20 @@ def grid_symmetries(height: int, width: int) -> Tensor:
     return torch.stack([image.flatten() for image in images])
 
 
-def _fit(pos_embed, targets, rank, scale, method, weight_norm, peak, generator, offsets, grid_size) -> QKFit:
+def _fit(
+    pos_embed: Tensor,
+    targets: Tensor,
+    rank: int,
+    scale: float,
+    fit: str | Solver,
+    weight_norm: float | Tensor | None,
+    peak: float | None,
+    generator: torch.Generator | None,
+    offsets: Tensor | None,
+    grid_size: tuple[int, int] | None,
+) -> QKFit:
     start = time.perf_counter()
-    method = _check_method(method)
+    solver = check_solver(fit)
     check_generator(generator)
     rank = check_int("rank", rank)
     if rank > pos_embed.shape[1]:
@@ -180,39 +194,51 @@ def _fit(pos_embed, targets, rank, scale, method, weight_norm, peak, generator, 
     device = _library.op_device(pos_embed.device)
     with torch.device("cpu"):
         P, targets = pos_embed.detach().cpu().clone(), targets.cpu().clone()
-        if isinstance(method, newton.Newton):
+        if isinstance(solver, newton.Newton):
             weight_norm, peak = check_goal(weight_norm, peak, len(targets))
         elif weight_norm is not None or peak is not None:
             raise ValueError(
-                f"weight_norm and peak belong to method 'newton', got method={method}; "
-                "the papers' methods are steered by their own options"
+                f"weight_norm and peak belong to fit='newton', got fit={fit!r}; "
+                "the papers' fits are steered by their own options"
             )
-        if isinstance(method, papers.Adam):
+        if isinstance(solver, papers.Adam):
             wq, wk = papers.fit_adam(
-                P, targets, rank, scale=scale, method=method, generator=generator, device=device
+                P, targets, rank, scale=scale, options=solver, generator=generator, device=device
             )
         else:
             unit_P, unit_scale, exponent = _in_units(P, scale)
-            if isinstance(method, newton.Newton):
+            if isinstance(solver, newton.Newton):
                 symmetries = torch.arange(len(P))[None] if grid_size is None else grid_symmetries(*grid_size)
                 wq, wk = newton.fit(
-                    unit_P, targets, rank, scale=unit_scale, method=method, peak=peak, symmetries=symmetries,
+                    unit_P, targets, rank, scale=unit_scale, options=solver, peak=peak, symmetries=symmetries,
                     weight_norm=None if weight_norm is None else _times_two_to(exponent, weight_norm),
                     generator=generator, device=device,
                 )  # fmt: skip
                 wq, wk = (_times_two_to(-exponent, w) for w in (wq, wk))
             else:
-                wq, wk = papers.fit_svd(unit_P, targets, rank, method=method, generator=generator)
-        wq, wk, metrics = _rounded(wq, wk, P, targets, scale, method)
+                wq, wk = papers.fit_svd(unit_P, targets, rank, options=solver, generator=generator)
+        wq, wk, metrics = _rounded(wq, wk, P, targets, scale, solver)
         if peak is not None:
             remedy = f"Rank {rank} or this position embedding allows no sharper map; ask for less."
             warn_if_missed(peak, metrics["peak"], remedy, stacklevel=4)  # fit_qk's caller, past its decorator
+            _warn_of_small_position(P, metrics["weight_norm"], stacklevel=5)
     device = pos_embed.device
     return QKFit(
         wq=wq.to(device), wk=wk.to(device), **metrics, targets=targets.to(device),
         offsets=None if offsets is None else offsets.to(device), pos_embed=P.to(device), scale=scale,
-        method=method, seconds=time.perf_counter() - start,
+        fit=solver, seconds=time.perf_counter() - start,
     )  # fmt: skip
+
+
+def _warn_of_small_position(P: Tensor, weight_norm: Tensor, *, stacklevel: int) -> None:
+    size = P.double().square().mean().sqrt().item()
+    if size < SMALLEST_POSITION and (weight_norm > _LARGEST_NORM).any():
+        warnings.warn(
+            f"pos_embed is so small (rms {size:.2g}) that queries and keys get weights of norm "
+            f"{weight_norm.max().item():.3g}, with which any content saturates the maps. Attention behind a "
+            "LayerNorm sees LayerNorm(P), of rms 1: pass F.layer_norm(pos_embed, pos_embed.shape[1:])",
+            stacklevel=stacklevel,
+        )
 
 
 def _in_units(P: Tensor, scale: float) -> tuple[Tensor, float, int]:
@@ -232,13 +258,13 @@ def _times_two_to(exponent: int, x: Tensor) -> Tensor:
 
 
 def _rounded(
-    wq: Tensor, wk: Tensor, P: Tensor, targets: Tensor, scale: float, method: Method
+    wq: Tensor, wk: Tensor, P: Tensor, targets: Tensor, scale: float, solver: Solver
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """The weights in the dtype of P, and their figures; ValueError if that dtype does not hold them."""
     rounded = [w.to(P.dtype) for w in (wq, wk)]
     if not (wq.isfinite().all() and wk.isfinite().all()):
         raise ValueError(
-            f"the fit left the range of numbers, with scale = {scale:.3g} and method = {method}: give a "
+            f"the fit left the range of numbers, with scale = {scale:.3g} and fit = {solver}: give a "
             "scale, a weight_norm, a learning rate or a pos_embed closer to 1"
         )
     for before, after in zip((wq, wk), rounded, strict=True):
@@ -281,15 +307,15 @@ def _check_pos_embed(pos_embed: Tensor) -> None:
         )
 
 
-def _check_method(method: str | Method) -> Method:
-    if isinstance(method, Method):
-        return method
-    if not isinstance(method, str):
+def check_solver(fit: object) -> Solver:
+    """`fit`, a name or options, as options."""
+    if isinstance(fit, Solver):
+        return fit
+    if not isinstance(fit, str):
         raise TypeError(
-            f"method must be one of {', '.join(METHODS)} or a convinit.fit.Newton, Adam or SVD, "
-            f"got {came(method)}"
+            f"fit must be one of {', '.join(SOLVERS)} or a convinit.fit.Newton, Adam or SVD, got {came(fit)}"
         )
-    return METHODS[check_choice("method", method, tuple(METHODS))]
+    return SOLVERS[check_choice("fit", fit, tuple(SOLVERS))]
 
 
 def check_goal(

@@ -37,7 +37,7 @@ _EXACT_SVD = 256  # matrices up to this size are decomposed exactly
 
 @dataclass(frozen=True)
 class Newton:
-    """Options of method "newton".
+    """Options of ``fit="newton"``.
 
     Attributes:
         max_iterations: bound on the quasi-Newton iterations of one problem.
@@ -59,7 +59,7 @@ def fit(
     rank: int,
     *,
     scale: float,
-    method: Newton,
+    options: Newton,
     weight_norm: Tensor | None,
     peak: float | None,
     symmetries: Tensor,
@@ -81,7 +81,7 @@ def fit(
             targets, weight_norm, symmetries
         )
         starts = ridge_starts(Xq, Xk, problems, min(rank, Xq.shape[1], Xk.shape[1]))
-    wq, wk = _solve(Xq, Xk, problems, *starts, scale, norms, peak, method, device)
+    wq, wk = _solve(Xq, Xk, problems, *starts, scale, norms, peak, options, device)
     with _one_thread():
         rotation = random_rotations(len(targets), rank, wq.shape[2], generator)  # [B, k, r]
         wq, wk = (
@@ -226,14 +226,25 @@ def _canonical(keys: Tensor, symmetries: Tensor) -> tuple[Tensor, Tensor, Tensor
     return distinct[used], problem, symmetry
 
 
-def _solve(Xq, Xk, targets, wq_starts, wk_starts, scale, weight_norm, peak, method: Newton, device):
+def _solve(
+    Xq: Tensor,
+    Xk: Tensor,
+    targets: Tensor,
+    wq_starts: Tensor,
+    wk_starts: Tensor,
+    scale: float,
+    weight_norm: Tensor | None,
+    peak: float | None,
+    options: Newton,
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:
     """The weights of `qk_solver` on `device`, as they come on the CPU; ValueError if they left float32."""
     inputs = (x.to(device) for x in (Xq, Xk, targets, wq_starts, wk_starts))
     with torch.inference_mode(False):  # which is not that of the thread that will write it
         monitor = torch.zeros(3, dtype=torch.int64)  # see QKMonitor in csrc/qk_objective.h
     call = partial(
         qk_solver, *inputs, scale=scale, weight_norm=None if weight_norm is None else weight_norm.to(device),
-        peak=peak, max_iterations=method.max_iterations, tolerance=method.tolerance,
+        peak=peak, max_iterations=options.max_iterations, tolerance=options.tolerance,
     )  # fmt: skip
     if device.type == "cpu":
         found = interruptible(partial(call, monitor=monitor), monitor, "fitting queries and keys")

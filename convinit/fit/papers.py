@@ -18,7 +18,7 @@ _kept: dict[tuple, tuple[Tensor, Tensor]] = {}
 
 @dataclass(frozen=True)
 class Adam:
-    """Options of method "adam": the fit of arXiv 2401.12511 and 2404.01139.
+    """Options of ``fit="adam"``: the fit of arXiv 2401.12511 and 2404.01139.
 
     Attributes:
         lr: learning rate of Adam; its betas and epsilon are PyTorch's defaults.
@@ -43,7 +43,7 @@ class Adam:
 
 @dataclass(frozen=True)
 class SVD:
-    """Options of method "svd": the fit of arXiv 2505.19985.
+    """Options of ``fit="svd"``: the fit of arXiv 2505.19985.
 
     The authors scale the parameter P by 18 once, at the start, and fit LayerNorm(P), which is what the first
     layer's queries and keys see: pass that. The result does not depend on the size of what is passed, so
@@ -73,7 +73,7 @@ def fit_adam(
     rank: int,
     *,
     scale: float,
-    method: Adam,
+    options: Adam,
     generator: torch.Generator | None,
     device: torch.device,
 ) -> tuple[Tensor, Tensor]:
@@ -84,7 +84,7 @@ def fit_adam(
     columns of their layer's W_q. All arguments and results are on the CPU; the steps are made on `device`.
     """
     P = pos_embed.to(torch.promote_types(pos_embed.dtype, torch.float32))
-    heads = method.heads or max(len(targets), 1)
+    heads = options.heads or max(len(targets), 1)
     bound = (1 / (rank * heads)) ** 0.5
 
     def uniform(*shape: int) -> Tensor:
@@ -96,7 +96,7 @@ def fit_adam(
     norms = [start.norm(dim=1).mean().expand(len(start), 1, 1) for start, _ in starts]
     wq, wk_t = (torch.cat(parts) for parts in zip(*starts, strict=True))
     inputs = [(x.shape, sha256(x.numpy().tobytes()).digest()) for x in (P, targets, wq, wk_t)]
-    key = (method, scale, heads, device, *inputs)
+    key = (options, scale, heads, device, *inputs)
     if key in _kept:
         return _kept[key][0].clone(), _kept[key][1].clone()
     # P in a basis of its row space, which leaves rounding alone to tell the fits apart.
@@ -108,12 +108,14 @@ def fit_adam(
     )
     norm = torch.cat(norms).to(wq)
     moments = wq.new_zeros(2, 2, *wq.shape)
-    for step in progress(range(0, method.steps, method.norm_interval), "fitting with Adam", unit="interval"):
+    for step in progress(
+        range(0, options.steps, options.norm_interval), "fitting with Adam", unit="interval"
+    ):
         wq *= norm / wq.norm(dim=1, keepdim=True)
         wk *= norm / wk.norm(dim=2, keepdim=True)
         adam_steps_(
-            tokens, directions, targets, wq, wk, moments, scale=scale, heads=heads, lr=method.lr,
-            first_step=step, steps=min(method.norm_interval, method.steps - step),
+            tokens, directions, targets, wq, wk, moments, scale=scale, heads=heads, lr=options.lr,
+            first_step=step, steps=min(options.norm_interval, options.steps - step),
         )  # fmt: skip
     _kept[key] = wq.cpu(), wk.cpu()
     while len(_kept) > _KEEP:
@@ -122,7 +124,7 @@ def fit_adam(
 
 
 def fit_svd(
-    pos_embed: Tensor, targets: Tensor, rank: int, *, method: SVD, generator: torch.Generator | None
+    pos_embed: Tensor, targets: Tensor, rank: int, *, options: SVD, generator: torch.Generator | None
 ) -> tuple[Tensor, Tensor]:
     """W_q, W_k [B, D, r] from the pseudo-inverse of wanted logits, as in arXiv 2505.19985.
 
@@ -134,7 +136,7 @@ def fit_svd(
     n = P.shape[0]
     # Drawn together: what trunc_normal_ draws again depends on all that it draws.
     noise = torch.empty(len(targets), n, n, dtype=torch.float64)
-    torch.nn.init.trunc_normal_(noise, std=method.noise_std, generator=generator).mul_(method.noise)
+    torch.nn.init.trunc_normal_(noise, std=options.noise_std, generator=generator).mul_(options.noise)
     energy, V = torch.linalg.eigh(P.T @ P)
     energy, V = energy.flip(0)[:rank], V.flip(1)[:, :rank]
     kept = energy > torch.finfo(torch.float64).eps * P.shape[1] * energy[0]
@@ -143,12 +145,12 @@ def fit_svd(
     for b in progress(range(len(targets)), "fitting by SVD", unit="head"):
         logits = noise[b]
         rows = (targets[b] >= 0).nonzero()[:, 0]
-        logits[rows, targets[b, rows]] = method.impulse_logit
+        logits[rows, targets[b, rows]] = options.impulse_logit
         form = inverse @ logits @ inverse.T
         if not form.isfinite().all():
-            raise ValueError(f"noise and impulse_logit must be smaller, got {method}")
+            raise ValueError(f"noise and impulse_logit must be smaller, got {options}")
         U, S, Vh = torch.linalg.svd(form, full_matrices=False)
         for w, vectors in ((wq, U), (wk, Vh.mT)):
             factor = vectors[:, :rank] * S[:rank].sqrt()
-            w[b] = factor * (method.weight_norm / factor.norm())
+            w[b] = factor * (options.weight_norm / factor.norm())
     return wq, wk

@@ -122,14 +122,14 @@ class QKFit(MapFit):
         weight_norm: [B] float64, √(‖W_q‖_F · ‖W_k‖_F).
         pos_embed: [N, D], what was fitted against.
         scale: the softmax temperature.
-        method: the method with its options.
+        fit: the solver with its options.
     """
 
     wq: Tensor
     wk: Tensor
     pos_embed: Tensor
     scale: float
-    method: object
+    fit: object
 
     def attention_map(self, heads: int | slice | Sequence[int] | None = None) -> Tensor:
         """softmax(scale · (P W_q)(P W_k)ᵀ) of the chosen heads (default: all), [heads, N, N]."""
@@ -138,4 +138,4 @@ class QKFit(MapFit):
 
     def _details(self) -> str:
         _, dim, rank = self.wq.shape
-        return f"N={self.pos_embed.shape[0]}, D={dim}, r={rank}, {self.method}"
+        return f"N={self.pos_embed.shape[0]}, D={dim}, r={rank}, {self.fit}"

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from convinit._checks import check_offsets, check_real, check_tensor
 from convinit.fit import QKFit, fit_qk, fit_targets
-from convinit.fit.api import Method
+from convinit.fit.api import Solver
 from convinit.init._shared import mimetic_svd, rand, rounded, uniform
+from convinit.init.options import InitOptions
+from convinit.offsets import impulse_targets
 
 
 @torch.no_grad()
@@ -23,7 +25,7 @@ def impulse_qk_(
     grid_size: Sequence[int],
     *,
     scale: float,
-    method: str | Method = "newton",
+    fit: str | Solver = "newton",
     weight_norm: float | Tensor | None = None,
     peak: float | None = None,
     padding_mode: str = "zeros",
@@ -38,7 +40,7 @@ def impulse_qk_(
         pos_embed: P [N, D], as the queries and keys will see it.
         offsets: [heads, 2] int64 (dy, dx); see :func:`convinit.sample_offsets`.
         grid_size: (H, W) with H·W = N.
-        scale, method, weight_norm, peak, padding_mode, generator: see :func:`convinit.fit_qk`.
+        scale, fit, weight_norm, peak, padding_mode, generator: see :func:`convinit.fit_qk`.
 
     Returns:
         The :class:`~convinit.QKFit`: what was reached (mse, peak, hit_rate, weight_norm), head by head.
@@ -51,20 +53,20 @@ def impulse_qk_(
     heads, dim, rank = _check_qk(wq, wk)
     _check_pos_embed(pos_embed, dim)
     offsets = check_offsets(offsets, heads)
-    fit = fit_qk(
+    result = fit_qk(
         pos_embed,
         offsets,
         grid_size,
         rank,
         scale=scale,
-        method=method,
+        fit=fit,
         weight_norm=weight_norm,
         peak=peak,
         padding_mode=padding_mode,
         generator=generator,
     )
-    _write_(wq, wk, fit.wq, fit.wk)
-    return fit
+    _write_(wq, wk, result.wq, result.wk)
+    return result
 
 
 @torch.no_grad()
@@ -74,7 +76,7 @@ def scrambled_qk_(
     pos_embed: Tensor,
     *,
     scale: float,
-    method: str | Method = "newton",
+    fit: str | Solver = "newton",
     weight_norm: float | Tensor | None = None,
     peak: float | None = None,
     generator: torch.Generator | None = None,
@@ -87,7 +89,7 @@ def scrambled_qk_(
     Args:
         wq, wk: [heads, D, r], written in place.
         pos_embed: P [N, D].
-        scale, method, weight_norm, peak: see :func:`convinit.fit_targets`.
+        scale, fit, weight_norm, peak: see :func:`convinit.fit_targets`.
         generator: CPU generator of the permutations and of the fit.
 
     Returns:
@@ -96,18 +98,18 @@ def scrambled_qk_(
     heads, dim, rank = _check_qk(wq, wk)
     _check_pos_embed(pos_embed, dim)
     targets = rand((heads, pos_embed.shape[0]), generator).argsort(dim=1)  # a permutation for each head
-    fit = fit_targets(
+    result = fit_targets(
         pos_embed,
         targets,
         rank,
         scale=scale,
-        method=method,
+        fit=fit,
         weight_norm=weight_norm,
         peak=peak,
         generator=generator,
     )
-    _write_(wq, wk, fit.wq, fit.wk)
-    return fit
+    _write_(wq, wk, result.wq, result.wk)
+    return result
 
 
 @torch.no_grad()
@@ -193,6 +195,60 @@ def random_qk_(wq: Tensor, wk: Tensor, *, generator: torch.Generator | None = No
     wq.copy_(uniform(wq.shape, bound, generator))
     wk.copy_(uniform(wk.shape, bound, generator))
     return wq, wk
+
+
+def fitted_qk(
+    options: InitOptions,
+    pos_embed: Tensor,
+    offsets: Tensor,
+    grid_size: Sequence[int],
+    rank: int,
+    *,
+    scale: float,
+    num_heads: int,
+    generator: torch.Generator | None,
+) -> tuple[Tensor, Tensor, Tensor, QKFit | None]:
+    """Impulses of all heads, or a control in their place.
+
+    Args:
+        options: with ``fits``.
+        num_heads: of a layer; there may be several.
+        Others: as in :func:`convinit.fit_qk`.
+
+    Returns:
+        wq, wk [B, D, r]; targets [B, N]; the fit of the impulses, from which a control takes its weight norm.
+        None: a norm was given.
+    """
+    impulses, weight_norm = None, options.weight_norm
+    if options.method == "impulse" or weight_norm is None:
+        impulses = fit_qk(
+            pos_embed,
+            offsets,
+            grid_size,
+            rank,
+            scale=scale,
+            fit=options.solver(num_heads),
+            weight_norm=weight_norm,
+            peak=options.peak,
+            padding_mode=options.padding_mode,
+            generator=generator,
+        )
+        wq, wk, norms, targets = (
+            impulses.wq.clone(),
+            impulses.wk.clone(),
+            impulses.weight_norm,
+            impulses.targets,
+        )
+    else:
+        wq, wk = pos_embed.new_empty(2, len(offsets), pos_embed.shape[1], rank)
+        norms = torch.full((len(offsets),), weight_norm, dtype=torch.float64, device="cpu")
+        targets = impulse_targets(offsets, grid_size, padding_mode=options.padding_mode)
+    if options.method == "norm_matched":
+        norm_matched_qk_(wq, wk, norms, generator=generator)
+    elif options.method == "scrambled":
+        control = scrambled_qk_(wq, wk, pos_embed, scale=scale, weight_norm=norms, generator=generator)
+        targets = control.targets
+    return wq, wk, targets, impulses
 
 
 def _check_qk(wq: Tensor, wk: Tensor) -> tuple[int, int, int]:

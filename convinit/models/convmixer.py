@@ -26,7 +26,7 @@ class ConvMixer(Pretrained, nn.Module):
     The first GELU is that of ConvMixer and of timm; the published code of arXiv 2401.12511 has none where it
     mixes by filters: ``spatial_gelu=False``.
 
-    ``init="random"`` with ``trainable_mixing=True`` is the ordinary, learned ConvMixer.
+    ``method="random"`` with ``trainable_mixing=True`` is the ordinary, learned ConvMixer.
 
     Args:
         image_size, patch_size: pixels, one number or (height, width).
@@ -35,7 +35,7 @@ class ConvMixer(Pretrained, nn.Module):
         depth: blocks.
         kernel_size: f of the depthwise filters, and of the window of a matrix's impulse.
         channels: of the images.
-        init, num_cells, variance, gain: kind of the spatial filters; see :class:`convinit.nn.SpatialConv`.
+        method, num_cells, variance, gain: kind of the spatial filters; see :class:`convinit.nn.SpatialConv`.
         matrix_form: mix by N×N matrices: "impulse", "permutation" or "full_permutation".
         num_filters: filters of a layer, which its channels share; None means one a channel.
         share_layers: one set of filters for all layers; each layer still deals them to its channels in an
@@ -64,7 +64,7 @@ class ConvMixer(Pretrained, nn.Module):
         depth: int = 6,
         kernel_size: int = 5,
         channels: int = 3,
-        init: str = "random",
+        method: str = "random",
         num_cells: int = 9,
         variance: float = 1.0,
         gain: float = GAIN,
@@ -108,7 +108,7 @@ class ConvMixer(Pretrained, nn.Module):
             spatial = SpatialConv(
                 dim,
                 kernel_size,
-                init=init,
+                method=method,
                 grid_size=self.grid_size if matrix_form else None,
                 num_filters=dim if share_layers and num_filters is None else num_filters,
                 num_cells=num_cells,

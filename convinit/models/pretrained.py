@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from convinit._files import sha256
+from convinit._version import __version__
 from convinit.fit import SVD, Adam, Newton
 
 __all__ = [
@@ -41,7 +42,7 @@ __all__ = [
 ]
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
-_METHODS = {each.__name__: each for each in (Newton, Adam, SVD)}
+_SOLVERS = {each.__name__: each for each in (Newton, Adam, SVD)}
 _CHECKSUM = "weights_sha256"
 _CONFIG_PART = f".{CONFIG}.part"
 _NOT_KEPT = ("generator", "device", "dtype")  # draws are in the weights; dtype is that of the saved weights
@@ -144,7 +145,6 @@ def save_folder(folder: str | Path, model: nn.Module, config: Mapping[str, Any])
         model: its weights are written.
         config: JSON-able; convinit's version is added.
     """
-    from convinit import __version__
 
     try:
         json.dumps(config, allow_nan=False)
@@ -345,14 +345,14 @@ def _encoded(name: str, value: Any) -> Any:
         return value
     if isinstance(value, Tensor):
         return {"tensor": value.tolist(), "dtype": str(value.dtype).removeprefix("torch.")}
-    if type(value) in _METHODS.values():
-        return {"method": type(value).__name__, **dataclasses.asdict(value)}
+    if type(value) in _SOLVERS.values():
+        return {"fit": type(value).__name__, **dataclasses.asdict(value)}
     if isinstance(value, list | tuple):
         return [_encoded(name, each) for each in value]
     if hasattr(value, "__index__"):
         return int(value)
     raise TypeError(
-        f"{name} must be numbers, texts, a tensor or a fit method to be saved, got {type(value).__name__}"
+        f"{name} must be numbers, texts, a tensor or options of a fit to be saved, got {type(value).__name__}"
     )
 
 
@@ -364,7 +364,7 @@ def _decoded(value: Any) -> Any:
     if "tensor" in value:
         return torch.tensor(value["tensor"], dtype=_dtype_called(value["dtype"]), device="cpu")
     options = dict(value)
-    return _METHODS[options.pop("method")](**options)
+    return _SOLVERS[options.pop("fit")](**options)
 
 
 def _dtype_called(name: Any) -> torch.dtype:

@@ -17,7 +17,7 @@ from convinit._checks import (
     check_share,
     check_tensor,
 )
-from convinit.fit.api import Method
+from convinit.fit.api import Solver
 from convinit.init import default_
 from convinit.models.pretrained import Pretrained
 from convinit.nn.attention import VARIANTS, ConvInitAttention, reset_mixing_
@@ -39,10 +39,10 @@ class SimpleViT(Pretrained, nn.Module):
     "III"        nothing: Q [heads, N, r] and K [heads, r, N] free    LN(x)
     ===========  ===================================================  =============
 
-    P is fixed: the sin-cos embedding of the patch grid, or the identity. ``init="default"`` leaves queries
-    and keys as ``nn.Linear`` makes them; "random" and "mimetic" are the papers' baselines; "impulse" is
+    P is fixed: the sin-cos embedding of the patch grid, or the identity. ``method="impulse"`` is
     fitted, all layers and heads in one call of :func:`convinit.fit_qk`; "scrambled" and "norm_matched" are
-    its controls.
+    its controls; "random" and "mimetic" are the papers' baselines; "default" leaves queries and keys as
+    ``nn.Linear`` makes them.
 
     Args:
         image_size, patch_size: pixels, one number or (height, width).
@@ -53,14 +53,16 @@ class SimpleViT(Pretrained, nn.Module):
         mlp_dim: hidden width of the MLP.
         channels: of the images.
         variant, alpha: see the table.
-        init, distribution, values, kernel_size, scale, padding_mode, method, weight_norm, peak, value, proj,
-            trainable_mixing: see :class:`convinit.nn.ConvInitAttention`.
+        method, distribution, values, kernel_size, scale: see :class:`~convinit.ConvInitAttention`.
+        padding_mode, fit, weight_norm, peak, value, proj, trainable_mixing: the same.
         pos_embed: P, "sincos" or "identity", a unit vector a token, which needs N ≤ D.
         input_pos_embed: mix α·x + (1−α)·P at the entry in Models II and III too, as the vanilla variant
             always does. Not for Model I, whose layers see P.
         layers_alike: every layer starts from the queries and keys of the first, as in arXiv 2404.01139.
         attn_drop, proj_drop: dropout on attention weights, and on the outputs of attention and MLP.
-        offsets: [depth·heads, 2], or [heads, 2] for all layers alike, (dy, dx) of heads; None draws them.
+        offsets: [depth·heads, 2], or [heads, 2] for all layers alike, (dy, dx) of heads. None deals them out
+            so that every f² heads in a row cover the window once (stratified over the layers); "random" and
+            "fixed" as in ConvInitAttention.
         generator: CPU generator of the initial values; None means torch's own.
         device, dtype: of parameters and buffers.
 
@@ -89,16 +91,16 @@ class SimpleViT(Pretrained, nn.Module):
         channels: int = 3,
         variant: str = "I",
         alpha: float = 0.2,
-        init: str = "impulse",
+        method: str = "impulse",
         distribution: str = "normal",
-        values: str = "default",
-        kernel_size: int = 5,
+        values: str = "mimetic",
+        kernel_size: int | None = None,
         scale: float | None = None,
         padding_mode: str = "zeros",
-        method: str | Method = "newton",
+        fit: str | Solver = "newton",
         weight_norm: float | None = None,
         peak: float | None = None,
-        offsets: Tensor | None = None,
+        offsets: Tensor | str | None = None,
         pos_embed: str = "sincos",
         input_pos_embed: bool = False,
         layers_alike: bool = False,
@@ -124,7 +126,7 @@ class SimpleViT(Pretrained, nn.Module):
         check_flag("layers_alike", layers_alike)
         if check_flag("input_pos_embed", input_pos_embed) and variant == "I":
             raise ValueError("input_pos_embed must be False for variant 'I', whose layers see P themselves")
-        if layers_alike and offsets is not None and len(offsets) != num_heads:
+        if layers_alike and isinstance(offsets, Tensor) and len(offsets) != num_heads:
             raise ValueError(
                 f"offsets must be [{num_heads}, 2] with layers_alike, of one layer, got {list(offsets.shape)}"
             )
@@ -142,7 +144,7 @@ class SimpleViT(Pretrained, nn.Module):
             nn.LayerNorm(dim, **factory),
         )
         self.blocks: list[Block] = nn.ModuleList()  # type: ignore[assignment]
-        if offsets is not None and check_offsets(offsets).shape not in (
+        if isinstance(offsets, Tensor) and check_offsets(offsets).shape not in (
             (num_heads, 2),
             (depth * num_heads, 2),
         ):
@@ -151,7 +153,9 @@ class SimpleViT(Pretrained, nn.Module):
                 f"{list(offsets.shape)}"
             )
         for layer in range(depth):
-            first = 0 if offsets is None or len(offsets) == num_heads else layer * num_heads
+            own = offsets
+            if isinstance(offsets, Tensor) and len(offsets) != num_heads:
+                own = offsets[layer * num_heads : (layer + 1) * num_heads]
             attn = ConvInitAttention(
                 dim,
                 num_heads,
@@ -168,14 +172,14 @@ class SimpleViT(Pretrained, nn.Module):
                 proj_bias=False,
                 trainable_mixing=trainable_mixing,
                 padding_mode=padding_mode,
-                init=init,
+                method=method,
                 distribution=distribution,
                 values=values,
-                method=method,
+                fit=fit,
                 weight_norm=weight_norm,
                 peak=peak,
                 pos_embed=pos_embed,
-                offsets=None if offsets is None else offsets[first : first + num_heads],
+                offsets=own,
                 **factory,
             )
             self.blocks.append(Block(attn, mlp_dim, proj_drop, **factory))

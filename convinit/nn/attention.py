@@ -16,21 +16,20 @@ from convinit._checks import (
     check_flag,
     check_grid_size,
     check_int,
-    check_kernel_size,
     check_number,
     check_offsets,
-    check_padding_mode,
     check_probability,
     check_same_device,
     check_share,
     check_tensor,
 )
-from convinit.fit import Adam, Newton, fit_qk
-from convinit.fit.api import METHODS, Method
+from convinit.fit import Adam
+from convinit.fit.api import Solver
 from convinit.init._shared import rounded
+from convinit.init.options import InitOptions
+from convinit.init.query_key import fitted_qk
 from convinit.nn.linear import Linear
 from convinit.nn.position import check_position, fill_position_
-from convinit.offsets import sample_offsets
 from convinit.ops.fused import BACKENDS
 from convinit.ops.positional_attention import packed_attention, positional_attention
 from convinit.ops.shared_attention import shared_attention
@@ -38,9 +37,6 @@ from convinit.ops.shared_attention import shared_attention
 __all__ = ["ConvInitAttention", "reset_mixing_"]
 
 VARIANTS = ("vanilla", "I", "II", "III")
-_FITTED = ("impulse", "scrambled", "norm_matched")
-_INITS = (*_FITTED, "mimetic", "random", "default")
-_VALUES = ("default", "mimetic")
 
 
 class ConvInitAttention(nn.Module):
@@ -63,7 +59,8 @@ class ConvInitAttention(nn.Module):
         grid_size: (H, W); the input must be these N = H·W tokens, row-major, without class token.
         head_dim: r; None means dim / num_heads.
         kernel_size: f, offsets are drawn from the f×f window; odd, and at most 2·min(H, W) − 1, so that every
-            offset that is drawn for a fit leaves some token its target.
+            offset that is drawn for a fit leaves some token its target. None means half the grid, 3 to 7: 3
+            on 8 × 8 tokens, 7 on 14 × 14.
         alpha: content share α of Model I, 0 to 1.
         variant: see the table.
         scale: softmax temperature, of the fit and of the forward pass; None means r**-0.5.
@@ -77,19 +74,21 @@ class ConvInitAttention(nn.Module):
             :func:`~convinit.ops.shared_attention.shared_attention`. An explicit choice never falls back.
         trainable_mixing: False freezes W_q and W_k, or Q and K.
         padding_mode: of the impulse matrices: "zeros", "replicate", "circular", "reflect".
-        init: of queries and keys. "impulse"; the papers' "mimetic" and "random"; "default", as ``nn.Linear``;
-            the controls "scrambled" (fit to random permutations) and "norm_matched" (random), both at the
-            weight norm that "impulse" would have had. Model III starts from Q = P W_q and K = (P W_k)ᵀ if
-            those are fitted or norm-matched; the other initialisers, and method "adam", are applied to Q and
-            Kᵀ themselves, where "default" means "random".
+        method: what queries and keys start as. "impulse"; the papers' "mimetic" and "random"; "default", as
+            ``nn.Linear``; the controls "scrambled" (fit to random permutations) and "norm_matched" (random),
+            both at the weight norm that "impulse" would have had. Model III starts from Q = P W_q and
+            K = (P W_k)ᵀ if those are fitted or norm-matched; the other methods, and ``fit="adam"``, are
+            applied to Q and Kᵀ themselves, where "default" means "random".
         distribution: of the noise in "mimetic" queries and keys: "normal", of variance 1/D (arXiv
             2305.09828), or "uniform", of variance 1/(3D) (arXiv 2401.12511).
-        values: of W_v and W_o: "default", as ``nn.Linear``, or "mimetic".
-        offsets: [heads, 2], the (dy, dx) of every head; None draws them.
-        method, weight_norm, peak: of the fit; see :func:`convinit.fit_qk`. The fit sees LayerNorm(P) in the
+        values: of W_v and W_o: "mimetic", whose product is 0.4·Z − 0.4·I (arXiv 2305.09828), or "default", as
+            ``nn.Linear``, which is also what one of them without the other is.
+        offsets: [heads, 2], the (dy, dx) of every head. None deals them out so that every f² heads in a row
+            cover the window once; "random" draws each by itself; "fixed" is the order of arXiv 2505.19985.
+        fit, weight_norm, peak: of the impulses; see :func:`convinit.fit_qk`. The fit sees LayerNorm(P) in the
             vanilla variant, whose tokens come out of a norm, and P in Models II and III. In Model I "newton"
-            sees (1−α) P, the positional part of its queries and keys, and the papers' methods see P, as
-            theirs do. In Model III "adam" fits Q and K without P, as theirs does.
+            sees (1−α) P, the positional part of its queries and keys, and the papers' fits see P, as theirs
+            do. In Model III "adam" fits Q and K without P, as theirs does.
         pos_embed: P [N, D]; "sincos", the fixed 2-D sin-cos of grid and dim, which needs a D divisible by 4;
             or "identity", a unit vector a token, which needs N ≤ D. A given P is data: it is saved with the
             state_dict, and after ``to_empty`` it must be loaded.
@@ -102,15 +101,15 @@ class ConvInitAttention(nn.Module):
     Shape: x [B, N, D] → [B, N, D].
 
     Buffers: ``pos_embed`` P [N, D]; ``offsets`` [heads, 2], the (dy, dx) of every head. They are drawn first,
-    whatever the init, so that one seed pairs the controls with "impulse".
+    whatever the method, so that one seed pairs the controls with "impulse".
 
     Raises:
         ValueError, TypeError: an argument is out of range, or the input is not on this grid.
 
-    Source: arXiv 2401.12511, Models I to III; its weights are those of ``init="impulse", method="adam",
-    scale=0.1``. Two departures: the position term (1−α) P W is made once a step and not once an image, with
-    the same result; and "newton" fits (1−α) P in Model I, so that ``peak`` is what the layer has on zero
-    content; content softens it further.
+    Source: arXiv 2401.12511, Models I to III; its weights are those of ``fit="adam", scale=0.1,
+    kernel_size=5, offsets="random", values="default"``. Two departures: the position term (1−α) P W is made
+    once a step and not once an image, with the same result; and "newton" fits (1−α) P in Model I, so that
+    ``peak`` is what the layer has on zero content; content softens it further.
     """
 
     pos_embed: Tensor
@@ -126,7 +125,7 @@ class ConvInitAttention(nn.Module):
         grid_size: Sequence[int],
         *,
         head_dim: int | None = None,
-        kernel_size: int = 5,
+        kernel_size: int | None = None,
         alpha: float = 0.2,
         variant: str = "I",
         scale: float | None = None,
@@ -139,13 +138,13 @@ class ConvInitAttention(nn.Module):
         backend: str = "auto",
         trainable_mixing: bool = True,
         padding_mode: str = "zeros",
-        init: str = "impulse",
+        method: str = "impulse",
         distribution: str = "normal",
-        values: str = "default",
-        method: str | Method = "newton",
+        values: str = "mimetic",
+        fit: str | Solver = "newton",
         weight_norm: float | None = None,
         peak: float | None = None,
-        offsets: Tensor | None = None,
+        offsets: Tensor | str | None = None,
         pos_embed: Tensor | str = "sincos",
         attn_head_dim: int | None = None,
         dim_out: int | None = None,
@@ -163,14 +162,17 @@ class ConvInitAttention(nn.Module):
         height, width = check_grid_size(grid_size)
         head_dim = _head_dim(dim, num_heads, head_dim if attn_head_dim is None else attn_head_dim)
         check_choice("variant", variant, VARIANTS)
-        check_choice("init", init, _INITS)
-        check_choice("distribution", distribution, ("normal", "uniform"))
-        check_choice("values", values, _VALUES)
         check_choice("backend", backend, BACKENDS)
-        check_padding_mode(padding_mode)
-        drawn_and_fitted = offsets is None and init in _FITTED
-        kernel_size = check_kernel_size(kernel_size, (height, width) if drawn_and_fitted else None)
-        offsets = None if offsets is None else check_offsets(offsets, num_heads, values=True)
+        options = InitOptions(
+            method=method, fit=fit, values=values, kernel_size=kernel_size, peak=peak,
+            weight_norm=weight_norm, padding_mode=padding_mode, offsets=offsets, distribution=distribution,
+        )  # fmt: skip
+        if method == "position_only":
+            raise ValueError(
+                'method must not be position_only here: P does not depend on it, so "default" is that control'
+            )
+        if isinstance(offsets, Tensor):
+            check_offsets(offsets, num_heads)
         flags = {"qkv_bias": qkv_bias, "value": value, "proj": proj, "proj_bias": proj_bias}
         for name, flag in (flags | {"trainable_mixing": trainable_mixing}).items():
             check_flag(name, flag)
@@ -178,13 +180,17 @@ class ConvInitAttention(nn.Module):
             check_probability("attn_drop", attn_drop),
             check_probability("proj_drop", proj_drop),
         )
-        space, size = ("tokens of grid_size", height * width) if variant == "III" else ("dim", dim)
-        if init in (*_FITTED, "mimetic") and head_dim > (dim if init in _FITTED else size):
-            raise ValueError(f"head_dim must be at most {space} = {size} for init={init!r}, got {head_dim}")
-        alpha = check_share("alpha", alpha)
-        if alpha == 1 and variant == "I" and init in _FITTED:
+        space, size = ("dim", dim)
+        if variant == "III" and not options.fits:
+            space, size = ("tokens of grid_size", height * width)
+        if (options.fits or method == "mimetic") and head_dim > size:
             raise ValueError(
-                f"alpha must be below 1 for init={init!r}: with 1 the maps do not see the position"
+                f"head_dim must be at most {space} = {size} for method={method!r}, got {head_dim}"
+            )
+        alpha = check_share("alpha", alpha)
+        if alpha == 1 and variant == "I" and options.fits:
+            raise ValueError(
+                f"alpha must be below 1 for method={method!r}: with 1 the maps do not see the position"
             )
         scale = head_dim**-0.5 if scale is None else check_number("scale", scale)
         if not (value and proj) and num_heads * head_dim != dim:
@@ -192,26 +198,18 @@ class ConvInitAttention(nn.Module):
                 f"value and proj must both be True unless num_heads·head_dim = dim, got "
                 f"{num_heads}·{head_dim} and dim = {dim}"
             )
-        if values == "mimetic" and not (value and proj):
-            raise ValueError('values="mimetic" sets the product of W_v and W_o: value and proj must be True')
 
         self.dim = dim
         self.num_heads = num_heads
         self.grid_size = (height, width)
         self.head_dim = head_dim
-        self.kernel_size = kernel_size
+        self.kernel_size = options.window([self.grid_size])
         self.alpha = alpha
         self.variant = variant
         self.scale = scale
         self.attn_drop = attn_drop
         self.backend = backend
-        self.padding_mode = padding_mode
-        self.init = init
-        self.distribution = distribution
-        self.values = values
-        self.method = method
-        self.weight_norm = weight_norm
-        self.peak = peak
+        self.init_options = options
         self.trainable_mixing = trainable_mixing
 
         device = torch.get_default_device() if device is None else torch.device(device)
@@ -238,7 +236,6 @@ class ConvInitAttention(nn.Module):
         )
         self.proj_drop = nn.Dropout(proj_drop)
 
-        self._given_offsets = None if offsets is None else offsets.detach().cpu().to(torch.int64, copy=True)
         self._fixed = pos_embed if isinstance(pos_embed, str) else None
         if isinstance(pos_embed, str):
             check_position(pos_embed, self.grid_size, dim)  # refuses such a dim; `_fill_position` fills P
@@ -276,11 +273,12 @@ class ConvInitAttention(nn.Module):
         if isinstance(self.proj, nn.Linear):
             _check_own(self, self.proj)
             parts.append((self.proj.weight, self.proj.bias))
-        if self.values == "mimetic":
+        mimetic = self.init_options.values == "mimetic" and len(parts) == 2
+        if mimetic:
             (wv, _), (wo, _) = parts
             init_.mimetic_vo_(wv.mT, wo.mT, generator=generator)
         for weight, bias in parts:
-            if self.values == "default":
+            if not mimetic:
                 init_.default_(weight, bias, generator=generator)
             elif bias is not None:
                 bias.zero_()
@@ -343,14 +341,15 @@ class ConvInitAttention(nn.Module):
 
     @torch.no_grad()
     def _draw_qk(self, generator: torch.Generator | None) -> None:
-        """Queries and keys of the initialisers that need no fit."""
+        """Queries and keys of the methods that need no fit."""
         bias = self._qk_bias()
         if bias is not None:
             bias.zero_()
         wq, wk = self._own_qk()
-        if self.init == "mimetic":
-            init_.mimetic_qk_(wq, wk, distribution=self.distribution, generator=generator)
-        elif self.init == "random" or self.variant == "III":
+        options = self.init_options
+        if options.method == "mimetic":
+            init_.mimetic_qk_(wq, wk, distribution=options.distribution, generator=generator)
+        elif options.method == "random" or self.variant == "III":
             init_.random_qk_(wq, wk, generator=generator)
         else:
             init_.default_(self._qk_weight(), bias, generator=generator)
@@ -473,7 +472,7 @@ class ConvInitAttention(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"{self.dim}, num_heads={self.num_heads}, grid_size={self.grid_size}, variant={self.variant!r}, "
-            f"init={self.init!r}, scale={self.scale:.4g}"
+            f"method={self.init_options.method!r}, scale={self.scale:.4g}"
             + (f", alpha={self.alpha}" if self.variant == "I" else "")
             + ("" if self.trainable_mixing else ", trainable_mixing=False")
         )
@@ -515,50 +514,37 @@ def reset_mixing_(
         return
     for layer in layers:
         layer._fill_position()
-    drawn = sample_offsets(len(layers) * first.num_heads, first.kernel_size, generator=generator)
-    pairs = zip(layers, drawn.split(first.num_heads), strict=True)
-    parts = [own if layer._given_offsets is None else layer._given_offsets for layer, own in pairs]
+    options = first.init_options
+    if isinstance(options.offsets, Tensor):
+        given: list[Any] = [layer.init_options.offsets for layer in layers]
+        options = replace(options, offsets=torch.cat(given))
+    parts = options.deal([first.num_heads] * len(layers), first.kernel_size, generator)
     offsets = torch.cat(parts)
-    if first.init not in _FITTED:
+    if not options.fits:
         for layer, own_offsets in zip(layers, parts, strict=True):
             layer.offsets.copy_(own_offsets)
             layer._draw_qk(generator)
         return
 
     pos_embed = first.pos_embed.cpu()
-    method = METHODS[first.method] if isinstance(first.method, str) else first.method
-    if isinstance(method, Adam) and method.heads == 0:  # the papers fit layer by layer
-        method = replace(method, heads=first.num_heads)
-    free = first.variant == "III" and isinstance(method, Adam)  # Q and K themselves, whatever P is
+    solver = options.solver(first.num_heads)
+    free = first.variant == "III" and isinstance(solver, Adam)  # Q and K themselves, whatever P is
     if free:
         pos_embed = torch.eye(len(pos_embed), dtype=pos_embed.dtype, device="cpu")
     elif first.variant == "vanilla":
         pos_embed = F.layer_norm(pos_embed, (first.dim,))
-    elif first.variant == "I" and isinstance(method, Newton):
+    elif first.variant == "I" and options.by_newton:
         pos_embed = (1 - first.alpha) * pos_embed
-    weight_norm: float | Tensor | None = first.weight_norm
-    if first.init == "impulse" or weight_norm is None:  # a control takes its weight norm from the impulse fit
-        fit = fit_qk(
-            pos_embed,
-            offsets,
-            first.grid_size,
-            first.head_dim,
-            scale=first.scale,
-            method=method,
-            weight_norm=first.weight_norm,
-            peak=first.peak,
-            padding_mode=first.padding_mode,
-            generator=generator,
-        )
-        wq, wk, weight_norm = fit.wq, fit.wk, fit.weight_norm
-    else:
-        wq, wk = torch.empty(2, len(offsets), pos_embed.shape[1], first.head_dim, device="cpu")
-    if first.init == "norm_matched":
-        init_.norm_matched_qk_(wq, wk, weight_norm, generator=generator)
-    elif first.init == "scrambled":
-        init_.scrambled_qk_(
-            wq, wk, pos_embed, scale=first.scale, weight_norm=weight_norm, generator=generator
-        )
+    wq, wk, *_ = fitted_qk(
+        options,
+        pos_embed,
+        offsets,
+        first.grid_size,
+        first.head_dim,
+        scale=first.scale,
+        num_heads=first.num_heads,
+        generator=generator,
+    )
     weights = (wq.split(first.num_heads), wk.split(first.num_heads), parts)
     for layer, own_wq, own_wk, own_offsets in zip(layers, *weights, strict=True):
         layer.offsets.copy_(own_offsets)

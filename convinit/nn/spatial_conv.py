@@ -37,7 +37,7 @@ class SpatialConv(nn.Module):
     matrix form:  y[b, c] = matrix[a(c)] @ x[b, c] + bias[c],   over the N = H·W pixels
 
     ========================  ========================================================================
-    ``init``                  initial weights; see :mod:`convinit.init`
+    ``method``                initial weights; see :mod:`convinit.init`
     ========================  ========================================================================
     ``"random"``              U(±1/f): the ordinary learned depthwise convolution
     ``"impulse"``             ``gain`` at one random cell; in matrix form gain · impulse matrix
@@ -52,7 +52,7 @@ class SpatialConv(nn.Module):
         dim: channels C.
         kernel_size: f, of the filter and of the window from which a matrix's impulse is drawn; the window is
             at most 2·min(H, W) − 1 wide, and odd; filters may be even.
-        init: see the table.
+        method: see the table.
         grid_size: (H, W) for the matrix form; None for the filter form.
         num_filters: filters shared by the channels, each channel taking one at random (a(c), the buffer
             ``assignment``): each filter goes to as many channels, or one more. With num_filters = C they are
@@ -82,7 +82,7 @@ class SpatialConv(nn.Module):
         dim: int,
         kernel_size: int = 5,
         *,
-        init: str = "random",
+        method: str = "random",
         grid_size: Sequence[int] | None = None,
         num_filters: int | None = None,
         num_cells: int = 9,
@@ -99,13 +99,13 @@ class SpatialConv(nn.Module):
         dim, kernel_size = check_int("dim", dim), check_int("kernel_size", kernel_size)
         if grid_size is not None:
             grid_size = check_grid_size(grid_size)
-            if init == "impulse":
+            if method == "impulse":
                 check_kernel_size(kernel_size, grid_size)
         for name, flag in (("trainable", trainable), ("bias", bias)):
             check_flag(name, flag)
         kinds = _FILTERS if grid_size is None else _MATRICES
         form = "filter form (grid_size=None)" if grid_size is None else "matrix form (grid_size given)"
-        check_choice(f"init of the {form}", init, kinds)
+        check_choice(f"method of the {form}", method, kinds)
         num_filters = None if num_filters is None else check_int("num_filters", num_filters)
         if num_filters is not None and num_filters > dim:
             raise ValueError(
@@ -113,7 +113,7 @@ class SpatialConv(nn.Module):
             )
         num_cells, variance = check_int("num_cells", num_cells), check_number("variance", variance)
         gain = check_number("gain", gain)
-        if init == "box" and num_cells > kernel_size**2:
+        if method == "box" and num_cells > kernel_size**2:
             raise ValueError(
                 f"num_cells must be at most {kernel_size**2}, the cells of a filter, got {num_cells}"
             )
@@ -121,7 +121,7 @@ class SpatialConv(nn.Module):
 
         self.dim = dim
         self.kernel_size = kernel_size
-        self.init = init
+        self.method = method
         self.grid_size = grid_size
         self.num_filters = dim if num_filters is None else num_filters
         self.num_cells = num_cells
@@ -163,19 +163,19 @@ class SpatialConv(nn.Module):
             init_.default_(fan_in, self.bias, generator=generator)
 
     def _draw_weight(self, generator: torch.Generator | None) -> None:
-        if self.init == "permutation":
+        if self.method == "permutation":
             init_.permutation_mixing_(self.weight, gain=self.gain, generator=generator)
-        elif self.init == "full_permutation":
+        elif self.method == "full_permutation":
             init_.full_permutation_mixing_(self.weight, gain=self.gain, generator=generator)
         elif self.grid_size is not None:
             init_.impulse_mixing_(
                 self.weight, self.grid_size, self.kernel_size, gain=self.gain, generator=generator
             )
-        elif self.init == "impulse":
+        elif self.method == "impulse":
             init_.impulse_filter_(self.weight, gain=self.gain, generator=generator)
-        elif self.init == "box":
+        elif self.method == "box":
             init_.box_filter_(self.weight, self.num_cells, gain=self.gain, generator=generator)
-        elif self.init == "gaussian":
+        elif self.method == "gaussian":
             init_.gaussian_filter_(self.weight, self.variance, gain=self.gain, generator=generator)
         else:  # "random", and "softmax", whose weights are the numbers under the softmax
             init_.random_filter_(self.weight, generator=generator)
@@ -191,7 +191,7 @@ class SpatialConv(nn.Module):
                 offsets, gain = offsets[self.assignment], gain[self.assignment]
             return impulse_conv(x, offsets, gain, self.bias)
         weight: Tensor = self.weight
-        if self.init == "softmax":
+        if self.method == "softmax":
             weight = weight.flatten(1).softmax(dim=1).view_as(weight)
         if self.assignment is not None:
             weight = weight[self.assignment]
@@ -217,7 +217,7 @@ class SpatialConv(nn.Module):
         """
         weight = self.weight
         if (
-            self.init != "impulse"
+            self.method != "impulse"
             or self.grid_size is not None
             or weight.requires_grad
             or torch.compiler.is_compiling()
@@ -239,7 +239,7 @@ class SpatialConv(nn.Module):
     def extra_repr(self) -> str:
         form = f"kernel_size={self.kernel_size}" if self.grid_size is None else f"grid_size={self.grid_size}"
         return (
-            f"{self.dim}, {form}, init={self.init!r}, num_filters={self.num_filters}, "
+            f"{self.dim}, {form}, method={self.method!r}, num_filters={self.num_filters}, "
             f"bias={self.bias is not None}, trainable={self.weight.requires_grad}"
         )
 

@@ -65,7 +65,7 @@ def _check_triton(x: Tensor) -> None:
 
 
 def tuned_choice(op: str, x: Tensor, dropout_p: float, *others: Tensor | None) -> str:
-    """What backend="auto" takes on CUDA for x [B, heads, N, r]: one of `tuned.CHOICES`.
+    """The choice of backend="auto" on CUDA for x [B, heads, N, r]: one of `tuned.CHOICES`.
 
     others: the further inputs, positions last (two for "positional_attention").
     "torch" is PyTorch's choice by itself. It serves dropout, whatever is exported or traced, the transforms
@@ -92,7 +92,7 @@ def _static(sizes: Sequence[int]) -> bool:
 
 
 def serving(op: str, backend: str, x: Tensor, dropout_p: float = 0.0, *others: Tensor | None) -> str:
-    """Who makes an attention over x [B, heads, N, r]; raises if `backend` cannot.
+    """The implementation that serves an attention over x [B, heads, N, r]; raises if `backend` cannot.
 
     "kernels" are the fused ops; else PyTorch, as one of `tuned.CHOICES` says.
 

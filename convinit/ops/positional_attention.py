@@ -39,17 +39,11 @@ def positional_attention(
         scale: softmax temperature, a number; None means r**-0.5. One to be learnt is multiplied into q.
         alpha: content share α of queries and keys, a number. One to be learnt is multiplied into q and k.
         dropout_p: probability that an attention weight is dropped. Pass 0 in evaluation.
-        backend: "triton": the kernels of `convinit.kernels`, on CUDA, r up to 128, no dropout. "native":
-            compiled kernels of the CPU, for float32, and for bfloat16 and float16 computed in float32, but
-            that CPUs with AVX512-BF16 multiply bfloat16 as it is, numbers below 1.2e-38 being 0 to them; no
-            dropout. "sdpa": mixed q and k go to :func:`torch.nn.functional.scaled_dot_product_attention`.
-            "eager": the formula. "auto": kernels where measurements say that they are faster, else "sdpa".
-            On CUDA that is what `convinit tune` measured as fastest on this GPU for the dtype, N and r:
-            "triton" or a back end of SDPA, if B·heads is at least half of
-            what it was then. On a CPU with AVX2 or AVX-512 it is "native" in all it serves, if B·heads·N²·r
-            is 2²⁰ or more, except for bfloat16 and float16 where the CPU has AMX; what is smaller, or
-            float64, is "eager" where it needs a gradient. With dropout, and while a model is exported or
-            traced, it is "sdpa". An explicit choice never falls back.
+        backend: "triton": our kernels on CUDA, r up to 128, no dropout. "native": our compiled kernels on the
+            CPU, no float64, no dropout. "sdpa": mixed q and k go to
+            :func:`torch.nn.functional.scaled_dot_product_attention`. "eager": the formula. "auto": the one of
+            these that measured as fastest; docs/backends.md has the rules. An explicit choice never falls
+            back.
 
     Derivatives: under torch.func and forward-mode AD "auto" is "eager". Second derivatives are those of the
     formula, which keeps its [B, heads, N, N] map; in "sdpa" PyTorch's fused kernels have none.
@@ -66,18 +60,10 @@ def positional_attention(
     """
     scale, alpha, dropout_p = _check(q, k, v, q_pos, k_pos, scale, alpha, dropout_p)
     fused.check_backend(backend)
-    if backend == "eager" or (backend == "auto" and transforms_active()):
-        return positional_attention_reference(
-            q, k, v, q_pos, k_pos, scale=scale, alpha=alpha, dropout_p=dropout_p
-        )
     serving = fused.serving("positional_attention", backend, q, dropout_p, k, v, q_pos, k_pos)
     if serving == "kernels":
         return fused.fused_positional_attention(q, k, v, q_pos, k_pos, scale, alpha)
-    if backend == "auto" and _may_be_differentiated_twice(q, k, v, q_pos, k_pos, dropout_p=dropout_p):
-        return positional_attention_reference(q, k, v, q_pos, k_pos, scale=scale, alpha=alpha)
-    q, k = _mix(q, q_pos, alpha), _mix(k, k_pos, alpha)
-    out = fused.attention_by(serving, q, k, v, dropout_p, scale)
-    return out.transpose(1, 2).flatten(2)
+    return _by_torch(serving, backend, q, k, v, q_pos, k_pos, scale, alpha, dropout_p)
 
 
 def packed_attention(
@@ -118,9 +104,7 @@ def packed_attention(
     serving = fused.serving("positional_attention", backend, q, dropout_p, k, v, q_pos, k_pos)
     if serving == "kernels":
         return fused.fused_packed_attention(qkv, num_heads, q_pos, k_pos, scale, alpha)
-    return positional_attention(
-        q, k, v, q_pos, k_pos, scale=scale, alpha=alpha, dropout_p=dropout_p, backend=backend
-    )
+    return _by_torch(serving, backend, q, k, v, q_pos, k_pos, scale, alpha, dropout_p)
 
 
 def positional_attention_reference(
@@ -142,6 +126,30 @@ def positional_attention_reference(
     if dropout_p > 0:
         attention = F.dropout(attention, dropout_p)
     return (attention @ v).transpose(1, 2).flatten(2)
+
+
+def _by_torch(
+    serving: str,
+    backend: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_pos: Tensor | None,
+    k_pos: Tensor | None,
+    scale: float,
+    alpha: float,
+    dropout_p: float,
+) -> Tensor:
+    """By the formula where its derivatives may be asked for, else by the back end that `serving` names."""
+    differentiable = backend == "auto" and (
+        transforms_active() or _may_be_differentiated_twice(q, k, v, q_pos, k_pos, dropout_p=dropout_p)
+    )
+    if backend == "eager" or differentiable:
+        return positional_attention_reference(
+            q, k, v, q_pos, k_pos, scale=scale, alpha=alpha, dropout_p=dropout_p
+        )
+    q, k = _mix(q, q_pos, alpha), _mix(k, k_pos, alpha)
+    return fused.attention_by(serving, q, k, v, dropout_p, scale).transpose(1, 2).flatten(2)
 
 
 def _mix(content: Tensor, position: Tensor | None, alpha: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""Which of PyTorch's matrix products are slow on this CPU."""
+"""Detects CPUs on which PyTorch's matrix products run at half speed."""
 
 from __future__ import annotations
 

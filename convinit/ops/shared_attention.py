@@ -32,16 +32,12 @@ def shared_attention(
         scale: softmax temperature, a number; None means r'**-0.5. One to be learnt is multiplied into q_map.
         dropout_p: probability that an attention weight is dropped, in all images at once: the mask, like the
             map, is shared. Pass 0 in evaluation.
-        backend: how the map meets the values. "triton" (the kernels of `convinit.kernels`: CUDA, r up to
-            128); "native" (the CPU kernels of the compiled library: float32, bfloat16 and float16); "sdpa"
-            (:func:`torch.nn.functional.scaled_dot_product_attention` with q_map and k_map expanded over the
-            batch: a map, and a dropout mask, an image); "eager" (the formula); or "auto": "triton" where
-            `convinit tune` measured it as faster on this GPU; "native" on a CPU with
-            AVX2 or AVX-512, unless the problem is tiny, in float16 (but with AMX) and in float32 where MKL
-            uses half of the CPU's vectors (Zen 5); else PyTorch's product, one tall one a head. A single
-            image's inference on a CPU, which has nothing to share, is
-            :func:`~convinit.ops.positional_attention.positional_attention`'s. An explicit choice never falls
-            back.
+        backend: how the map meets the values. "triton": our kernels on CUDA, r up to 128. "native": our
+            compiled kernels on the CPU, no float64. "sdpa":
+            :func:`torch.nn.functional.scaled_dot_product_attention` with q_map and k_map expanded over the
+            batch, so each image has a map and a dropout mask of its own. "eager": the formula. "auto": the
+            fastest by measurements, of these and of one tall product for each head; docs/backends.md has the
+            rules. An explicit choice never falls back.
 
     Returns:
         [B, N, heads·r], the heads side by side, ready for the output layer.

@@ -97,7 +97,7 @@ def tune(
 
 
 class Session:
-    """What is known so far, in memory and as the content of the file."""
+    """The choices so far, in memory and as the content of the file."""
 
     def __init__(self, device: int, dtype: torch.dtype) -> None:
         self.device, self.dtype = device, dtype

@@ -38,7 +38,7 @@ CASES = (
 
 
 def draw(case: Case, shape: Shape, dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
-    """What gradients are taken of, and that of the output: packed products as layers make them."""
+    """Inputs that need gradients, and the gradient of the output: packed products as layers make them."""
     batch, heads, tokens, rank = shape
     g = torch.Generator(DEVICE).manual_seed(0)
 

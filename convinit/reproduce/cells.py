@@ -26,7 +26,7 @@ from convinit.train.records import read_records
 from convinit.train.run import METRICS, Plan, RunInterrupted, Watcher, run_training
 
 OUTCOME = "cell.json"
-SHIFTS = (1, 2)  # pixels
+SHIFTS = (1, 2, 4)  # pixels
 _DIRECTIONS = {"down": (1, 0), "up": (-1, 0), "right": (0, 1), "left": (0, -1)}
 _MAP_IMAGES = 64  # test images over which attention maps are averaged
 
@@ -77,7 +77,8 @@ def run_cell(
         tick: told the share of the run that has been done since the last call.
 
     Returns:
-        The run's identity, and {"accuracy", "curve" [[epoch, accuracy]], "shifted" {pixels: {direction:
+        The run's identity, and {"accuracy", "validation" (None without such images), "curve" [[epoch,
+        accuracy]], on validation images if there are any, "shifted" {pixels: {direction:
         accuracy}}, "peak" {"start", "trained"}, ...}, accuracies as shares of 1; or {"failed": why} where the
         loss became NaN; or {"error": what}, not kept, where the run could not be made.
 
@@ -121,8 +122,13 @@ def _train_and_measure(config: Config, folder: Path, tick: Callable[[float], Non
     records = [each for each in read_records(folder / METRICS) if each.get("kind") == "epoch"]
     return {
         "accuracy": result.figures["top1"],
+        "validation": result.figures.get("val_top1"),
         "epochs": config.recipe.epochs,
-        "curve": [[each["epoch"], each["top1"]] for each in records if "top1" in each],
+        "curve": [
+            [each["epoch"], each.get("val_top1", each.get("top1"))]
+            for each in records
+            if "val_top1" in each or "top1" in each
+        ],
         "loss": result.figures["loss"],
         "seconds": result.figures["seconds"],
         **_measure(config, result.checkpoint),

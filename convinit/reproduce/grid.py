@@ -30,7 +30,7 @@ class Grid:
     Attributes:
         table: what is varied.
         seeds: of the runs.
-        configs: (row label, column label) → one config a seed.
+        configs: (row label, column label) → one config a seed, for each of the table's learning rates.
     """
 
     table: Table
@@ -51,7 +51,8 @@ class Grid:
         """
 
         def configs(row: Choice, column: Choice) -> tuple[Config, ...]:
-            return tuple(table.config(row, column, seed, given) for seed in seeds)
+            rates = table.rates or (None,)
+            return tuple(table.config(row, column, seed, given, rate) for seed in seeds for rate in rates)
 
         cells = {(row.label, column.label): configs(row, column) for row, column in table.cells()}
         return Grid(table, tuple(seeds), cells)
@@ -64,9 +65,11 @@ class Grid:
     def runs(self) -> dict[str, Config]:
         """Identity → config of each run; runs that several cells share are there once. Seed by seed."""
         return {
-            identity(configs[i]): configs[i]
-            for i in range(len(self.seeds))
+            identity(config): config
+            for seed in self.seeds
             for configs in self.configs.values()
+            for config in configs
+            if config.run.seed == seed
         }
 
     def outcomes(self, out: Path) -> dict[Cell, list[dict[str, Any]]]:

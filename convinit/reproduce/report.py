@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import csv
+import functools
 import io
 import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from convinit._files import write_whole
 from convinit._over_seeds import Figure, over_seeds
 from convinit.reproduce import readings
-from convinit.reproduce.conclusions import conclusions
 from convinit.reproduce.grid import Cell, Grid
 from convinit.reproduce.tables import USUAL_ROWS, Choice
 from convinit.train.config import Config
@@ -44,9 +42,16 @@ class Report:
     outcomes: Mapping[Cell, Sequence[Mapping[str, Any]]]
     given: Mapping[str, Any] = field(default_factory=dict)
 
+    @functools.cached_property
+    def chosen(self) -> dict[Cell, Sequence[Mapping[str, Any]]]:
+        """The runs of each cell at the learning rate that is best on validation images."""
+        if not self.grid.table.rates:
+            return dict(self.outcomes)
+        return {cell: _at_best_rate(found) for cell, found in self.outcomes.items()}
+
     def values(self, cell: Cell, reading: str) -> list[float]:
         """A reading of a cell's runs in %, without those that do not have it."""
-        found = [readings.value(reading, outcome) for outcome in self.outcomes.get(cell, ())]
+        found = [readings.value(reading, outcome) for outcome in self.chosen.get(cell, ())]
         return [each for each in found if each is not None]
 
     def figure(self, cell: Cell, reading: str) -> Figure | None:
@@ -63,8 +68,8 @@ class Report:
 
     # --- text -----------------------------------------------------------------------------------------------
 
-    def markdown(self, command: str) -> str:
-        """The page: setting, tables, what they show."""
+    def markdown(self, command: str, sentences: Sequence[str]) -> str:
+        """The page: setting, tables, and the sentences that say what they show."""
         table = self.grid.table
         parts = [f"# {table.title}", f"{table.question} {table.note}".strip(), self.setting()]
         for name, rows in self.tables():
@@ -73,7 +78,7 @@ class Report:
         parts.append(f"![{table.title}]({self.stem()}.png)")
         if table.name == "sigma":
             parts.append(f"{_FIGURE_5}\n\n![Maps of random queries and keys]({self.stem()}-maps.png)")
-        if sentences := conclusions(self):
+        if sentences:
             parts.append("\n".join(f"- {each}" for each in sentences))
         parts.append(f"Made by `{command}`; [all figures]({self.stem()}.csv).")
         return "\n\n".join(parts) + "\n"
@@ -108,7 +113,7 @@ class Report:
         if cell not in self.grid.configs:
             return ""
         figure = self.figure(cell, reading)
-        failed = sum("failed" in each for each in self.outcomes[cell])
+        failed = sum("failed" in each for each in self.chosen[cell])
         if figure is None:
             return "diverged" if failed else "–"
         return f"{figure}" + (f" ({failed} of {failed + figure.n} diverged)" if failed else "")
@@ -133,7 +138,7 @@ class Report:
             kind = "mimetic" if config.init.values == "mimetic" else "as nn.Linear's"
             words.append(f"Values and output layer start {kind}, unless said.")
         words += [
-            f"Training: {' or '.join(map(str, epochs))} epochs of {recipe.optimizer} at {recipe.lr:g} "
+            f"Training: {' or '.join(map(str, epochs))} epochs of {recipe.optimizer} at {self._rates()} "
             f"({recipe.schedule}) in batches of {recipe.batch_size}.",
             f"{len(seeds)} seeds, mean ± standard deviation."
             if len(seeds) > 1
@@ -141,6 +146,8 @@ class Report:
             "Shifted: accuracy on test images moved up, down, left and right by so many pixels, the mean "
             "colour coming in.",
         ]
+        if chosen := self._chosen_rates():
+            words.append(f"Rates chosen: {chosen}.")
         if done < total:
             words.append(f"**Unfinished: {done} of {total} runs.**")
         if runs:
@@ -156,6 +163,30 @@ class Report:
                 f"{' to '.join(dict.fromkeys((days[0], days[-1])))}, in {seconds:,.0f} s of training in all."
             )
         return " ".join(words)
+
+    def _chosen_rates(self) -> str:
+        """ "0.001 for cell, cell; 0.002 for ..." of a table that tries several."""
+        cells: dict[float, list[str]] = {}
+        for (row, column), runs in self.chosen.items():
+            if self.grid.table.rates and runs:
+                name = row if len(self.grid.table.columns) == 1 else f"{row} ({column})"
+                cells.setdefault(runs[0]["config"]["recipe"]["lr"], []).append(name)
+        return "; ".join(f"{rate:g} for {', '.join(cells[rate])}" for rate in sorted(cells))
+
+    def paired(self, mine: Cell, theirs: Cell, reading: str) -> list[float]:
+        """The differences between two cells' runs of the same seeds, where both have the reading."""
+
+        def by_seed(cell: Cell) -> dict[int, float | None]:
+            runs = self.chosen.get(cell, ())
+            return {run["config"]["run"]["seed"]: readings.value(reading, run) for run in runs}
+
+        ours, others = by_seed(mine), by_seed(theirs)
+        pairs = [(ours[seed], others[seed]) for seed in ours if seed in others]
+        return [a - b for a, b in pairs if a is not None and b is not None]
+
+    def _rates(self) -> str:
+        rates = self.grid.table.rates or (self._config().recipe.lr,)
+        return " or ".join(f"{rate:g}" for rate in rates)
 
     def _config(self) -> Config:
         """Of our row, from which the setting is told; what rows and columns change, their labels say."""
@@ -199,7 +230,7 @@ class Report:
             }
             return grid_lines(
                 {self.title("accuracy"): values},
-                range(len(table.readings)),
+                [0.0, *(float(x.removeprefix("shifted-")) for x in table.readings[1:])],
                 xlabel="shift of the test images, pixels",
                 title=heading,
             )
@@ -225,38 +256,25 @@ class Report:
         column = self.grid.table.columns[0].label
         curves = {}
         for row in rows:
-            runs = [each for each in self.outcomes[row.label, column] if "failed" not in each]
+            runs = [each for each in self.chosen[row.label, column] if "failed" not in each]
             if runs:
                 own = [[100 * accuracy for _, accuracy in each["curve"]] for each in runs]
                 curves[row.label] = torch.tensor(own, dtype=torch.float64)
         return curves
 
 
-def write_report(report: Report, out: Path, command: str) -> list[Path]:
-    """Writes the page, the CSV and the figure of a table into a folder; returns their paths.
+def _at_best_rate(outcomes: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+    by_rate: dict[float, list[Mapping[str, Any]]] = {}
+    for outcome in outcomes:
+        by_rate.setdefault(outcome["config"]["recipe"]["lr"], []).append(outcome)
+    if not by_rate:
+        return ()
 
-    Args:
-        report: the table.
-        out: the folder.
-        command: that made it.
-    """
-    texts = {".md": report.markdown(command), ".csv": report.csv()}
-    from convinit.viz import temperature_maps
+    def on_validation(rate: float) -> tuple[int, float]:
+        shares = [each["validation"] for each in by_rate[rate] if "failed" not in each]
+        return len(shares), sum(shares) / max(1, len(shares))  # a rate that diverges for a seed is not taken
 
-    paths = []
-    for suffix, text in texts.items():
-        path = out / f"{report.stem()}{suffix}"
-        write_whole(path, text)
-        paths.append(path)
-    picture = report.picture()
-    if picture is not None:
-        paths.append(out / f"{report.stem()}.png")
-        picture.savefig(paths[-1], dpi=130)
-    if report.grid.table.name == "sigma":
-        paths.append(out / f"{report.stem()}-maps.png")
-        _, maps = temperature_maps(generator=torch.Generator().manual_seed(0))
-        maps.savefig(paths[-1], dpi=200)  # a token is two pixels
-    return paths
+    return by_rate[max(by_rate, key=on_validation)]
 
 
 _FIGURE_5 = (

@@ -58,6 +58,8 @@ class Table:
         ours: label of the row that the others are compared with.
         log_x: whether the figure's axis is logarithmic.
         without: (row, column) labels of cells that do not exist.
+        rates: learning rates that each cell is run with; its figures are those of the rate that is best on
+            validation images. None of its own: the preset's.
         note: what a reader must know of it.
     """
 
@@ -74,6 +76,7 @@ class Table:
     ours: str = "impulse"
     log_x: bool = False
     without: frozenset[tuple[str, str]] = frozenset()
+    rates: tuple[float, ...] = ()
     note: str = ""
 
     def cells(self) -> list[tuple[Choice, Choice]]:
@@ -81,11 +84,14 @@ class Table:
         pairs = [(row, column) for row in self.rows for column in self.columns]
         return [pair for pair in pairs if (pair[0].label, pair[1].label) not in self.without]
 
-    def config(self, row: Choice, column: Choice, seed: int, given: Settings) -> Config:
+    def config(
+        self, row: Choice, column: Choice, seed: int, given: Settings, rate: float | None = None
+    ) -> Config:
         """The run of a cell.
 
         Args:
             row, column: from `cells`.
+            rate: one of `rates`.
             seed: of initial weights, image order and augmentation.
             given: settings of all cells. Tables are added to the table's own; a row that is about its values
                 keeps them.
@@ -97,6 +103,8 @@ class Table:
         varied = [each.settings for each in (*self.rows, *self.columns)]
         whole = {key for layer in varied for key, each in layer.items() if not isinstance(each, dict)}
         taken = (whole - _MAY_BE_SET | _NOT_TO_SET) & set(given)
+        if self.rates:
+            taken |= {"recipe.lr", "data.val_fraction", "data.seed"} & set(given)
         if any(each.times != 1 for each in self.columns):  # their epochs rest on it
             taken |= {"recipe.batch_size"} & set(given)
         for layer in (self.settings, *varied):
@@ -113,6 +121,10 @@ class Table:
                 merged = isinstance(each, dict) and isinstance(settings.get(key), dict)
                 settings[key] = {**settings[key], **each} if merged else each
         settings["run.seed"] = seed
+        if settings.get("data.val_fraction") is not None:  # images are drawn anew, too
+            settings["data.seed"] = seed
+        if rate is not None:
+            settings["recipe.lr"] = rate
         try:
             config = resolve(self.preset, None, settings)
             if column.times == 1 or row.everywhere:
@@ -163,8 +175,11 @@ def _rows(small: bool) -> tuple[Choice, ...]:
 
 
 def _vit(small: bool) -> Settings:
-    """Spelled out, so that cells of several tables that are the same run are known to be."""
-    return {"model.alpha": 0.2, "init.kernel_size": 3 if small else 5}
+    """Spelled out, so that cells of several tables that are the same run are known to be.
+
+    As in the paper, each head draws its offset by itself.
+    """
+    return {"model.alpha": 0.2, "init.kernel_size": 3 if small else 5, "init.offsets": "random"}
 
 
 def _convmixer(data: str) -> Table:
@@ -368,7 +383,7 @@ def _shift(data: str) -> Table:
     small = data == "digits"
     mixer = {
         "model.name": "convmixer", "model.alpha": None, "model.train_mixing": False, "init.method": "impulse",
-        "init.values": "default",
+        "init.values": "mimetic", "init.offsets": None,  # as where nothing is set: it has neither
     }  # fmt: skip
     return Table(
         "shift",
@@ -406,7 +421,7 @@ def _timm(data: str) -> Table:
         columns = (Choice("300 images", {"data.train_count": 300}), Choice("1,000 images"))
     else:
         model |= {
-            "model.patch_size": 2, "model.pos_embed": None, "init.values": "mimetic",
+            "model.patch_size": 2, "model.pos_embed": None, "init.values": "mimetic", "init.fit": "newton",
             "model.options": {"class_token": True, "global_pool": "token"},
         }  # fmt: skip
         columns = (Choice("10 %", {"data.train_fraction": 0.1}), Choice("all images"))
@@ -451,6 +466,100 @@ def _timm(data: str) -> Table:
     )
 
 
+# Of 60,000 training images another 1,000 or 5,000 for each seed, 2,000 to validate on.
+_FASHION: Settings = {
+    "data.val_fraction": 1 / 30, "recipe.weight_decay": 0.05, "recipe.clip": 1.0, "init.kernel_size": None,
+    "run.cpu": False, "run.eval_batch_size": 1000,
+}  # fmt: skip
+_SMALL_VIT: Settings = {
+    "model.name": "vit_tiny_patch16_224", "model.options": {"embed_dim": 96, "depth": 6, "num_heads": 3},
+}  # fmt: skip
+_RATES = (5e-4, 1e-3, 2e-3)
+
+
+def _small_vit(label: str, method: str, control: bool = False, **init: Any) -> Choice:
+    settings = {f"init.{key}": value for key, value in {"method": method, **init}.items()}
+    return Choice(label, {**_SMALL_VIT, **settings}, control=control)
+
+
+_PLAIN_CALL = _small_vit("impulse (the plain call)", "impulse")
+_FASHION_CONTROLS = (
+    _small_vit("control: position embedding and values alone", "position_only", control=True),
+    _small_vit("control: scrambled", "scrambled", control=True),
+    _small_vit("control: norm-matched", "norm_matched", control=True),
+)
+_LEARNED_CONVMIXER = Choice(
+    "ConvMixer, learned filters",
+    {
+        "model.name": "convmixer", "model.dim": 96, "model.depth": 6, "init.method": "random",
+        "init.values": "mimetic", "init.kernel_size": 5,
+    },
+)  # fmt: skip
+_FASHION_NOTE = (
+    "Every cell is run with three learning rates and has the one that is best on 2,000 training images that "
+    "are held out; the test images are met once. Each seed has its own training images, initial weights and "
+    "order. No augmentation. The position embedding and values of the controls are those of the impulses."
+)
+
+
+def _drop_in(data: str) -> Table:
+    return Table(
+        "drop-in",
+        "timm's ViT on few images of Fashion-MNIST, from different initial weights",
+        "What does one call of init_vit_ give, and which part of it?",
+        "quick",
+        _FASHION,
+        (
+            _small_vit("timm's own", "default", values="default"),
+            _small_vit("mimetic", "mimetic"),
+            _small_vit(
+                "impulse, fit of 2505.19985, P × 18", "impulse", fit="svd", offsets="fixed",
+                pos_embed_gain=18.0, kernel_size=3,
+            ),
+            _PLAIN_CALL,
+            *_FASHION_CONTROLS,
+            _LEARNED_CONVMIXER,
+        ),
+        tuple(
+            Choice(
+                f"{28 // patch} × {28 // patch} tokens, {count:,} images",
+                {"model.patch_size": patch, "data.train_count": count, "recipe.epochs": epochs},
+            )
+            for patch, count, epochs in ((4, 1000, 16), (2, 1000, 16), (2, 5000, 8))
+        ),
+        "tokens and training images",
+        "dots",
+        readings=("accuracy", "shifted-1", "shifted-2", "shifted-4", "part-0.25", "epochs-to-60"),
+        ours=_PLAIN_CALL.label,
+        rates=_RATES,
+        note=f"A class token, width 96, 6 layers, 3 heads. {_FASHION_NOTE}",
+    )  # fmt: skip
+
+
+def _window(data: str) -> Table:
+    return Table(
+        "window",
+        "Where the convolution matters: windows on 14 × 14 tokens of Fashion-MNIST",
+        "Must heads look near, far, or anywhere, once the position embedding is in order?",
+        "quick",
+        {**_FASHION, "model.patch_size": 2, "data.train_count": 1000, "recipe.epochs": 16},
+        (
+            *(_small_vit(f"impulse, f = {f}", "impulse", kernel_size=f) for f in (1, 3, 5)),
+            _PLAIN_CALL,
+            _small_vit("impulse, f = 13", "impulse", kernel_size=13),
+            *_FASHION_CONTROLS,
+            _LEARNED_CONVMIXER,
+        ),
+        (Choice("1,000 images"),),
+        "test images",
+        "shifts",
+        readings=("accuracy", "shifted-1", "shifted-2", "shifted-4"),
+        ours=_PLAIN_CALL.label,
+        rates=_RATES,
+        note=f"The plain call draws from half the grid, f = 7. {_FASHION_NOTE}",
+    )
+
+
 TABLES: dict[str, Callable[[str], Table]] = {
     "convmixer": _convmixer,
     "models": _models,
@@ -462,20 +571,30 @@ TABLES: dict[str, Callable[[str], Table]] = {
     "shift": _shift,
     "timm": _timm,
 }
-DATA = ("digits", "cifar10", "cifar100", "svhn", "tiny-imagenet")
+FASHION_TABLES: dict[str, Callable[[str], Table]] = {"drop-in": _drop_in, "window": _window}
+DATA = ("digits", "fashion-mnist", "cifar10", "cifar100", "svhn", "tiny-imagenet")
+
+
+def tables_of(data: str) -> Mapping[str, Callable[[str], Table]]:
+    """The tables that there are for a data set, by name."""
+    return FASHION_TABLES if data == "fashion-mnist" else TABLES
 
 
 def declared(name: str, data: str = "digits") -> Table:
-    """A table for a data set: the small one for the digits, the papers' size for the others.
+    """A table for a data set: small ones for the digits and Fashion-MNIST, else the papers' size.
 
     Raises:
         ValueError: there is no such table or data set.
     """
-    if name not in TABLES:
-        raise ValueError(f"table must be one of {', '.join(TABLES)}, got {name!r}{near(name, TABLES)}")
     if data not in DATA:
-        raise ValueError(f"data must be one of {', '.join(DATA)}, got {data!r}")
-    table = TABLES[name](data)
+        raise ValueError(f"data must be one of {', '.join(DATA)}, got {data!r}{near(data, DATA)}")
+    tables = tables_of(data)
+    if name not in tables:
+        other = " (with --data fashion-mnist)" if name in FASHION_TABLES else ""
+        raise ValueError(
+            f"table must be one of {', '.join(tables)} for {data}, got {name!r}{other or near(name, tables)}"
+        )
+    table = tables[name](data)
     own: dict[str, Any] = {} if data == "digits" else {"data.name": data}
     if data == "tiny-imagenet":
         own["model.patch_size"] = 4  # of 64 pixels

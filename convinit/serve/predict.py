@@ -22,7 +22,7 @@ __all__ = ["Prediction", "Unreadable", "image_files", "predict"]
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a model says of an image.
+    """The prediction of a model for an image.
 
     Attributes:
         path: of the image.

@@ -241,7 +241,7 @@ def _from_checkpoint(folder: Path, weights: str) -> TrainedModel:
         _import_timm(config.model.name)
         timm = (config.model.name, timm_options(config.model, **shape))
         _check_timm_arguments(folder / "config.toml", timm[1])
-        plain = dataclasses.replace(config, init=InitConfig(method="default"))
+        plain = dataclasses.replace(config, init=InitConfig(method="default", values="default"))
         network = _with_weights(partial(build_model, plain, **shape), path)
     settings = config.as_dict()
     del settings["data"]["root"]  # of the machine that trained

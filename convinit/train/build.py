@@ -41,12 +41,10 @@ def _simple_vit(
     dim = model.dim or 512
     given = {
         "num_heads": model.heads, "depth": model.depth, "variant": model.variant, "alpha": model.alpha,
-        "kernel_size": init.kernel_size, "peak": init.peak, "weight_norm": init.weight_norm,
     }  # fmt: skip
     options = {
         "channels": channels, "dim": dim, "head_dim": model.head_dim, "mlp_dim": model.mlp_dim or dim,
-        "trainable_mixing": model.train_mixing, "init": init.method, "distribution": init.distribution,
-        "values": init.values, "method": init.fit, "padding_mode": init.padding_mode, **_without_none(given),
+        "trainable_mixing": model.train_mixing, **init.of_queries_keys(), **_without_none(given),
     }  # fmt: skip
     with _Options(model):
         return SimpleViT(
@@ -62,7 +60,7 @@ def _convmixer(
         "num_filters": model.num_filters, "num_cells": init.num_cells, "variance": init.variance,
     }  # fmt: skip
     options = {
-        "channels": channels, "init": init.method, "matrix_form": model.matrix_form,
+        "channels": channels, "method": init.method, "matrix_form": model.matrix_form,
         "share_layers": model.share_layers, "trainable_mixing": model.train_mixing, **_without_none(given),
     }  # fmt: skip
     with _Options(model):
@@ -96,23 +94,9 @@ def _timm(
             f"model must be simple_vit, convmixer or a name that timm knows{hint}; got {model.name!r}"
         )
     options = timm_options(model, image_size, channels, num_classes)
-    method = {"impulse": init.fit, "default": "keep"}.get(init.method, init.method)
-    if method == "random":
-        raise ValueError(
-            f"init must be impulse, mimetic, scrambled, norm_matched or default for timm's {model.name}, got "
-            "'random'; default is how timm draws its weights"
-        )
-    values = {"default": "keep"}.get(init.values, init.values)
-    papers = init.method == "impulse" and init.fit in ("adam", "svd")  # which know no subspace
-    given = {
-        "kernel_size": init.kernel_size, "peak": init.peak, "weight_norm": init.weight_norm,
-        "offsets": init.offsets, "pos_embed_gain": init.pos_embed_gain,
-        "position": "keep" if papers and init.pos_embed_gain is None else None,
-    }  # fmt: skip
-    wanted = {"method": method, "values": values, "padding_mode": init.padding_mode, **_without_none(given)}
     with torch.random.fork_rng(devices=[]), _Options(model):
         torch.manual_seed(seed)  # timm draws from torch's own
-        initialised = (method, values, init.pos_embed_gain) != ("keep", "keep", None)
+        initialised = (init.method, init.values, init.pos_embed_gain) != ("default", "default", None)
         if initialised and (options.get("pretrained") or options.get("checkpoint_path")):
             raise ValueError(
                 f"model.options must not name trained weights for {model.name}: the initialisation would "
@@ -124,7 +108,12 @@ def _timm(
         if model.pos_embed == "sincos":
             _fix_sincos_(network, model.name)
         if initialised:
-            init_vit_(network, generator=generator, **wanted)
+            init_vit_(
+                network,
+                pos_embed_gain=init.pos_embed_gain,
+                generator=generator,
+                **init.of_queries_keys(),
+            )
         return network
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints: folders of safetensors, JSON and TOML that are there whole or not at all.
+"""Checkpoints: folders of safetensors, JSON and TOML, written atomically.
 
     step-000120/model.safetensors      weights and buffers
                 ema.safetensors        their moving average, if there is one
@@ -6,9 +6,10 @@
                 progress.json          where the run is, and all numbers of optimiser and schedule
                 config.toml            the whole config
                 SHA256SUMS             of those files, as ``sha256sum --check`` reads it
+    best/                              the weights that validation chose, without optimizer and average
 
 A checkpoint is written into a hidden folder, synced to the disk and then renamed; only then an older one is
-removed. So whoever kills the process at any moment leaves the last complete one behind. Nothing is pickled:
+removed. So a kill at any moment leaves the last complete one behind. Nothing is pickled:
 reading a checkpoint cannot run code.
 """
 
@@ -34,6 +35,7 @@ from convinit._files import sha256
 
 FORMAT = 2
 SUMS = "SHA256SUMS"
+BEST = "best"
 _NAME = re.compile(r"step-(\d{6,})")
 _HIDDEN = ".unfinished-"
 
@@ -77,13 +79,42 @@ def save(
     final = out / f"step-{step:06d}"
     if final.exists():
         return final
-    part = out / f"{_HIDDEN}{final.name}"
+    try:
+        os.rename(_written(out, final.name, tensors, progress, config), final)
+        _sync(out)
+    except (OSError, SafetensorError) as error:
+        raise _unwritten(out, final.name, error) from error
+    for old in checkpoints(out)[:-keep]:
+        discard(old)
+    return final
+
+
+def save_best(out: Path, tensors: Mapping[str, Tensors], progress: Mapping[str, Any], config: str) -> Path:
+    """Writes `out`/best in the place of the one that is there; arguments and errors as in `save`."""
+    final, old = out / BEST, out / f"{_HIDDEN}old-{BEST}"
+    try:
+        part = _written(out, BEST, tensors, progress, config)
+        if final.exists():
+            os.rename(final, old)  # killed now, `clean` puts it back
+        os.rename(part, final)
+        _sync(out)
+    except (OSError, SafetensorError) as error:
+        raise _unwritten(out, BEST, error) from error
+    shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def _written(
+    out: Path, name: str, tensors: Mapping[str, Tensors], progress: Mapping[str, Any], config: str
+) -> Path:
+    """A checkpoint in a hidden folder, on the disk; to be renamed."""
+    part = out / f"{_HIDDEN}{name}"
     try:
         part.mkdir()
-        for name, named in tensors.items():
+        for file_name, named in tensors.items():
             # Copies: safetensors refuses tensors that share memory, as tied weights do.
             on_cpu = {key: each.detach().to("cpu", copy=True).contiguous() for key, each in named.items()}
-            save_file(on_cpu, part / f"{name}.safetensors")
+            save_file(on_cpu, part / f"{file_name}.safetensors")
         (part / "config.toml").write_text(config, encoding="utf-8")
         content = {"format": FORMAT, **progress}
         (part / "progress.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
@@ -92,22 +123,20 @@ def save(
         for path in part.iterdir():
             _sync(path)
         _sync(part)
-        os.rename(part, final)
-        _sync(out)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(part, ignore_errors=True)
-        rest = checkpoints(out)
-        kept = f"{rest[-1]} is intact" if rest else "there is no earlier one"
-        raise OSError(
-            f"the checkpoint of step {step} could not be written: {error}; {kept}. Make room in {out}, "
-            "then run the same command again"
-        ) from error
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
-    for old in checkpoints(out)[:-keep]:
-        discard(old)
-    return final
+    return part
+
+
+def _unwritten(out: Path, name: str, error: Exception) -> OSError:
+    shutil.rmtree(out / f"{_HIDDEN}{name}", ignore_errors=True)
+    rest = checkpoints(out)
+    kept = f"{rest[-1]} is intact" if rest else "there is no earlier one"
+    return OSError(
+        f"the checkpoint {name} could not be written: {error}; {kept}. Make room in {out}, then run the "
+        "same command again"
+    )
 
 
 def discard(checkpoint: Path) -> None:
@@ -118,7 +147,10 @@ def discard(checkpoint: Path) -> None:
 
 
 def clean(out: Path) -> None:
-    """Removes what a killed `save` or `discard` left."""
+    """Removes what a killed `save`, `save_best` or `discard` left."""
+    replaced = out / f"{_HIDDEN}old-{BEST}"
+    if replaced.exists() and not (out / BEST).exists():
+        os.rename(replaced, out / BEST)
     for path in out.glob(f"{_HIDDEN}*"):
         shutil.rmtree(path, ignore_errors=True)
 

@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import math
 import os
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
@@ -125,7 +126,7 @@ class ModelConfig(_Section):
 
 
 OWN_MODELS = ("simple_vit", "convmixer")
-_VIT_INITS = ("impulse", "mimetic", "random", "default", "scrambled", "norm_matched")
+_VIT_INITS = ("impulse", "mimetic", "random", "default", "scrambled", "norm_matched", "position_only")
 _FILTER_INITS = (
     "impulse", "random", "box", "gaussian", "softmax", "permutation", "full_permutation",
 )  # fmt: skip
@@ -137,18 +138,22 @@ class InitConfig(_Section):
 
     method: str = option(
         "impulse",
-        "Of queries and keys: impulse (ours), mimetic, default, random, and the controls scrambled and "
-        "norm_matched. Of convmixer's filters: impulse, random, box, gaussian, softmax, permutation, "
-        "full_permutation.",
+        "Of queries and keys: impulse (ours), mimetic, random, default (as the model draws them), and the "
+        "controls scrambled, norm_matched and, in timm's models, position_only. Of convmixer's filters: "
+        "impulse, random, box, gaussian, softmax, permutation, full_permutation.",
         flag="init",
         choices=tuple(dict.fromkeys((*_VIT_INITS, *_FILTER_INITS))),
     )
     values: str = option(
-        "default", "Of values and output layer.", choices=("default", "mimetic"), flag="init-values"
+        "mimetic",
+        "Of values and output layer; default: as the model draws them.",
+        choices=("mimetic", "default"),
+        flag="init-values",
     )
     kernel_size: int | None = option(
-        None, "f: offsets are drawn from an f×f window of tokens; odd.", low=1, unset="5; 3 in timm's models"
-    )
+        None, "f: offsets are drawn from an f×f window of tokens; odd.", low=1,
+        unset="half the grid, 3 to 7; 5 in convmixer",
+    )  # fmt: skip
     peak: float | None = option(
         None, "Mean attention on the target at the start.", above=0, below=1, unset="0.7"
     )
@@ -168,7 +173,7 @@ class InitConfig(_Section):
         choices=("zeros", "replicate", "circular", "reflect"),
     )  # fmt: skip
     offsets: str | None = option(
-        None, "How a timm model's heads are dealt their offsets.", choices=("random", "fixed"),
+        None, "How heads are dealt their offsets.", choices=("random", "fixed"),
         unset="each window cell equally often",
     )  # fmt: skip
     pos_embed_gain: float | None = option(
@@ -178,11 +183,20 @@ class InitConfig(_Section):
     variance: float | None = option(None, "Of convmixer's gaussian filters, in cells².", above=0, unset="1")
 
     def check(self) -> None:
-        if self.peak is not None and self.weight_norm is not None:
-            raise ValueError(
-                f"give init.peak or init.weight_norm, not both: one follows from the other; got {self.peak} "
-                f"and {self.weight_norm}"
-            )
+        if self.method in _VIT_INITS:
+            from convinit.init.options import InitOptions  # it loads PyTorch
+
+            try:
+                InitOptions(**self.of_queries_keys())
+            except ValueError as error:
+                own = re.sub(r"\b(peak|weight_norm|kernel_size|offsets)\b", r"init.\1", str(error))
+                raise ValueError(own) from None
+
+    def of_queries_keys(self) -> dict[str, Any]:
+        """What `SimpleViT`, `init_vit_` and `InitOptions` take alike."""
+        names = ("method", "fit", "values", "kernel_size", "peak", "weight_norm", "padding_mode", "offsets",
+                 "distribution")  # fmt: skip
+        return {name: getattr(self, name) for name in names}
 
 
 DATA_SETS = (
@@ -272,10 +286,12 @@ class DataConfig(_Section):
 
 
 def check_statistics(mean: Sequence[float] | None, std: Sequence[float] | None) -> None:
-    """Refuses means and standard deviations that are not for 1 or 3 channels, or do not agree."""
+    """Refuses means and standard deviations that are not for 1 or 3 channels, do not agree or are 0."""
     for name, each in (("mean", mean), ("std", std)):
         if each is not None and len(each) not in (1, 3):
             raise ValueError(f"data.{name} must be one number for grey or three for RGB, got {list(each)}")
+    if std is not None and not all(each > 0 for each in std):
+        raise ValueError(f"data.std must be above 0, got {list(std)}")
     if mean is not None and std is not None and len(mean) != len(std):
         raise ValueError(f"data.std must have as many numbers as data.mean, {len(mean)}, got {list(std)}")
 
@@ -393,7 +409,7 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
-        kinds = _FILTER_INITS if self.model.name == "convmixer" else _VIT_INITS
+        kinds = {"convmixer": _FILTER_INITS, "simple_vit": _VIT_INITS[:-1]}.get(self.model.name, _VIT_INITS)
         if self.init.method not in kinds:
             raise ValueError(
                 f"init.method must be one of {', '.join(kinds)} for model {self.model.name!r}, got "
@@ -410,9 +426,9 @@ class Config:
                 "offsets",
                 "pos_embed_gain",
             ),
-            "simple_vit": ("offsets", "pos_embed_gain", "num_cells", "variance"),
+            "simple_vit": ("pos_embed_gain", "num_cells", "variance"),
         }
-        for key in fields.get(self.model.name, ("num_cells", "variance", "distribution")):
+        for key in fields.get(self.model.name, ("num_cells", "variance")):
             if getattr(self.init, key) != default_of(InitConfig, key):
                 raise ValueError(f"init.{key} must not be set for model {self.model.name!r}, which has none")
 

@@ -38,7 +38,7 @@ _TIMM: dict[str, Tree] = {
             "name": "vit_tiny_patch16_224", "patch_size": 2, "pos_embed": "sincos",
             "options": {"class_token": False, "global_pool": "avg"},
         },
-        "init": {"fit": "adam", "kernel_size": 3},
+        "init": {"fit": "adam", "kernel_size": 3, "values": "default"},
         "data": {
             "name": "cifar10", "augment": "timm",
             "augment_options": {**_AUGMENT, "scale": [1.0, 1.0], "ratio": [1.0, 1.0]},
@@ -79,12 +79,17 @@ def preset(name: str, model: str | None = None) -> Tree:
     """
     if name == "paper":
         recipe = {"optimizer": "adam", "lr": 1e-3 if model == "convmixer" else 1e-4, "precision": "bf16"}
-        return {
+        tree: Tree = {
             "data": {"name": "cifar10", "augment": "paper"},
             "recipe": {**recipe, "schedule": "cosine", "batch_size": 512, "epochs": 200},
         }
+        if model != "convmixer":
+            tree["init"] = {"values": "default"}  # the paper's, as are these two
+        if model in (None, "simple_vit"):
+            tree["init"] |= {"kernel_size": 5, "offsets": "random"}
+        return tree
     if name in _TIMM:
-        tree: Tree = {section: {**part} for section, part in _TIMM[name].items()}
+        tree = {section: {**part} for section, part in _TIMM[name].items()}
         if model not in (None, tree["model"]["name"]):
             del tree["model"], tree["init"]
         return tree
@@ -102,8 +107,6 @@ def preset(name: str, model: str | None = None) -> Tree:
             tree["model"] = {"patch_size": 1, "dim": 64, "depth": 4}
         if model in (None, "simple_vit"):
             tree["model"] |= {"heads": 4, "mlp_dim": 128}
-        if model != "convmixer":
-            tree["init"] |= {"values": "mimetic"}
         return tree
     raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}{near(name, PRESETS)}")
 

@@ -26,6 +26,7 @@ from convinit.train.checkpoint import (
     read_tensors,
 )
 from convinit.train.config import Config
+from convinit.train.config_files import read_toml
 from convinit.train.data import (
     Augmented,
     ImageData,
@@ -53,7 +54,7 @@ class Progress:
         loss_sum, images: of that epoch's batches so far: loss times images, and images.
         window: [loss, gradient norm] of the steps since the last record.
         seconds: of training, over all sittings.
-        best: the highest accuracy so far after an epoch, on validation images if there are any.
+        best: the highest accuracy so far after an epoch, on validation images if there are any; -1 before.
     """
 
     step: int = 0
@@ -63,12 +64,12 @@ class Progress:
     images: int = 0
     window: list[list[float]] = dataclasses.field(default_factory=list)
     seconds: float = 0.0
-    best: float = 0.0
+    best: float = -1.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a run will do.
+    """The plan of a run.
 
     Attributes:
         model: its name.
@@ -100,7 +101,7 @@ def make_accelerator(config: Config, **options: Any) -> Accelerator:
     """Accelerate's Accelerator for a config.
 
     Raises:
-        ValueError: the precision is not to be had on this device.
+        ValueError: this device does not support the precision.
     """
     if config.run.threads is not None:
         torch.set_num_threads(config.run.threads)
@@ -120,7 +121,7 @@ class Engine:
         dataset: where data.name is "dataset", as in `load_data`.
 
     Attributes:
-        progress: where it is; changed by `step` and by whoever drives it.
+        progress: where it is; `step` and the caller change it.
 
     Raises:
         ValueError: config, data, model or checkpoint do not fit together. OSError: data cannot be read.
@@ -187,7 +188,7 @@ class Engine:
         return len(self.batch_sizes)
 
     def plan(self) -> Plan:
-        """What the run will do."""
+        """The plan of the run."""
         assert self.data.image_size is not None
         return Plan(
             model=self.config.model.name,
@@ -398,7 +399,13 @@ class Engine:
             self.progress = Progress(**saved["progress"])
             self.inner.load_state_dict(model)
             load_optimizer_(optimizer, moments, saved["optimizer"])
-            self.schedule.load_state_dict(saved["schedule"])
+            if Config.of(read_toml(checkpoint / "config.toml")).recipe.epochs == self.config.recipe.epochs:
+                self.schedule.load_state_dict(saved["schedule"])
+            else:  # the longer run's learning rate, at its place
+                step = self.progress.step
+                place = {"last_epoch": step - 1, "_step_count": step}
+                self.schedule.load_state_dict({**self.schedule.state_dict(), **place})
+                self.schedule.step()
             if self.ema is not None:
                 self.ema.module.load_state_dict(average)
                 self.ema.n_averaged.fill_(saved["optimizer"]["averaged"])

@@ -20,7 +20,7 @@ from convinit.train.data.subsets import check_real
 
 @dataclass(frozen=True)
 class EpochRecord:
-    """What one epoch did.
+    """The result of one epoch.
 
     Attributes:
         epoch: counted from 1.
@@ -79,7 +79,13 @@ def train(
 
 
 def _train(
-    model, train_batches, test_batches, epochs, lr, weight_decay, accelerator
+    model: nn.Module,
+    train_batches: DataLoader,
+    test_batches: DataLoader,
+    epochs: int,
+    lr: float,
+    weight_decay: float,
+    accelerator: Accelerator,
 ) -> Iterator[EpochRecord]:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=weight_decay, fused=True)

@@ -1,4 +1,4 @@
-"""What a run writes down as it goes: metrics.jsonl, one JSON object a line."""
+"""The records of a run: metrics.jsonl, one JSON object a line."""
 
 from __future__ import annotations
 

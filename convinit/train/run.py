@@ -93,13 +93,14 @@ def run_training(
 
     Args:
         config: the run.
-        out: its folder: step-NNNNNN/ (see `convinit.train.checkpoint`), metrics.jsonl and, with tensorboard,
-            its curves. Several processes must all see it.
+        out: its folder: step-NNNNNN/ and, with validation images, best/ (see `convinit.train.checkpoint`),
+            metrics.jsonl and, with tensorboard, its curves. Several processes must all see it.
         dataset: your own data in place of those that the config names: a pair of map-style data sets of
             (image, label), to train and to test on, or one of which a fifth becomes the test set; see
             :func:`load_data`. The config that is kept then has data.name "dataset".
-        resume: go on from the latest checkpoint in `out`, if there is one. False starts anew, and refuses a
-            folder that holds a run.
+        resume: go on from the latest checkpoint in `out`, if there is one; with more epochs than it had, too:
+            the learning rate is then the longer run's, at its place. False starts anew, and refuses a folder
+            that holds a run.
         overwrite: remove such a run first.
         watcher: told of steps, records and checkpoints.
 
@@ -276,8 +277,13 @@ class _Drive:
             if last or not validates:
                 record |= self._evaluate(val=False)
             measured = "val_top1" if validates else "top1"
+            better = record[measured] > progress.best
             progress.best = max(progress.best, record[measured])
             record[f"best_{measured}"] = progress.best
+            if validates and better:
+                self._save_best()
+            if validates and last:
+                record["top1_of_best"] = record["top1"] if better else self._top1_of_best()
         record["seconds"] = self._tick()
         progress.epoch, progress.batch, progress.loss_sum, progress.images = progress.epoch + 1, 0, 0.0, 0
         self.figures = record
@@ -294,6 +300,24 @@ class _Drive:
             self._save()
             raise RunInterrupted(self.stop.signum, self._saved())
         return figures
+
+    def _save_best(self) -> None:
+        """Keeps the weights that do best on validation images, beside the checkpoints."""
+        if self.main:
+            tensors, state = self.engine.state()
+            files.save_best(self.out, {"model": tensors["model"]}, state, self.config_text)
+        else:
+            self.engine.collect()
+        self.accelerator.wait_for_everyone()
+
+    def _top1_of_best(self) -> float:
+        """Test accuracy of those weights."""
+        inner = self.engine.inner
+        last = {name: each.clone() for name, each in inner.state_dict().items()}
+        inner.load_state_dict(files.read_tensors(self.out / files.BEST, "model"))
+        figures = self._evaluate(val=False)
+        inner.load_state_dict(last)
+        return figures["top1"]
 
     def _wishes(self) -> tuple[int, bool]:
         """The signal that came to any process, or 0, and whether the clock asks for a checkpoint."""
@@ -392,6 +416,7 @@ def _refuse_run(out: Path) -> None:
 def _remove_run(out: Path) -> None:
     for path in files.checkpoints(out):
         files.discard(path)
+    shutil.rmtree(out / files.BEST, ignore_errors=True)
     (out / METRICS).unlink(missing_ok=True)
     shutil.rmtree(out / TENSORBOARD, ignore_errors=True)
 
@@ -403,6 +428,8 @@ def _latest(config: Config, out: Path) -> Path | None:
         return None
     files.read_progress(found[-1])
     theirs = Config.of(read_toml(found[-1] / "config.toml"))
+    if config.recipe.epochs > theirs.recipe.epochs:  # it goes on for longer
+        theirs = replace(theirs, recipe=replace(theirs.recipe, epochs=config.recipe.epochs))
     if differing := config.differing(theirs):
         raise ValueError(
             f"{out} holds a run with other settings: {'; '.join(differing)}. Give the same ones to go on "

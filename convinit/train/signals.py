@@ -1,4 +1,4 @@
-"""Being asked to stop: SIGTERM and Ctrl-C set a flag instead of tearing a step apart."""
+"""Graceful shutdown: SIGTERM and Ctrl-C set a flag, and the step is finished."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class StopRequest:
     """While inside, the first SIGTERM or SIGINT is only noted; a second SIGINT raises KeyboardInterrupt.
 
     A signal that came too late to change anything inside is handed on to the handler that was there before,
-    if a program had set one: whoever does several things in a row must hear of it.
+    if a program had set one, so that a script that runs several trainings can stop too.
 
     Attributes:
         signum: the signal, or 0 as long as there was none.

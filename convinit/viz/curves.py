@@ -12,7 +12,7 @@ from convinit.viz import style
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from convinit.drift import DriftHistory
+    from convinit.records import DriftHistory
 
 
 _DRIFT = {

@@ -44,9 +44,10 @@ def grid_lines(
     for each, (name, values) in zip(axes, panels.items(), strict=True):
         for i, (label, numbers) in enumerate(values.items()):
             color, dash = style.LINES[i % len(style.LINES)]
+            marker = "os^"[i // len(style.LINES) % 3]  # where there are more rows than colours
             mean, low, high = _spread(numbers)
             each.fill_between(x, low, high, color=color, alpha=0.12, lw=0)
-            each.plot(x, mean, color=color, linestyle=dash, lw=2, marker="o", ms=3.5, label=label)
+            each.plot(x, mean, color=color, linestyle=dash, lw=2, marker=marker, ms=4, label=label)
         if log_x:
             each.set_xscale("log")
             each.minorticks_off()

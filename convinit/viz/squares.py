@@ -1,4 +1,4 @@
-"""One small square a head: layers are rows, heads are columns, stages of training stand beside each other."""
+"""Grids of small heat maps: a row for each layer, a column for each head, stages of training side by side."""
 
 from __future__ import annotations
 

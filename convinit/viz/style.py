@@ -1,4 +1,4 @@
-"""What all pictures share: colours, figures in inches, titles, the scale of attention."""
+"""The style of all pictures: colours, figures in inches, titles, the scale of attention."""
 
 from __future__ import annotations
 

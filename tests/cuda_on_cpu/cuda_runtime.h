@@ -181,7 +181,9 @@ T __shfl_xor_sync(unsigned, T value, int mask) {
   return other;
 }
 template <class T>
-void __stcs(T* to, const T& value) { *to = value; }
+void __stcs(T* to, const T& value) {
+  *to = value;
+}
 inline void __threadfence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 inline void __nanosleep(unsigned) { std::this_thread::yield(); }
 inline unsigned atomicAdd(unsigned* to, unsigned x) { return __atomic_fetch_add(to, x, __ATOMIC_SEQ_CST); }
@@ -214,11 +216,17 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
   return cudaSuccess;
 }
 template <class K>
-cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, K) { return cudaSuccess; }
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, K) {
+  return cudaSuccess;
+}
 template <class K>
-cudaError_t cudaFuncSetAttribute(K, cudaFuncAttribute, int) { return cudaSuccess; }
+cudaError_t cudaFuncSetAttribute(K, cudaFuncAttribute, int) {
+  return cudaSuccess;
+}
 template <class K>
-cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, K, int, size_t) { return *blocks = 1, cudaSuccess; }
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, K, int, size_t) {
+  return *blocks = 1, cudaSuccess;
+}
 
 template <class Args>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Args), const Args& args) {
@@ -234,10 +242,13 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
       cuda_on_cpu::block = &block;
       blockIdx = dim3(b);
       gridDim = config->gridDim;
-      block.run(config->blockDim.x, [](void* data) {
-        Call& call = *static_cast<Call*>(data);
-        call.kernel(call.args);
-      }, &call);
+      block.run(
+          config->blockDim.x,
+          [](void* data) {
+            Call& call = *static_cast<Call*>(data);
+            call.kernel(call.args);
+          },
+          &call);
     });
   for (std::thread& block : blocks) block.join();
   return cudaSuccess;

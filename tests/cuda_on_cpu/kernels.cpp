@@ -77,9 +77,10 @@ extern "C" bool impulse_conv(void* out, const void* x, const int64_t* offsets, c
   }
 }
 
-extern "C" int qk_solver(int n, int dq, int dk, int rank, double scale, int starts, int problems, const double* xq, const double* xk, const int64_t* targets,
-                         const double* wq_starts, const double* wk_starts, const double* weight_norm, double peak,
-                         int64_t max_iterations, double tolerance, double* wq, double* wk, double* diagnostics) {
+extern "C" int qk_solver(int n, int dq, int dk, int rank, double scale, int starts, int problems, const double* xq,
+                         const double* xk, const int64_t* targets, const double* wq_starts, const double* wk_starts,
+                         const double* weight_norm, double peak, int64_t max_iterations, double tolerance, double* wq,
+                         double* wk, double* diagnostics) {
   QKSolverArgs args{};
   args.shape = {n, dq, dk, rank, static_cast<float>(scale)};
   args.options = {.peak = peak, .num_starts = starts, .max_iterations = max_iterations, .tolerance = tolerance};

@@ -18,9 +18,9 @@ using convinit::Tensor;
 
 namespace {
 
-const std::map<std::string, ScalarType> kDtypes = {
-    {"float64", ScalarType::Double},    {"float32", ScalarType::Float}, {"float16", ScalarType::Half},
-    {"bfloat16", ScalarType::BFloat16}, {"int64", ScalarType::Long},    {"bool", ScalarType::Bool}};
+const std::map<std::string, ScalarType> kDtypes = {{"float64", ScalarType::Double}, {"float32", ScalarType::Float},
+                                                   {"float16", ScalarType::Half},   {"bfloat16", ScalarType::BFloat16},
+                                                   {"int64", ScalarType::Long},     {"bool", ScalarType::Bool}};
 
 // A copy of the array's span with its strides, which must not be negative. bfloat16 numbers come as uint16.
 Tensor from_numpy(const py::array& array, const std::string& dtype) {

@@ -189,7 +189,7 @@ def _eight_bits(image: Tensor) -> Tensor:
     return image.mul(255).round().to(torch.uint8)
 
 
-def read_image(path: str, channels: int | None) -> Any:
+def read_image(path: str, channels: int | None = 3) -> Any:
     """`decode`d; an error with the path where the file is missing or cannot be decoded."""
     try:
         return decode(path, channels)

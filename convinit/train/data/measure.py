@@ -23,7 +23,8 @@ class Measured:
     Attributes:
         image_size: (H, W) of all of them; None where they differ.
         channels: 1 if all are grey, else 3.
-        mean, std: of each channel, with pixels in [0, 1], to 4 decimals.
+        mean, std: of each channel, with pixels in [0, 1], to 4 decimals; std is 1 where a channel has one
+            intensity alone, and so nothing to scale.
     """
 
     image_size: tuple[int, int] | None
@@ -66,5 +67,8 @@ def _of(counts: list[Tensor], sizes: set[tuple[int, int]]) -> Measured:
         std.append(float((share * (levels - mean[-1]) ** 2).sum().sqrt()))
     size = sizes.pop() if len(sizes) == 1 else None
     return Measured(
-        size, len(counts), tuple(round(each, 4) for each in mean), tuple(round(each, 4) for each in std)
+        size,
+        len(counts),
+        tuple(round(each, 4) for each in mean),
+        tuple(round(each, 4) or 1.0 for each in std),
     )

@@ -1,4 +1,4 @@
-"""README's table: which rows of the committed results stand there. report.py --readme writes it."""
+"""Selects the rows in the table of docs/benchmarks.md. `report.py --docs` writes the table."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import NamedTuple
 import pandas as pd
 from results import load
 
-START = "<!-- benchmarks: written by benchmarks/report.py --readme -->"
+START = "<!-- benchmarks: written by benchmarks/report.py --docs -->"
 END = "<!-- benchmarks: end -->"
 
 
@@ -45,8 +45,8 @@ LINES: list[Line] = [
     Line("shared attention [32, 8, 256, 64], both directions", "shared_attention",
          f"[32, 8, 256, 64], {BOTH}", "eager"),
     Line("the same", "shared_attention", f"[32, 8, 256, 64], {BOTH}", "tall product"),
-    Line("the same in bfloat16, where it is that product", "shared_attention", f"[32, 8, 256, 64], {BOTH}",
-         "eager", dtype="bfloat16"),
+    Line("the same in bfloat16 (convinit takes the tall product)", "shared_attention",
+         f"[32, 8, 256, 64], {BOTH}", "eager", dtype="bfloat16"),
     Line("impulse convolution [32, 512, 16, 16], both directions", "impulse_conv",
          f"[32, 512, 16, 16], {BOTH}, cpu", "conv2d, channels_last"),
     Line("linear layer 512 → 512 of 4,096 tokens, both directions", "linear", f"[4096, 512, 512], {BOTH}",
@@ -87,7 +87,7 @@ def find(frame: pd.DataFrame, line: Line, competitor: str) -> pd.Series:
     for column, value in wanted.items():
         rows = rows[rows[column] == value]
     if rows.empty or rows.iloc[-1]["status"] != "ok":
-        raise ValueError(f"no timed row of {competitor!r} for README's line {line} in the committed results")
+        raise ValueError(f"no timed row of {competitor!r} for the line {line} in the committed results")
     return rows.iloc[-1]
 
 
@@ -102,7 +102,7 @@ def rendered(paths: list[Path], lines: list[Line]) -> str:
     for line in lines:
         our, their = find(frame, line, line.ours), find(frame, line, line.theirs)
         if our["file"] != their["file"]:
-            raise ValueError(f"the two rows of README's line {line} must be of one run")
+            raise ValueError(f"the two rows of the line {line} must be of one run")
         ratio = their["median_ms"] / our["median_ms"]
         spread = ""
         for name, low, high in [
@@ -135,10 +135,10 @@ def rendered(paths: list[Path], lines: list[Line]) -> str:
     )
 
 
-def replaced(readme: str, paths: list[Path], lines: list[Line] | None = None) -> str:
-    """README's text with the table between the two marks written anew."""
-    if readme.count(START) != 1 or readme.count(END) != 1 or readme.index(START) > readme.index(END):
-        raise ValueError(f"README.md must hold {START!r} and after it {END!r}, once each")
+def replaced(page: str, paths: list[Path], lines: list[Line] | None = None) -> str:
+    """The page's text with the table between the two marks written anew."""
+    if page.count(START) != 1 or page.count(END) != 1 or page.index(START) > page.index(END):
+        raise ValueError(f"docs/benchmarks.md must hold {START!r} and after it {END!r}, once each")
     table = rendered(paths, LINES if lines is None else lines)
-    before, after = readme.partition(START)[0], readme.partition(END)[2]
+    before, after = page.partition(START)[0], page.partition(END)[2]
     return f"{before}{START}\n{table}{chr(10) if table else ''}{END}{after}"

@@ -204,7 +204,10 @@ DATA_SETS = (
     "digits", "folder", "npz", "dataset",
 )  # fmt: skip
 DATA_FAMILIES = ("torchvision:", "hf:")  # of data sets that others name
-DATA_HINT = "for images of your own it is folder or npz, with their path as data.root"
+DATA_HINT = (
+    "for images of your own it is folder or npz, with their path as data.root (--root); for others' such as "
+    "torchvision:MNIST"
+)
 
 
 @dataclass(frozen=True)

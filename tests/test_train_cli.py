@@ -59,10 +59,12 @@ def test_every_run_has_a_folder_of_its_own(tmp_path, monkeypatch):
         folder = f"convinit-train/digits-simple_vit-impulse-20261126-120000{ending}"
         done = invoke(*SMALL_RUN, *options, "--val-fraction", 0.2)
         assert done.exit_code == 0, done.output
-        assert f"the run's folder is {folder}" in done.output
+        assert f"cpu, into {folder}" in done.output
         assert f"and are in {folder}/best; 4 steps" in done.output
         assert f"Weights: {folder}/step-000004/model.safetensors" in done.output
         assert f"convinit predict {folder} IMAGES" in Path(folder, "README.md").read_text()
+    refused = invoke(*SMALL_RUN, "--data", "folder", "--root", tmp_path / "nothing")
+    assert refused.exit_code == 1 and len([*Path("convinit-train").iterdir()]) == 2  # no empty folder is left
     assert train._again(["train", "--overwrite"], Path(folder)) == ["train", "--out", folder]
     assert train._again(["train", "--out", "o"], Path("o")) == ["train", "--out", "o"]
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -73,7 +75,7 @@ def test_the_bar_shows_loss_accuracy_and_speed(tmp_path):
     text = io.StringIO()
     console = Console(file=text, force_terminal=True, width=160)
     with Progress("{task.description} {task.completed} {task.fields[figures]}", console=console) as progress:
-        bar = Bar(progress, 1)
+        bar = Bar(progress, 1, tmp_path)
         run_training(small(recipe__epochs=1, run__log_every=2), tmp_path, watcher=bar)
         (task,) = progress.tasks
         assert (task.completed, task.total) == (4, 4)

@@ -8,6 +8,7 @@ import itertools
 import os
 import re
 import shlex
+import shutil
 import signal
 import sys
 import time
@@ -90,15 +91,17 @@ def train(
         Console().print(f"Written: {save_config}", highlight=False, soft_wrap=True, markup=False)
         return
     from convinit.cli.train_progress import watcher
+    from convinit.train.checkpoint import LOCK
     from convinit.train.run import RunInterrupted, measure, run_training
 
     if dry_run:
         _print_plan(wanted, *measure(wanted))
         return
+    made = out is None
     out = _new_folder(wanted) if out is None else out
     start = time.perf_counter()
     try:
-        with watcher(wanted.recipe.epochs) as watching:
+        with watcher(wanted.recipe.epochs, out) as watching:
             result = run_training(wanted, out, resume=resume, overwrite=overwrite, watcher=watching)
     except RunInterrupted as stopped:
         if _first_process():
@@ -106,6 +109,10 @@ def train(
             again = shlex.join(["convinit", *_again(sys.argv[1:], out)])
             say(f"stopped by {name}; {stopped.checkpoint} is saved. To go on: {again}", style="yellow")
         raise typer.Exit(128 + stopped.signum) from None
+    except Exception:
+        if made and {path.name for path in out.iterdir()} <= {LOCK}:  # nothing was written
+            shutil.rmtree(out)
+        raise
     if _first_process():
         _write_readme(out, wanted)
         _print_result(result.figures, result.checkpoint, result.steps, time.perf_counter() - start)
@@ -124,7 +131,6 @@ def _new_folder(config: Config) -> Path:
             folder.mkdir(parents=True)
         except FileExistsError:
             continue
-        say(f"the run's folder is {folder}", style="")
         return folder
     raise AssertionError
 

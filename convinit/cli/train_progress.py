@@ -16,32 +16,32 @@ from convinit.train.run import Plan, Watcher
 
 
 @contextlib.contextmanager
-def watcher(epochs: int) -> Iterator[Watcher]:
-    """A watcher for the terminal or for a log, whichever standard error is."""
+def watcher(epochs: int, out: Path) -> Iterator[Watcher]:
+    """A watcher of a run in the folder `out`, for the terminal or for a log, whichever standard error is."""
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield Lines(epochs)
+        yield Lines(epochs, out)
         return
     columns = (
         TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"),
         TextColumn("{task.fields[figures]}"), TimeElapsedColumn(), TextColumn("left:"), TimeRemainingColumn(),
     )  # fmt: skip
     with Progress(*columns, console=console, transient=True) as progress:
-        yield Bar(progress, epochs)
+        yield Bar(progress, epochs, out)
 
 
 class Lines(Watcher):
     """A line for each epoch, and one in ten seconds at most in between."""
 
-    def __init__(self, epochs: int) -> None:
-        self.epochs = epochs
+    def __init__(self, epochs: int, out: Path) -> None:
+        self.epochs, self.out = epochs, out
         self._said = time.monotonic()
 
     def planned(self, plan: Plan, step: int, epoch: int) -> None:
         going = f"going on after step {step:,} of" if step else "training"
         say(
             f"{going} {plan.steps:,} steps: {plan.model}, {plan.parameters:,} parameters, "
-            f"{plan.train_images:,} images, {plan.device}",
+            f"{plan.train_images:,} images, {plan.device}, into {self.out}",
             style="",
         )
 
@@ -65,12 +65,13 @@ class Lines(Watcher):
 class Bar(Watcher):
     """One bar over all steps, with loss, accuracy and images a second."""
 
-    def __init__(self, progress: Progress, epochs: int) -> None:
-        self.progress, self.epochs = progress, epochs
+    def __init__(self, progress: Progress, epochs: int, out: Path) -> None:
+        self.progress, self.epochs, self.out = progress, epochs, out
         self.task: TaskID | None = None
         self._loss, self._accuracy = "", ""
 
     def planned(self, plan: Plan, step: int, epoch: int) -> None:
+        self.progress.console.print(f"into {self.out}", highlight=False, markup=False)
         self.task = self.progress.add_task(
             self._name(epoch), total=plan.steps, completed=step, figures=f"{plan.device}"
         )

@@ -36,6 +36,7 @@ from convinit._files import sha256
 FORMAT = 2
 SUMS = "SHA256SUMS"
 BEST = "best"
+LOCK = ".lock"
 _NAME = re.compile(r"step-(\d{6,})")
 _HIDDEN = ".unfinished-"
 
@@ -258,7 +259,7 @@ def check_room(out: Path, size: int, keep: int) -> None:
 
 
 @contextlib.contextmanager
-def locked(out: Path, name: str = ".lock") -> Iterator[None]:
+def locked(out: Path, name: str = LOCK) -> Iterator[None]:
     """While inside, no other process may train into the folder; a killed process holds it no longer.
 
     Args:

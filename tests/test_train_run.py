@@ -6,6 +6,7 @@ import importlib.util
 import math
 import pickle
 import resource
+import shutil
 import sys
 from pathlib import Path
 
@@ -195,6 +196,18 @@ def test_the_best_weights_are_of_an_earlier_epoch(tmp_path, monkeypatch):
     for weights, name in ((last, "top1_of_best"), (final, "top1")):
         engine.inner.load_state_dict(weights)
         assert engine.evaluate()["top1"] == figures[name]
+
+
+def test_best_weights_that_somebody_removed_do_not_end_a_run(tmp_path):
+    config = small(data__val_fraction=0.3, run__checkpoint_steps=4)
+
+    class Removing(Watcher):
+        def saved(self, checkpoint):
+            shutil.rmtree(tmp_path / "best", ignore_errors=True)
+
+    figures = run_training(config, tmp_path, watcher=Removing()).figures
+    assert figures["epoch"] == 3 and figures["best_val_top1"] == figures["val_top1"]
+    assert figures["top1_of_best"] == figures["top1"]
 
 
 def test_a_kill_between_two_renames_leaves_the_best_weights(tmp_path):

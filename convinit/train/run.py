@@ -270,22 +270,22 @@ class _Drive:
         self._record_steps()
         record: dict[str, Any] = {"kind": "epoch", "epoch": progress.epoch + 1, "step": progress.step}
         record["loss"] = progress.loss_sum / progress.images
+        validates, better = engine.val_set is not None, False
         if last or (progress.epoch + 1) % self.run_config.eval_every == 0:
-            validates = engine.val_set is not None
             if validates:
                 record |= self._evaluate(val=True)
             if last or not validates:
                 record |= self._evaluate(val=False)
             measured = "val_top1" if validates else "top1"
-            better = record[measured] > progress.best
-            progress.best = max(progress.best, record[measured])
+            better = record[measured] > progress.best or (validates and not (self.out / files.BEST).exists())
+            progress.best = record[measured] if better else progress.best
             record[f"best_{measured}"] = progress.best
-            if validates and better:
-                self._save_best()
             if validates and last:
                 record["top1_of_best"] = record["top1"] if better else self._top1_of_best()
         record["seconds"] = self._tick()
         progress.epoch, progress.batch, progress.loss_sum, progress.images = progress.epoch + 1, 0, 0.0, 0
+        if validates and better:
+            self._save_best()
         self.figures = record
         self._record(record)
         every = self.run_config.checkpoint_steps

@@ -109,13 +109,11 @@ def separate_(slot: Slot, V: Tensor, *, rows: bool = False) -> bool:
         Whether it was changed; one that is orthogonal already keeps its bits.
     """
     values = slot.read()
-    matrix = (
-        values.double().mT if rows else values.double().flatten(1) if values.dim() > 1 else values.double()
-    )
+    matrix = values.double().mT if rows else values.double().reshape(len(V), -1)
     inside = V.mT @ matrix
     if inside.norm() <= max(_ORTHOGONAL, torch.finfo(slot.tensor.dtype).eps / 2) * matrix.norm():
         return False
-    matrix = matrix - V @ inside
+    matrix.addmm_(V, inside, alpha=-1)
     slot.write_((matrix.mT if rows else matrix.view(values.shape)).to(values))
     return True
 

@@ -253,6 +253,8 @@ def _in_units(P: Tensor, scale: float) -> tuple[Tensor, float, int]:
 
 
 def _times_two_to(exponent: int, x: Tensor) -> Tensor:
+    if abs(exponent) < 1000:
+        return x * 2.0**exponent
     half = exponent // 2  # 2^exponent itself may be beyond a float
     return x * 2.0**half * 2.0 ** (exponent - half)
 
@@ -262,13 +264,14 @@ def _rounded(
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """The weights in the dtype of P, and their figures; ValueError if that dtype does not hold them."""
     rounded = [w.to(P.dtype) for w in (wq, wk)]
-    if not (wq.isfinite().all() and wk.isfinite().all()):
+    norms_before = [norms_of(w) for w in (wq, wk)]
+    if not all(norms.isfinite().all() for norms in norms_before):
         raise ValueError(
             f"the fit left the range of numbers, with scale = {scale:.3g} and fit = {solver}: give a "
             "scale, a weight_norm, a learning rate or a pos_embed closer to 1"
         )
-    for before, after in zip((wq, wk), rounded, strict=True):
-        norms, kept = norms_of(before), norms_of(after)
+    for norms, after in zip(norms_before, rounded, strict=True):
+        kept = norms_of(after)
         if not ((kept - norms).abs() <= 0.01 * norms).all():
             raise ValueError(
                 f"pos_embed has the dtype {P.dtype}, which does not hold the fitted weights, of norms "

@@ -18,10 +18,12 @@ def attention_maps(wq: Tensor, wk: Tensor, pos_embed: Tensor, scale: float) -> T
 
 
 def norms_of(w: Tensor) -> Tensor:
-    """Norms [B] in float64 of w [B, ...]; the squares of a float64 w may be beyond float64."""
+    """Norms [B] in float64 of w [B, ...], whose squares may be beyond float64."""
     w = w.flatten(1)
-    if w.dtype != torch.float64:
-        return torch.linalg.vector_norm(w, dim=1, dtype=torch.float64)
+    norms = torch.linalg.vector_norm(w, dim=1, dtype=torch.float64)
+    if ((norms > 1e-140) & norms.isfinite()).all():
+        return norms
+    w = w.double()
     top = w.abs().amax(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
     return top[:, 0] * (w / top).norm(dim=1)
 

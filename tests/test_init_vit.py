@@ -17,7 +17,8 @@ import convinit
 from convinit.adapters import AdditiveLayout
 from convinit.adapters.find import find_layouts
 from convinit.adapters.layout import Slot
-from convinit.adapters.subspace import row_space, smooth_position
+from convinit.adapters.subspace import smooth_position
+from convinit.init.subspace import row_space
 from convinit.nn import sincos_2d
 
 SIDE = 64  # pixels, in patches of 8
@@ -659,6 +660,39 @@ def test_own_models(variant):
         on_target = maps.gather(3, record.targets.clamp(min=0).expand(2, -1, -1)[..., None])[..., 0]
         peaks = (on_target * inside).sum(dim=2) / inside.sum(dim=1)
         torch.testing.assert_close(record.peak_on_images, peaks.mean(dim=0).double(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("values", ["mimetic", "default"])
+def test_the_vanilla_model_keeps_its_position_undisturbed(values):
+    """As it is made, and in front of attention whatever the images; init_vit_ also sets how sharp it is."""
+
+    def made(**options):
+        sizes = {"dim": 48, "depth": 3, "num_heads": 3, "head_dim": 16, "mlp_dim": 48, "variant": "vanilla"}
+        return convinit.models.SimpleViT(32, 4, 5, **sizes, **options, generator=seeded())
+
+    model, images = made(values=values), photographs((32, 32))
+    V = row_space(model.pos_embed, torch.float32).float()
+    tokens = model.embed(images)
+    for block in model.blocks:
+        assert ((tokens @ V) - 0.8 * model.pos_embed @ V).abs().max() < 1e-4
+        tokens = block(tokens)
+    assert (made(values=values, fit="svd").embed(images) @ V - 0.8 * model.pos_embed @ V).abs().max() > 0.1
+
+    report = convinit.init_vit_(model, images=images, generator=seeded())
+    assert report.options["position"] == "subspace"
+    assert on_target(model, report, photographs((32, 32), first=8)) == pytest.approx([0.7] * 3, abs=0.07)
+    again = {key: value.clone() for key, value in model.state_dict().items()}
+    convinit.init_vit_(model, images=images, generator=seeded())
+    assert all(torch.equal(value, again[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("options", [{"variant": "I"}, {"variant": "vanilla", "pos_embed": "identity"}])
+def test_own_models_whose_position_is_not_to_be_chosen(options):
+    model = convinit.models.SimpleViT(16, 4, 5, dim=32, depth=1, num_heads=2, head_dim=16, **options)
+    assert "position" not in quietly(model).options
+    for given in ({"position": "subspace"}, {"position": "keep"}, {"pos_embed_gain": 2.0}):
+        with pytest.raises(ValueError, match="position and pos_embed_gain must be None"):
+            convinit.init_vit_(model, **given)
 
 
 def test_models_inside_models_and_wrappers():

@@ -22,7 +22,6 @@ from convinit.adapters.subspace import (
     MOST_OF_WIDTH,
     POSITION_TO_CONTENT,
     looks_drawn,
-    row_space,
     separate_,
     separate_writer_,
     smooth_position,
@@ -30,6 +29,7 @@ from convinit.adapters.subspace import (
 from convinit.adapters.synthetic import synthetic_images
 from convinit.fit.api import SMALLEST_POSITION
 from convinit.init.query_key import fitted_qk
+from convinit.init.subspace import row_space
 from convinit.records import LayerRecord, measured
 
 
@@ -105,7 +105,7 @@ class AdditiveLayout(Layout):
         images = self._images(request, needed=subspace)
         V = self._separate_position_(request, images, seed) if subspace else None
         if V is None:
-            self.placed = None if self.takes_alpha else "keep"
+            self.placed = None if self.takes_alpha and self.content is None else "keep"
             self._check_differs(request)
             self.scale_(request)
         for i, attention in chosen.items():

@@ -1,8 +1,13 @@
-"""convinit's own `SimpleViT` and `ConvInitAttention`: P goes into every layer by itself."""
+"""convinit's own `SimpleViT` and `ConvInitAttention`.
+
+The vanilla SimpleViT adds P to its tokens, as models of other libraries do. In all others P goes into every
+layer by itself.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,8 +16,10 @@ from torch import Tensor, nn
 from convinit.adapters.additive import AdditiveLayout
 from convinit.adapters.layout import Layout, Linear, SelfAttention, Slot, packed_qkv
 from convinit.adapters.request import Request
+from convinit.adapters.types import child_name
 from convinit.models import SimpleViT
 from convinit.nn import ConvInitAttention
+from convinit.records import LayerRecord
 
 
 @dataclass(eq=False)
@@ -22,6 +29,8 @@ class OwnAttention(SelfAttention):
     reads: ConvInitAttention
 
     def see(self, tokens: Tensor) -> Tensor:
+        if self.norm is not None:
+            return super().see(tokens)
         if self.reads.variant == "vanilla":
             return F.layer_norm(tokens, tokens.shape[1:])
         return (1 - self.reads.alpha) * tokens if self.reads.variant == "I" else tokens
@@ -50,6 +59,8 @@ class OwnAttention(SelfAttention):
         return self.reads.attention_map(x).float()
 
     def position_map(self, tokens: Tensor) -> Tensor:
+        if self.norm is not None:
+            return super().position_map(tokens)
         x = self.see(tokens) if self.reads.variant == "vanilla" else torch.zeros_like(tokens)
         weight = self.query.weight.tensor
         return self.attention_map(x.unsqueeze(0).to(weight))[0].float()
@@ -61,21 +72,24 @@ class OwnLayout(AdditiveLayout):
 
     takes_alpha = True
 
+    def _init_(self, request: Request, *others: Any) -> list[LayerRecord]:
+        if request.pos_embed_gain is not None or (request.position_was_given and self.content is None):
+            raise ValueError(
+                f"position and pos_embed_gain must be None for this {type(self.root).__name__}: alpha says "
+                "how much of P it sees"
+            )
+        if request.alpha is not None:
+            for attention in self.attentions:
+                attention.reads.alpha = request.alpha
+            if isinstance(self.root, SimpleViT) and self.root.entry_alpha is not None:
+                self.root.entry_alpha = request.alpha
+        return super()._init_(request, *others)
+
     def _uses_subspace(self, request: Request) -> bool:
-        return False
+        return self.content is not None and super()._uses_subspace(request)
 
     def scale_(self, request: Request) -> None:
-        if request.position_was_given or request.pos_embed_gain is not None:
-            raise ValueError(
-                "position and pos_embed_gain must be None for convinit's own models: alpha says how much "
-                "of P they see"
-            )
-        if request.alpha is None:
-            return
-        for attention in self.attentions:
-            attention.reads.alpha = request.alpha
-        if isinstance(self.root, SimpleViT) and self.root.entry_alpha is not None:
-            self.root.entry_alpha = request.alpha
+        pass
 
 
 def whole_pos_embed(module: ConvInitAttention) -> Tensor:
@@ -84,20 +98,33 @@ def whole_pos_embed(module: ConvInitAttention) -> Tensor:
 
 def layout(module: nn.Module, name: str) -> Layout | None:
     if isinstance(module, SimpleViT):
-        prefix = f"{name}." if name else ""
-        layers = [(f"{prefix}blocks.{i}.attn", block.attn) for i, block in enumerate(module.blocks)]
-        if not layers:
-            return None
-    elif isinstance(module, ConvInitAttention):
-        layers = [(name, module)]
-    else:
+        return _simple_vit(module, name)
+    if not isinstance(module, ConvInitAttention):
         return None
-    first = layers[0][1]
-    attentions = [_attention(layer, layer_name) for layer_name, layer in layers]
-    return OwnLayout(name, module, first.grid_size, attentions, position=Slot(first.pos_embed))
+    return OwnLayout(
+        name, module, module.grid_size, [_attention(module, name)], position=Slot(module.pos_embed)
+    )
 
 
-def _attention(module: ConvInitAttention, name: str) -> OwnAttention:
+def _simple_vit(model: SimpleViT, name: str) -> Layout | None:
+    if len(model.blocks) == 0:
+        return None
+    writers = model.writers()
+    attentions = [
+        _attention(block.attn, child_name(name, f"blocks.{i}.attn"), block.norm if writers else None)
+        for i, block in enumerate(model.blocks)
+    ]
+    position = Slot(model.pos_embed if writers else model.blocks[0].attn.pos_embed)
+    layout = OwnLayout(name, model, model.grid_size, attentions, position=position)
+    if writers:
+        layout.content = model.patch_embed
+        layout.writers = [Linear.of(writer) for writer in writers]
+        layout.between = [model.patch_embed[-1]]
+        layout.image_shape = lambda grid_size: (model.channels, *model.image_size)
+    return layout
+
+
+def _attention(module: ConvInitAttention, name: str, norm: nn.Module | None = None) -> OwnAttention:
     inner = module.num_heads * module.head_dim
     value = None if module.v is None else Linear.of(module.v)
     if module.variant == "III":
@@ -109,4 +136,4 @@ def _attention(module: ConvInitAttention, name: str) -> OwnAttention:
         query, key = (Linear.of(module.qk, slice(i * inner, (i + 1) * inner)) for i in range(2))
     output = Linear.of(module.proj) if isinstance(module.proj, nn.Linear) else None
     sizes = (module.num_heads, module.head_dim, module.scale)
-    return OwnAttention(name, module, *sizes, query, key, value, output)
+    return OwnAttention(name, module, *sizes, query, key, value, output, norm)

@@ -32,8 +32,8 @@ class Request(InitOptions):
         super().__post_init__()
         self._set("position_was_given", self.position is not None)
         if self.position is None:
-            maps = (self.fits and self.by_newton) or self.method == "position_only"
-            self._set("position", "subspace" if maps and self.pos_embed_gain is None else "keep")
+            new = self.undisturbed and self.pos_embed_gain is None
+            self._set("position", "subspace" if new else "keep")
         check_choice("position", self.position, POSITIONS)
         if self.pos_embed_gain is not None and self.position != "keep":
             raise ValueError(

@@ -1,11 +1,4 @@
-"""A subspace V of the residual stream that belongs to the position embedding P alone.
-
-    x = P + content,   P Vᵀ-sided: P = P V Vᵀ,   content V = 0
-
-Trained transformers end there by themselves (arXiv 2310.04861). As an initial state it means: a norm in front
-of an attention shows the positions undisturbed up to one factor a token, and queries and keys that live in V
-feel no content at all. A norm also removes the mean of a token, so V is orthogonal to the all-ones vector.
-"""
+"""The position embedding P of models that add one to their tokens, and its subspace: see `init.subspace`."""
 
 from __future__ import annotations
 
@@ -15,6 +8,7 @@ import torch
 from torch import Tensor
 
 from convinit.adapters.layout import Linear, Slot
+from convinit.init.subspace import outside
 
 # rms of P / rms of the content, where P is made here. See docs/init_vit for the sweep.
 POSITION_TO_CONTENT = 1.0
@@ -26,9 +20,6 @@ MIMETIC_CONTENT = 0.3
 # and keys have rank r; the content needs the others.
 _MOST_DIRECTIONS = 64
 MOST_OF_WIDTH = 0.75  # of D, that a P that is kept may take
-# Directions of a P that is kept count above this share of the strongest, and above what its dtype rounds.
-_SMALLEST_DIRECTION = 1e-3
-_ORTHOGONAL = 1e-5  # a writer whose part in V is smaller, as a share of its norm, is left as it is
 _EQUAL_ROWS = 1e-5  # spread of the norms of P's rows, as a share of their mean, that no noise has
 
 
@@ -67,17 +58,6 @@ def _cosines(n: int) -> Tensor:
     return cosines
 
 
-def row_space(P: Tensor, dtype: torch.dtype) -> Tensor:
-    """V [D, k] float64, orthonormal: the numerical row space of P [N, D] behind a norm that removes means.
-
-    dtype: that P is stored in. Rounding alone makes directions of up to a third of its eps.
-    """
-    centred = P.double() - P.double().mean(dim=1, keepdim=True)
-    _, S, Vh = torch.linalg.svd(centred, full_matrices=False)
-    smallest = max(_SMALLEST_DIRECTION, torch.finfo(dtype).eps / 2)
-    return Vh[S > smallest * S[0]].mT
-
-
 def looks_drawn(P: Tensor, grid_size: tuple[int, int], dtype: torch.dtype) -> bool:
     """Whether P [N, D] is as libraries draw it: the same row everywhere, or rows without relation.
 
@@ -100,22 +80,12 @@ def looks_drawn(P: Tensor, grid_size: tuple[int, int], dtype: torch.dtype) -> bo
     return bool((products.mean() / energy).abs() < 5 * spread + bias)
 
 
-def separate_(slot: Slot, V: Tensor, *, rows: bool = False) -> bool:
-    """Takes what lies in V [D, k] out of a weight [D, ...] or bias [D]; out of tokens [n, D] with `rows`.
-
-    W ← (I − V Vᵀ) W
-
-    Returns:
-        Whether it was changed; one that is orthogonal already keeps its bits.
-    """
+def separate_(slot: Slot, V: Tensor, *, rows: bool = False) -> None:
+    """:func:`outside` of a weight [D, ...] or bias [D], or with `rows` of tokens [n, D]; written in place."""
     values = slot.read()
-    matrix = values.double().mT if rows else values.double().reshape(len(V), -1)
-    inside = V.mT @ matrix
-    if inside.norm() <= max(_ORTHOGONAL, torch.finfo(slot.tensor.dtype).eps / 2) * matrix.norm():
-        return False
-    matrix.addmm_(V, inside, alpha=-1)
-    slot.write_((matrix.mT if rows else matrix.view(values.shape)).to(values))
-    return True
+    new = outside(values.mT if rows else values, V, slot.tensor.dtype)
+    if new is not None:
+        slot.write_(new.mT if rows else new)
 
 
 def separate_writer_(writer: Linear, V: Tensor) -> None:

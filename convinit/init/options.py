@@ -105,6 +105,11 @@ class InitOptions:
         return isinstance(check_solver(self.fit), Newton)
 
     @property
+    def undisturbed(self) -> bool:
+        """Whether P, where it is added to the tokens, gets a subspace of its own; see `init.subspace`."""
+        return (self.fits and self.by_newton) or self.method == "position_only"
+
+    @property
     def target_peak(self) -> float | None:
         """The peak that is wanted; None where a weight norm is, or where the papers' fits decide."""
         if self.weight_norm is not None or not (self.fits and self.by_newton):

@@ -19,6 +19,7 @@ from convinit._checks import (
 )
 from convinit.fit.api import Solver
 from convinit.init import default_
+from convinit.init.subspace import outside, row_space
 from convinit.models.pretrained import Pretrained
 from convinit.nn.attention import VARIANTS, ConvInitAttention, reset_mixing_
 from convinit.nn.linear import Linear
@@ -42,7 +43,9 @@ class SimpleViT(Pretrained, nn.Module):
     P is fixed: the sin-cos embedding of the patch grid, or the identity. ``method="impulse"`` is
     fitted, all layers and heads in one call of :func:`convinit.fit_qk`; "scrambled" and "norm_matched" are
     its controls; "random" and "mimetic" are the papers' baselines; "default" leaves queries and keys as
-    ``nn.Linear`` makes them.
+    ``nn.Linear`` makes them. Where the vanilla variant's maps are fitted by "newton" to the sin-cos P, nothing
+    that is added to its tokens lies in the row space V of P at the start: W ← (I − V Vᵀ) W. Content still makes
+    the maps softer; :func:`convinit.init_vit_` of the model sets how sharp they are, layer by layer.
 
     Args:
         image_size, patch_size: pixels, one number or (height, width).
@@ -72,7 +75,7 @@ class SimpleViT(Pretrained, nn.Module):
         ValueError: the image is not divisible into patches, dim not by 4 or not by num_heads.
 
     Source: arXiv 2205.01580 (SimpleViT); arXiv 2401.12511. As there, no projection of the
-    attention has a bias.
+    attention has a bias. A departure: the subspace of P (docs/init_vit).
     """
 
     pos_embed: Tensor
@@ -213,6 +216,19 @@ class SimpleViT(Pretrained, nn.Module):
                 default_(module.weight, module.bias, generator=generator)
             elif isinstance(module, nn.LayerNorm):
                 module.reset_parameters()
+        if layers and layers[0].init_options.undisturbed:
+            self._separate_position_()
+
+    def _separate_position_(self) -> None:
+        """Keeps all that is added to the tokens out of the row space V of P: see `convinit.init.subspace`."""
+        writers = self.writers()
+        if not writers:
+            return
+        V = row_space(self.pos_embed.cpu(), self.pos_embed.dtype)
+        for tensor in (tensor for layer in writers for tensor in (layer.weight, layer.bias)):
+            new = None if tensor is None else outside(tensor.cpu(), V, tensor.dtype)
+            if new is not None:
+                tensor.copy_(new)
 
     def get_extra_state(self) -> Tensor:
         """What the state_dict keeps beside weights: alpha at the entry, [1] float64, or [0] without one."""
@@ -221,6 +237,19 @@ class SimpleViT(Pretrained, nn.Module):
 
     def set_extra_state(self, state: Tensor) -> None:
         self.entry_alpha = next(iter(state.tolist()), None)
+
+    def writers(self) -> list[nn.Linear]:
+        """Every layer whose output is added to the tokens, of models whose tokens hold the sin-cos P.
+
+        They are those of the vanilla variant. Empty where something else than a layer writes to the tokens.
+        """
+        attentions = [block.attn for block in self.blocks]
+        if self.fixed_position != "sincos" or any(attn.variant != "vanilla" for attn in attentions):
+            return []
+        outputs = [attn.proj if isinstance(attn.proj, nn.Linear) else attn.v for attn in attentions]
+        layers = [self.patch_embed[1], *outputs, *(block.mlp[3] for block in self.blocks)]
+        known = [layer for layer in layers if isinstance(layer, nn.Linear)]
+        return known if len(known) == len(layers) else []
 
     def embed(self, images: Tensor) -> Tensor:
         """Images [B, channels, height, width] → tokens [B, N, D], as they enter the first block."""

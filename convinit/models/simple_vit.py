@@ -43,9 +43,9 @@ class SimpleViT(Pretrained, nn.Module):
     P is fixed: the sin-cos embedding of the patch grid, or the identity. ``method="impulse"`` is
     fitted, all layers and heads in one call of :func:`convinit.fit_qk`; "scrambled" and "norm_matched" are
     its controls; "random" and "mimetic" are the papers' baselines; "default" leaves queries and keys as
-    ``nn.Linear`` makes them. Where the vanilla variant's maps are fitted by "newton" to the sin-cos P, nothing
-    that is added to its tokens lies in the row space V of P at the start: W ← (I − V Vᵀ) W. Content still makes
-    the maps softer; :func:`convinit.init_vit_` of the model sets how sharp they are, layer by layer.
+    ``nn.Linear`` makes them. Where the vanilla variant's maps are fitted by "newton" to the sin-cos P,
+    nothing that is added to its tokens lies in the row space V of P at the start: W ← (I − V Vᵀ) W. Content
+    still makes the maps softer; :func:`convinit.init_vit_` of the model sets how sharp they are, layer by layer.
 
     Args:
         image_size, patch_size: pixels, one number or (height, width).

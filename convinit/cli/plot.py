@@ -25,6 +25,10 @@ def plot(
     fitted: Annotated[
         Path | None, typer.Option(help="Or a folder that convinit fit --out has written.")
     ] = None,
+    run: Annotated[
+        Path | None,
+        typer.Option(help="Or a folder that convinit train has written; its pictures are drawn into it."),
+    ] = None,
     option: Annotated[
         list[str] | None,
         typer.Option(help="NAME=VALUE for timm.create_model; may be repeated.", show_default="none"),
@@ -88,15 +92,26 @@ def plot(
     - `convinit plot --model vit_base_patch16_224 --init default --after pretrained.pth`
 
     - `convinit plot --fitted vit-tiny`
+
+    - `convinit plot --run convinit-train/digits-simple_vit-impulse-20260131-120000`
     """
-    if (model is None) == (fitted is None):
-        raise ValueError("give --model with a name of timm, or --fitted with a folder of convinit fit")
+    if sum(each is not None for each in (model, fitted, run)) != 1:
+        raise ValueError(
+            "give --model with a name of timm, --fitted with a folder of convinit fit, or --run with one of "
+            "convinit train"
+        )
+    console = Console()
+    if run is not None:
+        from convinit.serve import draw_run
+
+        written = ", ".join(map(str, draw_run(run)))
+        console.print(f"Written: {written}", highlight=False, soft_wrap=True, markup=False)
+        return
     import torch
 
     from convinit import viz
 
     out.mkdir(parents=True, exist_ok=True)
-    console = Console()
     summary = ""
     if fitted is not None:
         if before or after or option:

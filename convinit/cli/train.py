@@ -116,6 +116,21 @@ def train(
     if _first_process():
         _write_readme(out, wanted)
         _print_result(result.figures, result.checkpoint, result.steps, time.perf_counter() - start)
+        if result.steps:
+            _draw(out)
+
+
+def _draw(out: Path) -> None:
+    """The run's pictures; what goes wrong with them is no fault of the run's."""
+    from convinit.serve import draw_run
+
+    try:
+        written = draw_run(out)
+    except Exception as error:
+        say(f"the run is complete, but could not be drawn: {error}", style="yellow")
+        return
+    names = ", ".join(path.name for path in written)
+    Console().print(f"Pictures and report beside them: {names}", highlight=False, soft_wrap=True)
 
 
 def _new_folder(config: Config) -> Path:
@@ -230,13 +245,18 @@ def _write_readme(out: Path, config: Config) -> None:
     """How this very run is used, in its folder."""
     again = shlex.join(["convinit", *_again(sys.argv[1:], out)])
     folder = shlex.quote(str(out))
-    lines = [
-        f"# {config.model.name} on {config.data.name}, init {config.init.method}", "",
-        "Curves: metrics.jsonl. All settings: config.toml in step-*.", "",
-        f"    convinit predict {folder} IMAGES", f"    convinit export {folder} --out model.onnx",
-        f"    {again}   # with more --epochs it goes on", "",
-    ]  # fmt: skip
-    (out / "README.md").write_text("\n".join(lines), encoding="utf-8")
+    text = f"""# {config.model.name} on {config.data.name}, init {config.init.method}
+
+- metrics.jsonl: the records; curves.png: loss and accuracy
+- config.toml in step-*: all settings
+- of a Vision Transformer: init_report.txt, its heads at the start; filters.png and drift.png, then and now
+
+    convinit predict {folder} IMAGES
+    convinit export {folder} --out model.onnx
+    convinit plot --run {folder}   # draws the pictures anew, also while it trains
+    {again}   # with more --epochs it goes on
+"""
+    (out / "README.md").write_text(text, encoding="utf-8")
 
 
 def _print_result(figures: Mapping[str, Any], checkpoint: Path, steps: int, seconds: float) -> None:

@@ -45,7 +45,7 @@ class SimpleViT(Pretrained, nn.Module):
     its controls; "random" and "mimetic" are the papers' baselines; "default" leaves queries and keys as
     ``nn.Linear`` makes them. Where the vanilla variant's maps are fitted by "newton" to the sin-cos P,
     nothing that is added to its tokens lies in the row space V of P at the start: W ← (I − V Vᵀ) W. Content
-    still makes the maps softer; :func:`convinit.init_vit_` of the model sets how sharp they are, layer by layer.
+    still makes the maps softer; :func:`convinit.init_vit_` of the model sets how sharp each layer is.
 
     Args:
         image_size, patch_size: pixels, one number or (height, width).

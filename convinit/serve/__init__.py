@@ -1,6 +1,7 @@
-"""Serving what was trained: loading, exporting and predicting (extras `train` and `export`)."""
+"""Serving what was trained: loading, drawing, exporting and predicting (extras `train` and `export`)."""
 
 from convinit.serve.export import FORMATS, export
+from convinit.serve.pictures import draw_run
 from convinit.serve.predict import Prediction, Unreadable, image_files, predict
 from convinit.serve.trained import ImageSpec, TrainedModel, load_trained, save_trained
 
@@ -10,6 +11,7 @@ __all__ = [
     "Prediction",
     "TrainedModel",
     "Unreadable",
+    "draw_run",
     "export",
     "image_files",
     "load_trained",

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from convinit.adapters import InitReport, init_vit_
 from convinit.models import ConvMixer, SimpleViT
 from convinit.train.config import Config, InitConfig, ModelConfig
 
@@ -26,12 +27,19 @@ def build_model(
     Raises:
         ValueError: no such model, or it does not fit the images. ImportError: timm is needed and not there.
     """
+    return build_with_report(config, image_size=image_size, channels=channels, num_classes=num_classes)[0]
+
+
+def build_with_report(
+    config: Config, *, image_size: int | tuple[int, int], channels: int, num_classes: int
+) -> tuple[nn.Module, InitReport | None]:
+    """As `build_model`, with the report of `init_vit_`, by which timm's models are initialised."""
     model, init = config.model, config.init
     generator = torch.Generator().manual_seed(config.run.seed)
     if model.name == "simple_vit":
-        return _simple_vit(model, init, image_size, channels, num_classes, generator)
+        return _simple_vit(model, init, image_size, channels, num_classes, generator), None
     if model.name == "convmixer":
-        return _convmixer(model, init, image_size, channels, num_classes, generator)
+        return _convmixer(model, init, image_size, channels, num_classes, generator), None
     return _timm(model, init, image_size, channels, num_classes, config.run.seed, generator)
 
 
@@ -77,7 +85,7 @@ def _timm(
     num_classes: int,
     seed: int,
     generator: Any,
-) -> nn.Module:
+) -> tuple[nn.Module, InitReport | None]:
     try:
         import timm
     except ImportError as error:
@@ -85,7 +93,6 @@ def _timm(
             f"model {model.name!r} is not simple_vit or convmixer, so timm must have it, which cannot be "
             f"imported ({error}); pip install timm"
         ) from error
-    from convinit.adapters import init_vit_
 
     if not timm.is_model(model.name):
         near = difflib.get_close_matches(model.name, timm.list_models(), n=3, cutoff=0.5)
@@ -107,14 +114,15 @@ def _timm(
             _draw_tokens_(network)
         if model.pos_embed == "sincos":
             _fix_sincos_(network, model.name)
+        report = None
         if initialised:
-            init_vit_(
+            report = init_vit_(
                 network,
                 pos_embed_gain=init.pos_embed_gain,
                 generator=generator,
                 **init.of_queries_keys(),
             )
-        return network
+        return network, report
 
 
 def _draw_tokens_(network: nn.Module) -> None:

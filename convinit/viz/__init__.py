@@ -7,13 +7,13 @@ Colours stay apart for colour-blind readers and in grey.
 ===================  ============================================================================
 of plain tensors     ``attention_filter``  ``attention_filters``  ``attention_maps``  ``fit_filters``
 of a whole model     ``head_maps``  ``model_filters``  ``model_maps``
-of training          ``learning_curves``  ``drift``
+of training          ``run_curves``  ``learning_curves``  ``drift``
 of experiments       ``grid_lines``  ``grid_dots``  ``temperature_maps``
 ===================  ============================================================================
 """
 
 from convinit.adapters.measure import head_maps
-from convinit.viz.curves import drift, learning_curves
+from convinit.viz.curves import drift, learning_curves, run_curves
 from convinit.viz.grids import grid_dots, grid_lines
 from convinit.viz.heads import attention_filter, attention_filters, attention_maps, fit_filters
 from convinit.viz.model import model_filters, model_maps
@@ -31,5 +31,6 @@ __all__ = [
     "learning_curves",
     "model_filters",
     "model_maps",
+    "run_curves",
     "temperature_maps",
 ]

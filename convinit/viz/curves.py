@@ -77,6 +77,44 @@ def learning_curves(
     return figure
 
 
+def run_curves(records: Sequence[Mapping[str, Any]], *, title: str | None = None) -> Figure:
+    """One run: its training loss, and its accuracy wherever it was measured, over the epochs.
+
+    Args:
+        records: of metrics.jsonl, as :func:`convinit.train.run_training` writes it.
+        title: a line above the figure.
+    """
+    figure = style.new_figure(8.6, 3.4)
+    left, right = figure.add_axes((0.075, 0.15, 0.39, 0.68)), figure.add_axes((0.575, 0.15, 0.39, 0.68))
+    steps = [(each["epoch"], each["loss"]) for each in records if each.get("kind") == "train"]
+    epochs = [each for each in records if each.get("kind") == "epoch"]
+    left.plot(
+        *zip(*steps, strict=True) if steps else ([], []), color=style.LINES[1][0], lw=0.8, label="steps"
+    )
+    means = [(each["epoch"] - 0.5, each["loss"]) for each in epochs]  # of a whole epoch, at its middle
+    left.plot(
+        *zip(*means, strict=True) if means else ([], []),
+        color=style.LINES[3][0],
+        marker=".",
+        label="mean of an epoch",
+    )
+    names = {"val_top1": "validation", "top1": "test", "ema_top1": "test, moving average"}
+    for (key, name), (color, dash) in zip(names.items(), style.LINES[2:], strict=False):
+        points = [(each["epoch"], 100 * each[key]) for each in epochs if key in each]
+        if points:
+            right.plot(*zip(*points, strict=True), color=color, linestyle=dash, marker=".", label=name)
+    for axes, ylabel in ((left, "training loss"), (right, "accuracy, %")):
+        axes.set_xlabel("epoch")
+        axes.set_ylabel(ylabel)
+        axes.grid(color="0.92")
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+        if axes.lines:
+            axes.legend(frameon=False, fontsize=9)
+    style.add_title(figure, title)
+    return figure
+
+
 def drift(history: DriftHistory, *, measure: str = "peak", title: str | None = None) -> Figure:
     """How far every head goes from its impulse in training: a panel a layer, a thin line a head.
 

@@ -1,0 +1,96 @@
+"""What a run of `convinit train` has done to its model, drawn from the run's folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from convinit.adapters import InitReport, init_vit_
+from convinit.drift import DriftMonitor
+from convinit.serve.trained import ImageSpec, load_trained
+from convinit.train.build import build_with_report
+from convinit.train.checkpoint import checkpoints, read_progress
+from convinit.train.config import Config
+from convinit.train.config_files import read_toml
+from convinit.train.records import read_records
+from convinit.train.run import METRICS
+from convinit.viz import drift, head_maps, model_filters, run_curves
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+REPORT = "init_report"  # .txt and .json
+
+
+def draw_run(out: str | Path) -> list[Path]:
+    """Draws a run and reports on its initial weights, from its records and its latest checkpoint.
+
+    The model at the start is built anew, by the config and the seed of the checkpoint.
+
+    Args:
+        out: folder of the run; it gets
+
+            * curves.png: loss and accuracy over the epochs;
+            * init_report.txt and init_report.json: the heads at the start, as of :func:`convinit.init_vit_`;
+            * filters.png: the mean attention around a query of each head, at the start and now;
+            * drift.png: the attention on each head's target, at the start and now.
+
+            The last three are of Vision Transformers alone, drift.png of those whose heads have targets.
+
+    Returns:
+        The files that were written.
+
+    Raises:
+        FileNotFoundError: `out` holds no checkpoint. ImportError: matplotlib is missing.
+    """
+    out = Path(out)
+    found = checkpoints(out)
+    if not found:
+        raise FileNotFoundError(f"{out} must be the folder of a run, but it holds no checkpoint")
+    files = {"curves.png": run_curves(read_records(out / METRICS), title=out.name)}
+    texts = {}
+    network, report = _at_the_start(found[-1])
+    if report is not None:
+        texts = {f"{REPORT}.txt": str(report), f"{REPORT}.json": report.to_json(indent=1)}
+        files |= _heads(network, report, found[-1])
+    for name, figure in files.items():
+        figure.savefig(out / name, dpi=150)
+    for name, text in texts.items():
+        (out / name).write_text(text + "\n", encoding="utf-8")
+    return [out / name for name in (*files, *texts)]
+
+
+def _at_the_start(checkpoint: Path) -> tuple[nn.Module, InitReport | None]:
+    """The model as training found it, and the report of its attentions; None where it has none."""
+    images = ImageSpec.of(read_progress(checkpoint)["images"], checkpoint / "progress.json")
+    config = Config.of(read_toml(checkpoint / "config.toml"))
+    network, report = build_with_report(
+        config,
+        image_size=images.image_size,
+        channels=images.channels,
+        num_classes=len(images.class_names),
+    )
+    if report is None:
+        try:
+            report = init_vit_(network, method="default", values="default")  # changes nothing
+        except ValueError:
+            return network, None
+        options = {name: value for name, value in config.init.of_queries_keys().items() if value is not None}
+        report.method = options.pop("method")
+        report.options = {**options, "seed": config.run.seed}
+    return network, report
+
+
+def _heads(network: nn.Module, report: InitReport, checkpoint: Path) -> dict[str, Figure]:
+    before, monitor = head_maps(report), DriftMonitor(report)
+    network.load_state_dict(load_trained(checkpoint).network.state_dict())
+    step: int = read_progress(checkpoint)["progress"]["step"]
+    monitor.load_state_dict({**monitor.state_dict(), "step": step})
+    monitor.record()
+    title = "Attention around a query, by the positions alone"
+    figures = {"filters.png": model_filters(report, before, title=title)}
+    if any(record.targets is not None for record in report.records):
+        figures["drift.png"] = drift(monitor.history, title=f"The start, and step {step}")
+    return figures

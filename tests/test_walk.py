@@ -1,0 +1,156 @@
+"""A day's work with the commands as one types them: train, look, change one thing, go on, predict, export."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import re
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from training import small
+from typer.testing import CliRunner
+
+import convinit
+from convinit.cli.app import app
+from convinit.offsets import impulse_targets
+from convinit.serve import load_trained, pictures
+from convinit.train.run import run_training
+from convinit.viz import head_maps
+from convinit.viz.style import new_figure
+
+# Not of the task: they make the walk short.
+SHORT = ["--dim", "32", "--depth", "2", "--heads", "2", "--train-count", "60", "--threads", "none"]
+
+
+def typed(line: str, *more: str) -> str:
+    """What `convinit LINE` prints; it must end well."""
+    done = CliRunner().invoke(app, [*line.split(), *more], env={"COLUMNS": "200", "TERM": "dumb"})
+    assert done.exit_code == 0, f"{line}: {done.output}"
+    return done.output
+
+
+def folder_of(output: str) -> Path:
+    found = re.search(r"Weights: (\S+?)/step-", output)
+    assert found is not None, output
+    return Path(found[1])
+
+
+def fashion_mnist(root: Path) -> Path:
+    """The four files, gzipped as Debian has them, with few images: a bar at the height of its class."""
+    root.mkdir()
+    for kind, count in (("train", 200), ("t10k", 50)):
+        labels = np.arange(count, dtype=np.uint8) % 10
+        images = np.random.default_rng(count).integers(0, 60, (count, 28, 28), dtype=np.uint8)
+        for image, label in zip(images, labels, strict=True):
+            image[2 * label + 3 : 2 * label + 7] = 230
+        for name, array in ((f"{kind}-images-idx3-ubyte", images), (f"{kind}-labels-idx1-ubyte", labels)):
+            head = struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape)
+            (root / f"{name}.gz").write_bytes(gzip.compress(head + array.tobytes()))
+    return root
+
+
+def own_images(root: Path) -> Path:
+    """train/ and test/ with a folder for each class: red and blue, of sizes that differ."""
+    generator = np.random.default_rng(0)
+    for part, count in (("train", 30), ("test", 4)):
+        for channel, name in ((0, "red"), (2, "blue")):
+            (root / part / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = generator.integers(0, 80, (20 + i % 3, 24, 3), dtype=np.uint8)
+                pixels[..., channel] += 150
+                Image.fromarray(pixels).save(root / part / name / f"{i}.png")
+    return root
+
+
+@pytest.mark.parametrize(
+    "data", ["--data fashion-mnist --patch-size 7", "--data folder --image-size 16 --patch-size 4"]
+)
+def test_from_the_first_run_to_the_exported_model(data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    own = "folder" in data
+    root = own_images(tmp_path / "images") if own else fashion_mnist(tmp_path / "images")
+    train = f"train --preset quick {data} --root images --epochs 2"
+
+    first = folder_of(typed(train, *SHORT))
+    pictures = {"curves.png", "filters.png", "drift.png", "init_report.txt", "init_report.json"}
+    assert {*pictures, "metrics.jsonl", "README.md"} <= {path.name for path in first.iterdir()}
+    assert "by 'impulse'" in (first / "init_report.txt").read_text()
+
+    second = folder_of(typed(f"{train} --init mimetic", *SHORT))  # one thing changed: a run of its own
+    assert second != first and second.parent == first.parent
+    assert "by 'mimetic'" in (second / "init_report.txt").read_text()
+
+    going_on = train.replace("--epochs 2", f"--epochs 6 --out {first}")
+    output = typed(going_on, *SHORT)
+    assert "After 6 epochs" in output and folder_of(output) == first
+    before = (first / "drift.png").read_bytes()
+    assert "drift.png" in typed(f"plot --run {first}")
+    assert (first / "drift.png").read_bytes()[:8] == before[:8] == b"\x89PNG\r\n\x1a\n"
+
+    if own:
+        typed(f"predict {first} images/test --top-k 1 --out seen.csv")
+        with open("seen.csv", newline="") as file:
+            rows = list(csv.DictReader(file))
+        assert len(rows) == 8
+        right = [Path(row["file"]).parent.name == row["class"] for row in rows]
+        assert np.mean(right) == json.loads((first / "metrics.jsonl").read_text().splitlines()[-1])["top1"]
+    typed(f"export {first} --out exported")
+    assert {"model.safetensors", "config.json"} <= {path.name for path in Path("exported").iterdir()}
+    assert root.exists()
+
+
+@pytest.mark.parametrize("model", ["simple_vit", "vit_tiny_patch16_224"])
+def test_the_pictures_show_the_start_and_the_trained_weights(model, tmp_path, monkeypatch):
+    if model != "simple_vit":
+        pytest.importorskip("timm")
+    options = {"model__name": model, "model__options": {}, "init__kernel_size": 3, "recipe__epochs": 1}
+    if model != "simple_vit":
+        options |= {"model__heads": None, "model__mlp_dim": None, "model__dim": None, "model__depth": None}
+        options |= {"model__patch_size": 2, "model__options": {"depth": 2, "embed_dim": 48}}
+    result = run_training(small(**options), tmp_path)
+    drawn = []
+    monkeypatch.setattr(pictures, "drift", lambda history, **_: drawn.append(history) or new_figure(1, 1))
+    weights = result.checkpoint / "model.safetensors"
+    before = weights.read_bytes()
+    pictures.draw_run(tmp_path)
+    assert weights.read_bytes() == before
+
+    (history,) = drawn
+    assert history.steps.tolist() == [0, result.steps]
+    torch.testing.assert_close(history.peak[0], torch.full_like(history.peak[0], 0.7), atol=0.03, rtol=0)
+    report = json.loads((tmp_path / "init_report.json").read_text())
+    assert report["method"] == "impulse" and report["options"]["kernel_size"] == 3
+    peaks = torch.tensor([head["peak"] for head in report["heads"]])
+    torch.testing.assert_close(peaks, history.peak[0].flatten(), atol=1e-3, rtol=0)
+
+    assert (history.distance[1] > 0).all() and not torch.equal(history.peak[0], history.peak[1])
+    if model != "simple_vit":  # whose share of P in the tokens only the report of its start knows
+        return
+    trained = load_trained(result.checkpoint).network
+    now = convinit.init_vit_(trained, method="default", values="default")
+    heads = report["heads"]
+    for i, maps in enumerate(head_maps(now)):
+        offsets = torch.tensor([(head["dy"], head["dx"]) for head in heads if head["layer"] == i])
+        wanted = impulse_targets(offsets, now.grid_size)
+        found = maps.gather(2, wanted.clamp(min=0)[..., None])[..., 0] * (wanted >= 0)
+        expected = found.sum(dim=1) / (wanted >= 0).sum(dim=1)
+        torch.testing.assert_close(history.peak[1][i], expected, atol=1e-3, rtol=0)
+
+
+def test_a_run_whose_pictures_fail_is_complete(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def fail(out):
+        raise RuntimeError("no ink")
+
+    monkeypatch.setattr("convinit.serve.draw_run", fail)
+    output = typed("train --preset quick --epochs 1", *SHORT)
+    assert "After 1 epochs" in output and "could not be drawn: no ink" in " ".join(output.split())
+    assert not (folder_of(output) / "curves.png").exists()
+    assert CliRunner().invoke(app, ["plot", "--run", str(tmp_path)]).exit_code == 1

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from convinit._words import near
+
 PADDING_MODES = ("zeros", "replicate", "circular", "reflect")  # the order of PaddingMode in csrc
 FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -97,7 +99,7 @@ def check_flag(name: str, value: object) -> bool:
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> str:
     if not isinstance(value, str) or value not in choices:
-        got = repr(value) if isinstance(value, str) else came(value)
+        got = f"{value!r}{near(value, choices)}" if isinstance(value, str) else came(value)
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {got}")
     return value
 

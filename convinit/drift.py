@@ -36,7 +36,7 @@ class DriftMonitor:
 
     Args:
         report: of :func:`convinit.init_vit_`, before training; shard the model before that, not after.
-        every: training steps between two records.
+        every: training steps between two records; before the first of them steps 1, 2, 4, 8, … are recorded.
         writer: TensorBoard's SummaryWriter: gets the mean of each layer and of all heads as scalars, and the
             heads' filters as an image at each `image_every`-th record (needs matplotlib and pillow). On
             several processes give it to one of them.
@@ -87,7 +87,8 @@ class DriftMonitor:
         if self._step == 0 and self._writer is not None:
             self._write()  # the start, only now: a monitor that goes on from a state has written it before
         self._step += 1
-        return self._step % self._every == 0 and self.record()
+        early = self._step < self._every and self._step.bit_count() == 1
+        return (early or self._step % self._every == 0) and self.record()
 
     def record(self) -> bool:
         """Records now, as at the end of training; False where the last step was recorded already."""

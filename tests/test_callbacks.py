@@ -69,10 +69,10 @@ def test_transformers(tmp_path, caplog):
     with caplog.at_level(logging.INFO, "convinit.callbacks"):
         trainer.train()
     history = callback.monitor.history
-    assert history.steps.tolist() == [0, 2, 4, 5]
+    assert history.steps.tolist() == [0, 1, 2, 4, 5]
     assert history.distance[0].abs().max() == 0 and history.distance[-1].min() > 0
     found = logged(trainer)
-    assert list(found) == [0, 2, 4, 5] and sorted(k for k in found[0] if "/" in k) == DRIFT
+    assert list(found) == [0, 1, 2, 4, 5] and sorted(k for k in found[0] if "/" in k) == DRIFT
     for record, step in enumerate(found):
         assert found[step]["drift/peak"] == pytest.approx(history.peak[record].mean().item())
     # The loss of the same steps is logged as without the callback.
@@ -96,9 +96,9 @@ def test_transformers_goes_on_from_a_checkpoint(tmp_path):
     again, callback = hf_trainer(tmp_path / "parts", steps=8)
     again.train(resume_from_checkpoint=str(tmp_path / "parts" / "checkpoint-4"))
     history, expected = callback.monitor.history, watched.monitor.history
-    assert history.steps.tolist() == expected.steps.tolist() == [0, 2, 4, 6, 8]
+    assert history.steps.tolist() == expected.steps.tolist() == [0, 1, 2, 4, 6, 8]
     torch.testing.assert_close(history.peak[:3], expected.peak[:3])
-    assert list(logged(again)) == [0, 2, 4, 6, 8]
+    assert list(logged(again)) == [0, 1, 2, 4, 6, 8]
 
     (tmp_path / "parts" / "checkpoint-4" / "drift.pt").unlink()  # as of a run without the callback
     late, callback = hf_trainer(tmp_path / "parts", steps=8)
@@ -155,10 +155,10 @@ def test_lightning(tmp_path):
     trainer, module, loader, callback = lightning_parts(tmp_path, steps=5)
     trainer.fit(module, loader)
     history = callback.monitor.history
-    assert history.steps.tolist() == [0, 2, 4, 5]
+    assert history.steps.tolist() == [0, 1, 2, 4, 5]
     assert history.distance[0].abs().max() == 0 and history.distance[-1].min() > 0
     rows = csv_rows(trainer)
-    assert list(rows) == [0, 2, 4, 5] and sorted(k for k in rows[0] if "/" in k) == DRIFT
+    assert list(rows) == [0, 1, 2, 4, 5] and sorted(k for k in rows[0] if "/" in k) == DRIFT
     for record, step in enumerate(rows):
         assert float(rows[step]["drift/peak"]) == pytest.approx(history.peak[record].mean().item())
     report = json.loads((Path(trainer.log_dir) / "init_report.json").read_text())
@@ -178,7 +178,7 @@ def test_lightning_goes_on_from_a_checkpoint(tmp_path):
     trainer.fit(module, loader)
     trainer, module, loader, callback = lightning_parts(tmp_path / "again", steps=7)
     trainer.fit(module, loader, ckpt_path=tmp_path / "whole" / "step=3.ckpt")
-    assert callback.monitor.history.steps.tolist() == [0, 2, 4, 6, 7]
+    assert callback.monitor.history.steps.tolist() == [0, 1, 2, 4, 6, 7]
     # Lightning begins the epoch anew, so the later records are of other images.
     torch.testing.assert_close(callback.monitor.history.peak[:2], watched.monitor.history.peak[:2])
 

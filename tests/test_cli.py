@@ -202,7 +202,7 @@ def test_files_that_hold_code_are_not_run(tmp_path):
         (["fit", "--pos-embed", "nothing.pt"], "'nothing.pt', which is no file"),
         (["fit", "--pos-embed", __file__], "not a .npy, .safetensors, .pt or .pth file"),
         (["demo", "--arm", "nix"], "--arm must be among default, mimetic-vo, "),
-        (["plot"], "give --model with a name of timm, or --fitted with a folder"),
+        (["plot"], "give --model with a name of timm, --fitted with a folder of convinit fit, or --run"),
         (
             ["plot", "--fitted", "nothing"],
             "folder of convinit fit --out, got 'nothing' without weights.safetensors",

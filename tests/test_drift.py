@@ -42,7 +42,7 @@ def test_records_what_the_maps_say():
     monitor.record()
     monitor.record()  # of no use twice
     history = monitor.history
-    assert history.steps.tolist() == [0, 2, 4, 5] and history.layers.tolist() == [0, 1]
+    assert history.steps.tolist() == [0, 1, 2, 4, 5] and history.layers.tolist() == [0, 1]
     torch.testing.assert_close(history.peak[0], torch.stack([r.peak for r in report.records]).float())
     for layer, record in enumerate(report.records):
         for head in range(3):
@@ -54,6 +54,13 @@ def test_records_what_the_maps_say():
     torch.testing.assert_close(history.distance[-1], moved, rtol=0, atol=1e-3)
     assert (history.distance[0] == 0).all()
     torch.testing.assert_close(torch.stack(monitor.start).float(), start, rtol=1e-3, atol=1e-4)
+
+
+def test_a_short_training_has_a_curve_too():
+    model, report = build()
+    monitor = convinit.DriftMonitor(report)
+    train(model, monitor, 20)
+    assert monitor.history.steps.tolist() == [0, 1, 2, 4, 8, 16]
 
 
 def test_leaves_model_and_random_numbers_alone():

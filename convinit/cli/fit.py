@@ -238,8 +238,8 @@ def _table(result: QKFit, layers: int) -> Table:
     for b in range(len(result.mse)):
         dy, dx = result.offsets[b].tolist()
         table.add_row(
-            str(b // heads + 1) if b % heads == 0 else "",
-            str(b % heads + 1),
+            str(b // heads) if b % heads == 0 else "",
+            str(b % heads),
             f"{dy:+d}, {dx:+d}",
             f"{result.mse[b]:.2e}",
             f"{result.peak[b]:.3f}",

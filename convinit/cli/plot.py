@@ -234,7 +234,5 @@ def _of_fit(folder: Path, radius: int | None) -> dict[str, Figure]:
             (height, width),
             title=f"Attention around a query, {what}",
         ),
-        "maps.png": squares(
-            {"fitted": maps}, range(1, len(maps) + 1), first_head=1, title=f"Attention maps, {what}"
-        ),
+        "maps.png": squares({"fitted": maps}, range(len(maps)), title=f"Attention maps, {what}"),
     }

@@ -13,7 +13,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from convinit.train.config import Config, near
+from convinit._words import near
+from convinit.train.config import Config
 from convinit.train.config_files import resolve
 
 Settings = Mapping[str, Any]  # "section.key" → value

@@ -10,7 +10,7 @@ from torch import nn
 
 from convinit.adapters import InitReport, init_vit_
 from convinit.models import ConvMixer, SimpleViT
-from convinit.train.config import Config, InitConfig, ModelConfig
+from convinit.train.config import OWN_MODELS, Config, InitConfig, ModelConfig
 
 
 def build_model(
@@ -86,20 +86,9 @@ def _timm(
     seed: int,
     generator: Any,
 ) -> tuple[nn.Module, InitReport | None]:
-    try:
-        import timm
-    except ImportError as error:
-        raise ImportError(
-            f"model {model.name!r} is not simple_vit or convmixer, so timm must have it, which cannot be "
-            f"imported ({error}); pip install timm"
-        ) from error
+    import timm
 
-    if not timm.is_model(model.name):
-        near = difflib.get_close_matches(model.name, timm.list_models(), n=3, cutoff=0.5)
-        hint = f", such as {', '.join(near)}" if near else ""
-        raise ValueError(
-            f"model must be simple_vit, convmixer or a name that timm knows{hint}; got {model.name!r}"
-        )
+    check_model(model)
     options = timm_options(model, image_size, channels, num_classes)
     with torch.random.fork_rng(devices=[]), _Options(model):
         torch.manual_seed(seed)  # timm draws from torch's own
@@ -123,6 +112,25 @@ def _timm(
                 **init.of_queries_keys(),
             )
         return network, report
+
+
+def check_model(model: ModelConfig) -> None:
+    """ValueError where no library has a model of that name; ImportError where timm is needed and missing."""
+    if model.name in OWN_MODELS:
+        return
+    try:
+        import timm
+    except ImportError as error:
+        raise ImportError(
+            f"model {model.name!r} is not simple_vit or convmixer, so timm must have it, which cannot be "
+            f"imported ({error}); pip install timm"
+        ) from error
+    if not timm.is_model(model.name):
+        near = difflib.get_close_matches(model.name, [*OWN_MODELS, *timm.list_models()], n=3, cutoff=0.5)
+        hint = f", such as {', '.join(near)}" if near else ""
+        raise ValueError(
+            f"model.name must be simple_vit, convmixer or a name that timm knows{hint}; got {model.name!r}"
+        )
 
 
 def _draw_tokens_(network: nn.Module) -> None:

@@ -7,15 +7,16 @@ with their help, and what is compared when a run is resumed.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import os
 import re
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+from convinit._words import near
 
 __all__ = ["Config", "DataConfig", "InitConfig", "ModelConfig", "RecipeConfig", "RunConfig"]
 
@@ -551,13 +552,6 @@ def check_choice(
     nearest = near(value, [*choices, *(each + own for each in families)])
     listed = ", ".join([*choices, *(f"{each}NAME" for each in families)])
     raise ValueError(f"{name} must be one of {listed}, got {value!r}{nearest or hint and f'; {hint}'}")
-
-
-def near(word: str, words: Iterable[str]) -> str:
-    """The end of a message that suggests the nearest of some words, if one is near."""
-    of = {each.lower(): each for each in words}
-    found = difflib.get_close_matches(word.lower(), of, 1)
-    return f"; did you mean {of[found[0]]}?" if found else ""
 
 
 def _plain_scalar(value: Any) -> Any:

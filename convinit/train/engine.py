@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from convinit.train.accelerator import plain_accelerator
-from convinit.train.build import build_model
+from convinit.train.build import build_model, check_model
 from convinit.train.checkpoint import (
     load_optimizer_,
     optimizer_state,
@@ -136,6 +136,7 @@ class Engine:
     ) -> None:
         self.config, self.accelerator = config, accelerator
         recipe, seed = config.recipe, config.run.seed
+        check_model(config.model)  # before data are fetched for it
         with accelerator.main_process_first():  # one process downloads
             self.data = _load(config, dataset)
         train_images = augmentation(config.data.augment, self.data, config.data.augment_options)

@@ -138,7 +138,7 @@ def fit_filters(
     filters = maps
     if maps.shape[-1] == height * width:
         filters = attention_filter(maps, grid_size, radius=radius)
-    return squares({"fitted": list(filters)}, range(1, layers + 1), list(offsets), first_head=1, title=title)
+    return squares({"fitted": list(filters)}, range(layers), list(offsets), title=title)
 
 
 def _targets(offsets: Tensor, grid_size: Sequence[int], like: Tensor) -> Tensor:
@@ -162,12 +162,12 @@ def _triples(
                 if layer == 0:
                     axes.set_title(name, fontsize=9, pad=3)
                 if layer == 0 and stage == 1:
-                    name = f"head {head + 1}"
+                    name = f"head {head}"
                     axes.text(
                         0.5, 1.4, name, transform=axes.transAxes, ha="center", fontsize=11, weight="bold"
                     )
                 if head == 0 and stage == 0:
-                    axes.set_ylabel(f"layer {layer + 1}", fontsize=11, weight="bold", labelpad=6)
+                    axes.set_ylabel(f"layer {layer}", fontsize=11, weight="bold", labelpad=6)
     style.colorbar(figure, image, bar)
     style.add_title(figure, title)
     return figure

@@ -24,7 +24,6 @@ def squares(
     layers: Sequence[int],
     offsets: Sequence[Tensor | None] | None = None,
     *,
-    first_head: int = 0,
     title: str | None = None,
 ) -> Figure:
     """Draws the heads of each stage.
@@ -34,7 +33,6 @@ def squares(
         layers: the numbers of the layers.
         offsets: [heads, 2] of each layer whose squares are filters with an impulse to circle; None for a
             layer without. None as a whole: the squares are no filters.
-        first_head: number of the first head.
         title: a line above the figure.
     """
     heads = max(len(values) for values in next(iter(stages.values())))
@@ -63,9 +61,7 @@ def squares(
         axes.set_ylim(len(layers) - 1 + _SIDE, 0)
         axes.tick_params(length=0, pad=3, labelsize=9, labeltop=True, labelbottom=False)
         numbered = range(0, heads, math.ceil(0.24 / pitch))  # two digits need 0.24 inches
-        axes.set_xticks(
-            [head + _SIDE / 2 for head in numbered], [str(head + first_head) for head in numbered]
-        )
+        axes.set_xticks([head + _SIDE / 2 for head in numbered], [str(head) for head in numbered])
         if stage == 0:
             axes.set_yticks([row + _SIDE / 2 for row in range(len(layers))], [str(layer) for layer in layers])
             axes.set_ylabel("layer", fontsize=9)

@@ -94,6 +94,7 @@ def test_from_the_first_run_to_the_exported_model(data, tmp_path, monkeypatch):
     assert (first / "drift.png").read_bytes()[:8] == before[:8] == b"\x89PNG\r\n\x1a\n"
 
     if own:
+        assert "filters.png" in typed(f"plot --run {first} --images images/test")
         typed(f"predict {first} images/test --top-k 1 --out seen.csv")
         with open("seen.csv", newline="") as file:
             rows = list(csv.DictReader(file))
@@ -121,7 +122,21 @@ def test_the_pictures_show_the_start_and_the_trained_weights(model, tmp_path, mo
     pictures.draw_run(tmp_path)
     assert weights.read_bytes() == before
 
-    (history,) = drawn
+    titles = []
+    real = pictures.model_filters
+
+    def draw(report, before, *, title, **seen):
+        titles.append((title, before))
+        return real(report, before, title=title, **seen)
+
+    monkeypatch.setattr(pictures, "model_filters", draw)
+    pictures.draw_run(tmp_path)
+    images = torch.randn(3, 1, 8, 8)
+    pictures.draw_run(tmp_path, images=images)
+    (_, alone), (title, on_images) = titles
+    assert title.endswith("mean over 3 images")
+    assert max(float((a - b).abs().max()) for a, b in zip(alone, on_images, strict=True)) > 0.01
+    history, *_ = drawn
     assert history.steps.tolist() == [0, result.steps]
     torch.testing.assert_close(history.peak[0], torch.full_like(history.peak[0], 0.7), atol=0.03, rtol=0)
     report = json.loads((tmp_path / "init_report.json").read_text())
@@ -153,4 +168,4 @@ def test_a_run_whose_pictures_fail_is_complete(tmp_path, monkeypatch):
     output = typed("train --preset quick --epochs 1", *SHORT)
     assert "After 1 epochs" in output and "could not be drawn: no ink" in " ".join(output.split())
     assert not (folder_of(output) / "curves.png").exists()
-    assert CliRunner().invoke(app, ["plot", "--run", str(tmp_path)]).exit_code == 1
+    assert CliRunner().invoke(app, ["plot", "--run", str(tmp_path)]).exit_code == 2

@@ -67,6 +67,14 @@ def plot(
     after: Annotated[
         Path | None, typer.Option(help="Weights after training; drawn beside those at the start.")
     ] = None,
+    images: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Image files and folders; 16 of them are looked at. The pictures then show the attention "
+            "that images get; may be repeated.",
+            show_default="none: the positions alone",
+        ),
+    ] = None,
     radius: Annotated[
         int | None,
         typer.Option(
@@ -76,7 +84,7 @@ def plot(
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for filters.png and maps.png.")] = Path("convinit-plot"),
 ) -> None:
-    """Draw where every attention head of a model looks, by its positions alone.
+    """Draw where every attention head of a model looks, by its positions alone or on images.
 
     Writes filters.png, the mean attention around a query, which shows the convolution that a head is; and
     maps.png, the whole attention maps. The impulse that a head was fitted to is circled: its offset comes
@@ -102,40 +110,50 @@ def plot(
         )
     console = Console()
     if run is not None:
-        from convinit.serve import draw_run
+        from convinit.serve import draw_run, load_trained, read_batch
 
-        written = ", ".join(map(str, draw_run(run)))
+        batch = None if images is None else read_batch(images, load_trained(run).images)
+        written = ", ".join(map(str, draw_run(run, images=batch)))
         console.print(f"Written: {written}", highlight=False, soft_wrap=True, markup=False)
         return
     import torch
 
     from convinit import viz
+    from convinit.serve.pictures import of_what
 
     out.mkdir(parents=True, exist_ok=True)
     summary = ""
     if fitted is not None:
-        if before or after or option:
-            raise ValueError("before, after and option belong to --model, not to --fitted")
+        if before or after or option or images:
+            raise ValueError("before, after, option and images do not belong to --fitted")
         figures = _of_fit(fitted, radius)
     else:
         network = _create(str(model), option or [], seed)
         weights = {path: _weights(network, path) for path in (before, after) if path is not None}
+        batch = None if images is None else _batch(network, images)
         report = convinit.init_vit_(
             network, method=init, fit=fit, kernel_size=kernel_size, peak=peak, pos_embed_gain=pos_embed_gain,
-            values="default", generator=torch.Generator().manual_seed(seed),
+            values="default", images=batch, generator=torch.Generator().manual_seed(seed),
         )  # fmt: skip
+        seen: Any = {} if batch is None else {"model": network, "images": batch}
         summary = report.summary()
         start = None
         if before is not None:
             network.load_state_dict(weights[before])
         if after is not None:
-            start = viz.head_maps(report)
+            start = viz.head_maps(report, **seen)
             network.load_state_dict(weights[after])
         figures = {
             "filters.png": viz.model_filters(
-                report, start, radius=radius, title=f"{model}: attention around a query"
+                report,
+                start,
+                radius=radius,
+                title=f"{model}: attention around a query, {of_what(batch)}",
+                **seen,
             ),
-            "maps.png": viz.model_maps(report, start, title=f"{model}: attention maps"),
+            "maps.png": viz.model_maps(
+                report, start, title=f"{model}: attention maps, {of_what(batch)}", **seen
+            ),
         }
     for name, figure in figures.items():
         figure.savefig(out / name, dpi=150)
@@ -170,6 +188,18 @@ def _create(name: str, options: list[str], seed: int) -> nn.Module:
     torch.manual_seed(seed)
     network: nn.Module = timm.create_model(name, **arguments)
     return network
+
+
+def _batch(network: nn.Module, images: list[Path]) -> Tensor:
+    """Some of the images, as timm's model takes them."""
+    from timm.data import resolve_model_data_config
+
+    from convinit.serve import ImageSpec, read_batch
+
+    data = resolve_model_data_config(network)
+    channels, *size = data["input_size"]
+    mean, std = data["mean"][:channels], data["std"][:channels]
+    return read_batch(images, ImageSpec(tuple(size), mean, std, ("any",), data["crop_pct"]))
 
 
 def _weights(network: nn.Module, path: Path) -> dict[str, Tensor]:

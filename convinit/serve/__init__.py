@@ -2,7 +2,7 @@
 
 from convinit.serve.export import FORMATS, export
 from convinit.serve.pictures import draw_run
-from convinit.serve.predict import Prediction, Unreadable, image_files, predict
+from convinit.serve.predict import Prediction, Unreadable, image_files, predict, read_batch
 from convinit.serve.trained import ImageSpec, TrainedModel, load_trained, save_trained
 
 __all__ = [
@@ -16,5 +16,6 @@ __all__ = [
     "image_files",
     "load_trained",
     "predict",
+    "read_batch",
     "save_trained",
 ]

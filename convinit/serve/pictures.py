@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from convinit.adapters import InitReport, init_vit_
 from convinit.drift import DriftMonitor
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 REPORT = "init_report"  # .txt and .json
 
 
-def draw_run(out: str | Path) -> list[Path]:
+def draw_run(out: str | Path, *, images: Tensor | None = None) -> list[Path]:
     """Draws a run and reports on its initial weights, from its records and its latest checkpoint.
 
     The model at the start is built anew, by the config and the seed of the checkpoint.
@@ -38,6 +38,8 @@ def draw_run(out: str | Path) -> list[Path]:
             * drift.png: the attention on each head's target, at the start and now.
 
             The last three are of Vision Transformers alone, drift.png of those whose heads have targets.
+        images: [B, C, H, W], as the model takes them: filters.png then shows the mean attention on them, and
+            not that of the positions alone.
 
     Returns:
         The files that were written.
@@ -54,12 +56,17 @@ def draw_run(out: str | Path) -> list[Path]:
     network, report = _at_the_start(found[-1])
     if report is not None:
         texts = {f"{REPORT}.txt": str(report), f"{REPORT}.json": report.to_json(indent=1)}
-        files |= _heads(network, report, found[-1])
+        files |= _heads(network, report, found[-1], images)
     for name, figure in files.items():
         figure.savefig(out / name, dpi=150)
     for name, text in texts.items():
         (out / name).write_text(text + "\n", encoding="utf-8")
     return [out / name for name in (*files, *texts)]
+
+
+def of_what(images: Tensor | None) -> str:
+    """What a picture of attention maps shows, in words."""
+    return "by the positions alone" if images is None else f"mean over {len(images)} images"
 
 
 def _at_the_start(checkpoint: Path) -> tuple[nn.Module, InitReport | None]:
@@ -83,14 +90,17 @@ def _at_the_start(checkpoint: Path) -> tuple[nn.Module, InitReport | None]:
     return network, report
 
 
-def _heads(network: nn.Module, report: InitReport, checkpoint: Path) -> dict[str, Figure]:
-    before, monitor = head_maps(report), DriftMonitor(report)
+def _heads(
+    network: nn.Module, report: InitReport, checkpoint: Path, images: Tensor | None
+) -> dict[str, Figure]:
+    seen: Any = {} if images is None else {"model": network, "images": images}
+    before, monitor = head_maps(report, **seen), DriftMonitor(report)
     network.load_state_dict(load_trained(checkpoint).network.state_dict())
     step: int = read_progress(checkpoint)["progress"]["step"]
     monitor.load_state_dict({**monitor.state_dict(), "step": step})
     monitor.record()
-    title = "Attention around a query, by the positions alone"
-    figures = {"filters.png": model_filters(report, before, title=title)}
+    title = f"Attention around a query, {of_what(images)}"
+    figures = {"filters.png": model_filters(report, before, title=title, **seen)}
     if any(record.targets is not None for record in report.records):
         figures["drift.png"] = drift(monitor.history, title=f"The start, and step {step}")
     return figures

@@ -17,7 +17,7 @@ from convinit.serve.trained import ImageSpec, TrainedModel
 from convinit.train.data.augment import fit, normalise
 from convinit.train.data.images import decode, image_paths, require
 
-__all__ = ["Prediction", "Unreadable", "image_files", "predict"]
+__all__ = ["Prediction", "Unreadable", "image_files", "predict", "read_batch"]
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,32 @@ def image_files(paths: Sequence[str | Path]) -> tuple[list[str], list[Unreadable
             continue
         files |= dict.fromkeys(image_paths(path, note))
     return list(files), failed
+
+
+def read_batch(paths: Sequence[str | Path], spec: ImageSpec, *, most: int = 16) -> Tensor:
+    """Some of the images among files and folders, evenly spaced, as a model takes them: [B, C, H, W].
+
+    Args:
+        paths: as `image_files` takes them.
+        spec: what the model takes.
+        most: B at most.
+
+    Raises:
+        ValueError: there is no image, or one cannot be read. ImportError: Pillow or torchvision is missing.
+    """
+    files, failed = image_files(paths)
+    images = (
+        []
+        if failed
+        else [_read(path, spec) for path in files[:: -(-len(files) // check_int("most", most)) or 1]]
+    )
+    failed += [
+        Unreadable(path, each) for path, each in zip(files, images, strict=False) if isinstance(each, str)
+    ]
+    if failed or not images:
+        which = f"{failed[0].path}: {failed[0].reason}" if failed else "none of them is an image"
+        raise ValueError(f"images must be files or folders of images, but {which}")
+    return torch.stack(images)  # type: ignore[arg-type]
 
 
 def predict(

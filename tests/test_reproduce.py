@@ -25,6 +25,7 @@ from convinit.reproduce.conclusions import conclusions
 from convinit.reproduce.grid import check_data, count_steps, jobs_for, kind_of_step
 from convinit.reproduce.readings import title, value
 from convinit.train import checkpoint as files
+from convinit.train import engine as engine_of
 from convinit.train.build import build_model
 from convinit.train.engine import Engine, make_accelerator
 from convinit.train.run import RunInterrupted
@@ -248,10 +249,14 @@ def test_refused():
 # --- runs ---------------------------------------------------------------------------------------------------
 
 
-def test_a_cell_is_trained_measured_and_kept(tmp_path):
+def test_a_cell_is_trained_measured_and_kept(tmp_path, monkeypatch):
     config = tiny_grid().configs["impulse", "Model I"][0]
     shares: list[float] = []
+    built = []
+    real = engine_of.build_model
+    monkeypatch.setattr(engine_of, "build_model", lambda *a, **b: built.append(a) or real(*a, **b))
     name, outcome = run_cell(config, tmp_path, True, shares.append)
+    assert len(built) == 1  # and with the model its fit
     assert name == identity(config) == outcome["identity"] and shares == [1.0]
     assert outcome["curve"] == [[1, outcome["accuracy"]]] and outcome["train_images"] == 70
     assert 0.3 < outcome["peak"]["start"] < 0.8

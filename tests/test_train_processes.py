@@ -20,7 +20,8 @@ from training import context, final_tensors, records, small
 from convinit.train import checkpoint as files
 from convinit.train.config import Config
 from convinit.train.config_files import resolve, to_toml
-from convinit.train.run import Plan, Watcher, run_training
+from convinit.train.engine import Engine
+from convinit.train.run import Watcher, run_training
 
 
 def command_line(arguments: list[str], folder: Path, environment: dict[str, str]) -> None:
@@ -125,7 +126,8 @@ def test_two_processes_stop_together_and_one_goes_on(tmp_path):
     (saved,) = files.checkpoints(tmp_path / "two")
 
     class Look(Watcher):
-        def planned(self, plan: Plan, step: int, epoch: int) -> None:
+        def begins(self, engine: Engine) -> None:
+            plan, step = engine.plan(), engine.progress.step
             assert saved.name == f"step-{step:06d}" and 4 <= step < plan.steps and plan.processes == 1
             raise KeyboardInterrupt
 

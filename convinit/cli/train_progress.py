@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from convinit.cli.errors import say
-from convinit.train.run import Plan, Watcher
+from convinit.train.engine import Engine
+from convinit.train.run import Watcher
 
 
 @contextlib.contextmanager
@@ -37,7 +38,8 @@ class Lines(Watcher):
         self.epochs, self.out = epochs, out
         self._said = time.monotonic()
 
-    def planned(self, plan: Plan, step: int, epoch: int) -> None:
+    def begins(self, engine: Engine) -> None:
+        plan, step = engine.plan(), engine.progress.step
         going = f"going on after step {step:,} of" if step else "training"
         say(
             f"{going} {plan.steps:,} steps: {plan.model}, {plan.parameters:,} parameters, "
@@ -70,10 +72,11 @@ class Bar(Watcher):
         self.task: TaskID | None = None
         self._loss, self._accuracy = "", ""
 
-    def planned(self, plan: Plan, step: int, epoch: int) -> None:
+    def begins(self, engine: Engine) -> None:
+        plan, progress = engine.plan(), engine.progress
         self.progress.console.print(f"into {self.out}", highlight=False, markup=False)
         self.task = self.progress.add_task(
-            self._name(epoch), total=plan.steps, completed=step, figures=f"{plan.device}"
+            self._name(progress.epoch), total=plan.steps, completed=progress.step, figures=f"{plan.device}"
         )
 
     def stepped(self, images: int) -> None:

@@ -23,7 +23,7 @@ from convinit.train import checkpoint as files
 from convinit.train.config import Config, field_of
 from convinit.train.engine import Engine, make_accelerator
 from convinit.train.records import read_records
-from convinit.train.run import METRICS, Plan, RunInterrupted, Watcher, run_training
+from convinit.train.run import METRICS, RunInterrupted, Watcher, run_training
 
 OUTCOME = "cell.json"
 SHIFTS = (1, 2, 4)  # pixels
@@ -118,7 +118,8 @@ def _run(
 
 
 def _train_and_measure(config: Config, folder: Path, tick: Callable[[float], None]) -> dict[str, Any]:
-    result = run_training(config, folder, watcher=_Shares(config.recipe.epochs, tick))
+    watcher = _Cell(config, tick)
+    result = run_training(config, folder, watcher=watcher)
     records = [each for each in read_records(folder / METRICS) if each.get("kind") == "epoch"]
     return {
         "accuracy": result.figures["top1"],
@@ -131,31 +132,34 @@ def _train_and_measure(config: Config, folder: Path, tick: Callable[[float], Non
         ],
         "loss": result.figures["loss"],
         "seconds": result.figures["seconds"],
-        **_measure(config, result.checkpoint),
+        **watcher.figures,
     }
 
 
-class _Shares(Watcher):
-    """Tells of the share of a run that is done, epoch by epoch."""
+class _Cell(Watcher):
+    """Tells of the share of a run that is done, epoch by epoch; measures the model before and after."""
 
-    def __init__(self, epochs: int, tick: Callable[[float], None]) -> None:
-        self.epochs, self.tick = epochs, tick
+    def __init__(self, config: Config, tick: Callable[[float], None]) -> None:
+        self.config, self.epochs, self.tick = config, config.recipe.epochs, tick
+        self.figures: dict[str, Any] = {}
 
-    def planned(self, plan: Plan, step: int, epoch: int) -> None:
-        if epoch:
-            self.tick(epoch / self.epochs)
+    def begins(self, engine: Engine) -> None:
+        if engine.progress.epoch:
+            self.tick(engine.progress.epoch / self.epochs)
+        # Where the run goes on, the model of its start has to be made again.
+        first = Engine(self.config, make_accelerator(self.config)) if engine.progress.step else engine
+        self.start = _peak(first)
+
+    def ended(self, engine: Engine) -> None:
+        self.figures = {"peak": {"start": self.start, "trained": _peak(engine)}, **_measure(engine)}
 
     def recorded(self, record: dict[str, Any]) -> None:
         if record["kind"] == "epoch":
             self.tick(1 / self.epochs)
 
 
-def _measure(config: Config, checkpoint: Path) -> dict[str, Any]:
-    """Accuracy on shifted images, and attention on the impulse before and after training."""
-    engine = Engine(config, make_accelerator(config))
-    peak = {"start": _peak(engine)}
-    engine.inner.load_state_dict(files.read_tensors(checkpoint, "model"))
-    peak["trained"] = _peak(engine)
+def _measure(engine: Engine) -> dict[str, Any]:
+    """Accuracy on shifted images, and the sizes of model and data."""
     shifted: dict[str, dict[str, float]] = {}
     for pixels in SHIFTS:
         shifted[str(pixels)] = {}
@@ -166,7 +170,6 @@ def _measure(config: Config, checkpoint: Path) -> dict[str, Any]:
     plan = engine.plan()
     return {
         "shifted": shifted,
-        "peak": peak,
         "parameters": plan.parameters,
         "trained_parameters": plan.trained,
         "train_images": plan.train_images,

@@ -45,8 +45,8 @@ class RunInterrupted(Exception):  # noqa: N818 (no error: it did as it was told)
 class Watcher:
     """Told what a run does; does nothing itself. Only the main process's is told."""
 
-    def planned(self, plan: Plan, step: int, epoch: int) -> None:
-        """Before the first step; `step` steps and `epoch` epochs are done already."""
+    def begins(self, engine: Engine) -> None:
+        """Before the first step of this call; `engine.progress` says what is done already."""
 
     def stepped(self, images: int) -> None:
         """After a step on so many images, of all processes."""
@@ -59,6 +59,9 @@ class Watcher:
 
     def saved(self, checkpoint: Path) -> None:
         """When a checkpoint is complete."""
+
+    def ended(self, engine: Engine) -> None:
+        """When the run is complete; `engine.inner` has its last weights."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +141,7 @@ def run_training(
         drive = _Drive(engine, out, config_text, stop, watcher or Watcher(), start)
         stack.callback(drive.close)
         if main:
-            drive.watcher.planned(engine.plan(), engine.progress.step, engine.progress.epoch)
+            drive.watcher.begins(engine)
         if tracker is not None:
             accelerator.init_trackers(
                 tracker,
@@ -150,7 +153,10 @@ def run_training(
                     "wandb": {"dir": str(out)},
                 },
             )
-        return drive.run()
+        result = drive.run()
+        if main:
+            drive.watcher.ended(engine)
+        return result
 
 
 def measure(config: Config, *, seconds: float = 5.0) -> tuple[Plan, float]:

@@ -28,6 +28,7 @@ from convinit.serve import (
     image_files,
     load_trained,
     predict,
+    read_batch,
     save_trained,
 )
 from convinit.train import augmentation, load_data
@@ -339,6 +340,22 @@ def test_files_are_found_and_unreadable_ones_are_results(tmp_path):
     assert [each.path for each in found] == files
     assert "cannot identify image file" in found[4].reason and found[5].reason == "No such file or directory"
     assert list(predict(trained, [])) == []
+
+
+def test_a_batch_is_some_of_the_images_as_the_model_takes_them(tmp_path):
+    files = [picture(tmp_path / "images" / f"{i}.png", size=(9 + i, 6), seed=i) for i in range(7)]
+    batch = read_batch([tmp_path / "images"], SPEC, most=3)
+    assert batch.shape == (3, 3, 6, 9) and torch.equal(
+        batch, read_batch([files[0], files[3], files[6]], SPEC)
+    )
+    files[3].write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"3\.png: cannot be decoded"):
+        read_batch([tmp_path / "images"], SPEC, most=3)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="none is in a format that Pillow reads"):
+        read_batch([tmp_path / "empty"], SPEC)
+    with pytest.raises(ValueError, match="nowhere: No such file"):
+        read_batch([tmp_path / "nowhere"], SPEC)
 
 
 def test_wrong_arguments_and_models(tmp_path):

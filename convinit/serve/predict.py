@@ -89,18 +89,17 @@ def read_batch(paths: Sequence[str | Path], spec: ImageSpec, *, most: int = 16) 
         ValueError: there is no image, or one cannot be read. ImportError: Pillow or torchvision is missing.
     """
     files, failed = image_files(paths)
-    images = (
-        []
-        if failed
-        else [_read(path, spec) for path in files[:: -(-len(files) // check_int("most", most)) or 1]]
-    )
-    failed += [
-        Unreadable(path, each) for path, each in zip(files, images, strict=False) if isinstance(each, str)
-    ]
+    images = []
+    for path in files[:: max(1, -(-len(files) // check_int("most", most)))]:
+        image = _read(path, spec)
+        if isinstance(image, str):
+            failed.append(Unreadable(path, image))
+        else:
+            images.append(image)
     if failed or not images:
-        which = f"{failed[0].path}: {failed[0].reason}" if failed else "none of them is an image"
-        raise ValueError(f"images must be files or folders of images, but {which}")
-    return torch.stack(images)  # type: ignore[arg-type]
+        why = f"{failed[0].path}: {failed[0].reason}" if failed else "none is in a format that Pillow reads"
+        raise ValueError(f"images must be files or folders of images, but {why}")
+    return torch.stack(images)
 
 
 def predict(

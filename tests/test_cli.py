@@ -71,6 +71,30 @@ def test_help_names_what_the_library_takes():
     assert all(name in export for name in FORMATS)
 
 
+@pytest.mark.parametrize(
+    ("words", "answer"),
+    [
+        (["--help"], "Usage"),
+        (["--version"], "convinit"),
+        (["trian"], "train"),
+        (["train", "--init", "implse"], "did you mean impulse?"),
+        (["train", "--data", "fashion_mnist"], "did you mean fashion-mnist?"),
+        (["plot", "--model", "vit_tiny_patch16_224", "--init", "implse"], "did you mean impulse?"),
+        (["reproduce"], "fashion-mnist"),
+        (["reproduce", "alhpa"], "did you mean alpha?"),
+    ],
+)
+def test_the_door_is_quick(words, answer):
+    """Help, lists and typos are answered without PyTorch, which takes seconds to load."""
+    code = (
+        "import atexit, sys\n"
+        "atexit.register(lambda: print('with torch' if 'torch' in sys.modules else 'alone'))\n"
+        "from convinit.cli import main; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
+    assert answer in done.stdout + done.stderr and done.stdout.endswith("alone\n"), done
+
+
 def test_importing_convinit_leaves_the_extras_alone():
     code = (
         "import sys, convinit\n"
@@ -207,7 +231,7 @@ def test_files_that_hold_code_are_not_run(tmp_path):
             ["plot", "--fitted", "nothing"],
             "folder of convinit fit --out, got 'nothing' without weights.safetensors",
         ),
-        (["plot", "--fitted", "nothing", "--option", "depth=2"], "belong to --model, not to --fitted"),
+        (["plot", "--fitted", "nothing", "--option", "depth=2"], "do not belong to --fitted"),
         (["demo", "--epochs", "0"], "epochs must be at least 1, got 0"),
         (["demo", "--jobs", "0"], "jobs must be at least 1, got 0"),
         (["demo", "--train-images", "2000"], "--train-images must be below 1797"),

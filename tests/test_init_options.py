@@ -12,7 +12,7 @@ from convinit.fit import Adam, Newton
 from convinit.init.options import METHODS, InitOptions
 from convinit.models import SimpleViT
 from convinit.nn import ConvInitAttention
-from convinit.train.config import _VIT_INITS, InitConfig
+from convinit.train.config import VIT_INITS, InitConfig
 
 DEFAULTS = {each.name: each.default for each in dataclasses.fields(InitOptions)}
 
@@ -25,7 +25,7 @@ def test_defaults_are_the_same_everywhere(function):
 
 def test_the_configuration_has_the_same_options():
     assert InitConfig().of_queries_keys() == DEFAULTS
-    assert _VIT_INITS == METHODS
+    assert VIT_INITS == METHODS
 
 
 @pytest.mark.parametrize(

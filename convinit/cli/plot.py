@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 import convinit
+from convinit.train.config import VIT_INITS, check_choice
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -108,6 +109,7 @@ def plot(
             "give --model with a name of timm, --fitted with a folder of convinit fit, or --run with one of "
             "convinit train"
         )
+    check_choice("init", init, VIT_INITS)  # before PyTorch and timm are loaded
     console = Console()
     if run is not None:
         from convinit.serve import draw_run, load_trained, read_batch

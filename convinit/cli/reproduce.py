@@ -79,6 +79,13 @@ def reproduce(
 
     - `convinit reproduce all --data cifar100 --root ~/data --set data.workers=12 --set recipe.epochs=100`
     """
+    from convinit.reproduce.tables import declared, tables_of
+
+    if not table:
+        _list_tables()
+        return
+    names = [*tables_of(data)] if "all" in table else [*dict.fromkeys(table)]
+    tables = [declared(name, data) for name in names]  # a typo needs no PyTorch
     from convinit import reproduce as api
     from convinit._checks import check_int
     from convinit._processes import cpus
@@ -87,10 +94,6 @@ def reproduce(
     from convinit.train.config_files import parse
     from convinit.train.run import RunInterrupted
 
-    if not table:
-        _list_tables()
-        return
-    names = list(api.tables_of(data) if "all" in table else dict.fromkeys(table))
     check_int("seeds", seeds)
     if jobs is not None:
         check_int("jobs", jobs)
@@ -105,7 +108,7 @@ def reproduce(
     given: dict[str, Any] = {} if in_memory else {"data.workers": min(8, (cpus() - 1) // _gpus())}
     given |= {} if root is None else {"data.root": str(root.expanduser())}
     given |= {"data.download": True} if download else {}
-    grids = [api.Grid.of(api.declared(name, data), range(seeds), {**given, **wanted}) for name in names]
+    grids = [api.Grid.of(each, range(seeds), {**given, **wanted}) for each in tables]
     todo = api.unfinished(grids, out)
     at_once = jobs_for(todo, jobs) if todo else 0
     found = check_data(grids) if todo or dry_run else {}
@@ -145,7 +148,7 @@ def reproduce(
 
 
 def _list_tables() -> None:
-    from convinit.reproduce import declared, tables_of
+    from convinit.reproduce.tables import declared, tables_of
 
     sheet = Sheet(show_header=False, box=None, padding=(0, 2, 0, 0))
     for data in ("digits", "fashion-mnist"):

@@ -4,23 +4,11 @@ tables → grid → cells: what is varied, which runs that makes, one run. readi
 off the runs, how it is told, and the files. What others reported is in docs/published.md.
 """
 
-from convinit.reproduce.cells import run_cell
-from convinit.reproduce.grid import Grid, run_all, unfinished
-from convinit.reproduce.page import write_report
-from convinit.reproduce.report import Report
-from convinit.reproduce.tables import DATA, TABLES, Choice, Table, declared, tables_of
+from typing import TYPE_CHECKING
 
-__all__ = [
-    "DATA",
-    "TABLES",
-    "Choice",
-    "Grid",
-    "Report",
-    "Table",
-    "declared",
-    "tables_of",
-    "run_all",
-    "run_cell",
-    "unfinished",
-    "write_report",
-]
+from convinit._lazy import lazy_names
+
+if TYPE_CHECKING:
+    from convinit.reproduce._public import *  # noqa: F403
+else:
+    __getattr__, __dir__ = lazy_names(__name__)

@@ -127,7 +127,7 @@ class ModelConfig(_Section):
 
 
 OWN_MODELS = ("simple_vit", "convmixer")
-_VIT_INITS = ("impulse", "mimetic", "random", "default", "scrambled", "norm_matched", "position_only")
+VIT_INITS = ("impulse", "mimetic", "random", "default", "scrambled", "norm_matched", "position_only")
 _FILTER_INITS = (
     "impulse", "random", "box", "gaussian", "softmax", "permutation", "full_permutation",
 )  # fmt: skip
@@ -143,7 +143,7 @@ class InitConfig(_Section):
         "controls scrambled, norm_matched and, in timm's models, position_only. Of convmixer's filters: "
         "impulse, random, box, gaussian, softmax, permutation, full_permutation.",
         flag="init",
-        choices=tuple(dict.fromkeys((*_VIT_INITS, *_FILTER_INITS))),
+        choices=tuple(dict.fromkeys((*VIT_INITS, *_FILTER_INITS))),
     )
     values: str = option(
         "mimetic",
@@ -183,9 +183,10 @@ class InitConfig(_Section):
     num_cells: int | None = option(None, "Cells of convmixer's box filters.", low=1, unset="9")
     variance: float | None = option(None, "Of convmixer's gaussian filters, in cells².", above=0, unset="1")
 
-    def check(self) -> None:
-        if self.method in _VIT_INITS:
-            from convinit.init.options import InitOptions  # it loads PyTorch
+    def check_options(self) -> None:
+        """What `InitOptions` refuses. It loads PyTorch, so all else is checked first."""
+        if self.method in VIT_INITS:
+            from convinit.init.options import InitOptions
 
             try:
                 InitOptions(**self.of_queries_keys())
@@ -410,7 +411,7 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
-        kinds = {"convmixer": _FILTER_INITS, "simple_vit": _VIT_INITS[:-1]}.get(self.model.name, _VIT_INITS)
+        kinds = {"convmixer": _FILTER_INITS, "simple_vit": VIT_INITS[:-1]}.get(self.model.name, VIT_INITS)
         if self.init.method not in kinds:
             raise ValueError(
                 f"init.method must be one of {', '.join(kinds)} for model {self.model.name!r}, got "
@@ -432,6 +433,7 @@ class Config:
         for key in fields.get(self.model.name, ("num_cells", "variance")):
             if getattr(self.init, key) != default_of(InitConfig, key):
                 raise ValueError(f"init.{key} must not be set for model {self.model.name!r}, which has none")
+        self.init.check_options()
 
     def as_dict(self) -> dict[str, dict[str, Any]]:
         """Section → key → value."""

@@ -80,7 +80,7 @@ def test_help_names_what_the_library_takes():
         (["train", "--init", "implse"], "did you mean impulse?"),
         (["train", "--data", "fashion_mnist"], "did you mean fashion-mnist?"),
         (["plot", "--model", "vit_tiny_patch16_224", "--init", "implse"], "did you mean impulse?"),
-        (["reproduce"], "fashion-mnist"),
+        (["reproduce"], "drop-in"),
         (["reproduce", "alhpa"], "did you mean alpha?"),
     ],
 )

@@ -345,11 +345,11 @@ def test_files_are_found_and_unreadable_ones_are_results(tmp_path):
 def test_a_batch_is_some_of_the_images_as_the_model_takes_them(tmp_path):
     files = [picture(tmp_path / "images" / f"{i}.png", size=(9 + i, 6), seed=i) for i in range(7)]
     batch = read_batch([tmp_path / "images"], SPEC, most=3)
-    assert batch.shape == (3, 3, 6, 9) and torch.equal(
-        batch, read_batch([files[0], files[3], files[6]], SPEC)
-    )
-    files[3].write_bytes(b"no image")
-    with pytest.raises(ValueError, match=r"3\.png: cannot be decoded"):
+    assert batch.shape == (3, 3, 6, 9)
+    assert torch.equal(batch, read_batch([files[0], files[2], files[4]], SPEC))
+    assert len(read_batch(files, SPEC, most=6)) == 6 and len(read_batch(files, SPEC)) == 7
+    files[2].write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"2\.png: cannot be decoded"):
         read_batch([tmp_path / "images"], SPEC, most=3)
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="none is in a format that Pillow reads"):

@@ -318,6 +318,16 @@ def test_a_stopped_run_goes_on(tmp_path):
     assert not list(folder_of(config, tmp_path / "stopped").glob("step-*"))  # checkpoints are not kept
 
 
+def test_ctrl_c_ends_the_measuring_at_the_end(tmp_path, monkeypatch):
+    from convinit.reproduce import cells
+
+    monkeypatch.setattr(cells, "_measure", lambda engine: signal.raise_signal(signal.SIGINT))
+    config = tiny_grid().configs["impulse", "Model I"][0]
+    with pytest.raises(KeyboardInterrupt):
+        run_cell(config, tmp_path, False, lambda share: None)
+    assert read_outcome(config, tmp_path) is None
+
+
 def test_a_run_that_cannot_be_made_does_not_stop_the_others(tmp_path, monkeypatch):
     from convinit.reproduce import cells
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import gzip
 import json
+import os
 import re
+import signal
 import struct
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +24,7 @@ import convinit
 from convinit.cli.app import app
 from convinit.offsets import impulse_targets
 from convinit.serve import load_trained, pictures
-from convinit.train.run import run_training
+from convinit.train.run import Watcher, run_training
 from convinit.viz import head_maps
 from convinit.viz.style import new_figure
 
@@ -156,6 +160,57 @@ def test_the_pictures_show_the_start_and_the_trained_weights(model, tmp_path, mo
         found = maps.gather(2, wanted.clamp(min=0)[..., None])[..., 0] * (wanted >= 0)
         expected = found.sum(dim=1) / (wanted >= 0).sum(dim=1)
         torch.testing.assert_close(history.peak[1][i], expected, atol=1e-3, rtol=0)
+
+
+def test_what_a_run_cannot_be_drawn_with_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    images = own_images(tmp_path / "images")
+    run_training(small(recipe__epochs=1), "vit")
+    mixer = {"model__name": "convmixer", "model__heads": None, "model__mlp_dim": None, "model__options": {}}
+    run_training(small(recipe__epochs=1, **mixer), "mixer")
+    for line, answer in (
+        (
+            "plot --run vit --radius 1 --seed 3 --out x",
+            "--radius, --seed, --out must not be given with --run",
+        ),
+        (f"plot --run mixer --images {images}", "its ConvMixer has no attention"),
+    ):
+        done = CliRunner().invoke(app, line.split(), env={"COLUMNS": "200", "TERM": "dumb"})
+        assert done.exit_code == 2 and answer in str(done.exception or done.output) + done.output, done.output
+    assert "curves.png" in typed("plot --run mixer")
+    Path("vit/metrics.jsonl").unlink()
+    written = typed("plot --run vit")  # the heads need only the checkpoint
+    assert "filters.png" in written and "curves.png" not in written
+
+
+@pytest.mark.parametrize("option", ["img_size=64", "in_chans=1"])
+def test_images_are_read_as_the_built_model_takes_them(option, tmp_path):
+    pytest.importorskip("timm")
+    images = own_images(tmp_path / "images")
+    line = f"plot --model vit_tiny_patch16_224 --option depth=1 --option {option} --images {images}"
+    assert "on your images 0." in typed(f"{line} --out {tmp_path}")
+
+
+def test_a_stopped_run_is_told_of_and_drawn(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    class Stop(Watcher):
+        def recorded(self, record):
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr("convinit.cli.train_progress.watcher", lambda *_: contextlib.nullcontext(Stop()))
+    words = ["train", "--preset", "quick", "--epochs", "3", *SHORT, "--out", "o"]
+    done = CliRunner().invoke(app, words, env={"COLUMNS": "200", "TERM": "dumb"})
+    assert done.exit_code == 128 + signal.SIGTERM, done.output
+    assert {"curves.png", "filters.png", "drift.png", "init_report.txt", "README.md"} <= set(os.listdir("o"))
+
+
+def test_the_report_needs_no_matplotlib(tmp_path, monkeypatch):
+    run_training(small(recipe__epochs=1), tmp_path)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match="figures need matplotlib"):
+        pictures.draw_run(tmp_path)
+    assert "by 'impulse'" in (tmp_path / "init_report.txt").read_text()
 
 
 def test_a_run_whose_pictures_fail_is_complete(tmp_path, monkeypatch):

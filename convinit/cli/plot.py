@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch import Tensor, nn
 
+OUT = Path("convinit-plot")
+
 
 def plot(
     model: Annotated[
@@ -83,7 +85,7 @@ def plot(
             show_default="one more than the farthest offset",
         ),
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder for filters.png and maps.png.")] = Path("convinit-plot"),
+    out: Annotated[Path, typer.Option(help="Folder for filters.png and maps.png.")] = OUT,
 ) -> None:
     """Draw where every attention head of a model looks, by its positions alone or on images.
 
@@ -112,6 +114,15 @@ def plot(
     check_choice("init", init, VIT_INITS)  # before PyTorch and timm are loaded
     console = Console()
     if run is not None:
+        others: dict[str, tuple[Any, Any]] = {  # and their defaults
+            "before": (before, None), "after": (after, None), "option": (option, None),
+            "radius": (radius, None), "kernel-size": (kernel_size, None), "peak": (peak, None),
+            "pos-embed-gain": (pos_embed_gain, None), "init": (init, "impulse"), "fit": (fit, "newton"),
+            "seed": (seed, 0), "out": (out, OUT),
+        }  # fmt: skip
+        given = ", ".join(f"--{name}" for name, (value, default) in others.items() if value != default)
+        if given:
+            raise ValueError(f"{given} must not be given with --run, whose folder says all of that")
         from convinit.serve import draw_run, load_trained, read_batch
 
         batch = None if images is None else read_batch(images, load_trained(run).images)
@@ -194,13 +205,17 @@ def _create(name: str, options: list[str], seed: int) -> nn.Module:
 
 def _batch(network: nn.Module, images: list[Path]) -> Tensor:
     """Some of the images, as timm's model takes them."""
+    import torch
     from timm.data import resolve_model_data_config
 
     from convinit.serve import ImageSpec, read_batch
 
-    data = resolve_model_data_config(network)
-    channels, *size = data["input_size"]
-    mean, std = data["mean"][:channels], data["std"][:channels]
+    data = resolve_model_data_config(network)  # of its published weights: options may have changed the input
+    patches: Any = getattr(network, "patch_embed", None)
+    size = getattr(patches, "img_size", None) or data["input_size"][1:]
+    first = next(layer for layer in network.modules() if isinstance(layer, torch.nn.Conv2d | torch.nn.Linear))
+    grey = isinstance(first, torch.nn.Conv2d) and first.in_channels == 1
+    mean, std = (tuple(data[key][:1] if grey else data[key]) for key in ("mean", "std"))
     return read_batch(images, ImageSpec(tuple(size), mean, std, ("any",), data["crop_pct"]))
 
 

@@ -108,6 +108,8 @@ def train(
             name = "Ctrl-C" if stopped.signum == signal.SIGINT else signal.Signals(stopped.signum).name
             again = shlex.join(["convinit", *_again(sys.argv[1:], out)])
             say(f"stopped by {name}; {stopped.checkpoint} is saved. To go on: {again}", style="yellow")
+            _write_readme(out, wanted)
+            _draw(out)
         raise typer.Exit(128 + stopped.signum) from None
     except Exception:
         if made and {path.name for path in out.iterdir()} <= {LOCK}:  # nothing was written
@@ -127,7 +129,7 @@ def _draw(out: Path) -> None:
     try:
         written = draw_run(out)
     except Exception as error:
-        say(f"the run is complete, but could not be drawn: {error}", style="yellow")
+        say(f"the weights are saved, but the run could not be drawn: {error}", style="yellow")
         return
     names = ", ".join(path.name for path in written)
     Console().print(f"Pictures and report beside them: {names}", highlight=False, soft_wrap=True)

@@ -32,7 +32,7 @@ def draw_run(out: str | Path, *, images: Tensor | None = None) -> list[Path]:
     Args:
         out: folder of the run; it gets
 
-            * curves.png: loss and accuracy over the epochs;
+            * curves.png: loss and accuracy over the epochs, where metrics.jsonl is there;
             * init_report.txt and init_report.json: the heads at the start, as of :func:`convinit.init_vit_`;
             * filters.png: the mean attention around a query of each head, at the start and now;
             * drift.png: the attention on each head's target, at the start and now.
@@ -45,23 +45,33 @@ def draw_run(out: str | Path, *, images: Tensor | None = None) -> list[Path]:
         The files that were written.
 
     Raises:
-        FileNotFoundError: `out` holds no checkpoint. ImportError: matplotlib is missing.
+        FileNotFoundError: `out` holds no checkpoint. ValueError: images were given for a model without
+            attention over a token grid. ImportError: matplotlib is missing.
     """
     out = Path(out)
     found = checkpoints(out)
     if not found:
-        raise FileNotFoundError(f"{out} must be the folder of a run, but it holds no checkpoint")
-    files = {"curves.png": run_curves(read_records(out / METRICS), title=out.name)}
-    texts = {}
+        raise FileNotFoundError(f"{out} must be the folder of a run, but no checkpoint step-* is in it")
     network, report = _at_the_start(found[-1])
+    if report is None and images is not None:
+        raise ValueError(
+            f"images must not be given for the run in {out}: its {type(network).__name__} has no attention "
+            "that could be drawn"
+        )
+    written = []
+    if report is not None:  # before what needs matplotlib
+        for name, text in ((f"{REPORT}.txt", str(report)), (f"{REPORT}.json", report.to_json(indent=1))):
+            (out / name).write_text(text + "\n", encoding="utf-8")
+            written.append(out / name)
+    files = {}
+    if (out / METRICS).exists():
+        files["curves.png"] = run_curves(read_records(out / METRICS), title=out.name)
     if report is not None:
-        texts = {f"{REPORT}.txt": str(report), f"{REPORT}.json": report.to_json(indent=1)}
         files |= _heads(network, report, found[-1], images)
     for name, figure in files.items():
         figure.savefig(out / name, dpi=150)
-    for name, text in texts.items():
-        (out / name).write_text(text + "\n", encoding="utf-8")
-    return [out / name for name in (*files, *texts)]
+        written.append(out / name)
+    return written
 
 
 def of_what(images: Tensor | None) -> str:

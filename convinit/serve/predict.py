@@ -90,7 +90,8 @@ def read_batch(paths: Sequence[str | Path], spec: ImageSpec, *, most: int = 16) 
     """
     files, failed = image_files(paths)
     images = []
-    for path in files[:: max(1, -(-len(files) // check_int("most", most)))]:
+    count = min(check_int("most", most), len(files))
+    for path in (files[i * len(files) // count] for i in range(count)):
         image = _read(path, spec)
         if isinstance(image, str):
             failed.append(Unreadable(path, image))

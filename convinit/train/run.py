@@ -137,23 +137,24 @@ def run_training(
             if overwrite:  # only now that data and model are known to be good
                 _remove_run(out)
             files.check_room(out, engine.checkpoint_bytes(), config.run.keep)
-        stop = stack.enter_context(StopRequest())
-        drive = _Drive(engine, out, config_text, stop, watcher or Watcher(), start)
-        stack.callback(drive.close)
-        if main:
-            drive.watcher.begins(engine)
-        if tracker is not None:
-            accelerator.init_trackers(
-                tracker,
-                config={key: str(value) for key, value in config.flat().items()}
-                if tracker == "wandb"
-                else None,
-                init_kwargs={
-                    "tensorboard": {"purge_step": engine.progress.step + 1},
-                    "wandb": {"dir": str(out)},
-                },
-            )
-        result = drive.run()
+        # What a watcher does at the end is no part of the run: Ctrl-C ends it at once.
+        with StopRequest() as stop:
+            drive = _Drive(engine, out, config_text, stop, watcher or Watcher(), start)
+            stack.callback(drive.close)
+            if main:
+                drive.watcher.begins(engine)
+            if tracker is not None:
+                accelerator.init_trackers(
+                    tracker,
+                    config={key: str(value) for key, value in config.flat().items()}
+                    if tracker == "wandb"
+                    else None,
+                    init_kwargs={
+                        "tensorboard": {"purge_step": engine.progress.step + 1},
+                        "wandb": {"dir": str(out)},
+                    },
+                )
+            result = drive.run()
         if main:
             drive.watcher.ended(engine)
         return result

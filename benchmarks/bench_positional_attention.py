@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from convinit._timing import compiled
-from convinit.ops.fused import HAS_TRITON
+from convinit.ops.backends import HAS_TRITON
 from convinit.ops.positional_attention import (
     packed_attention,
     positional_attention,

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from convinit._timing import compiled
-from convinit.ops.fused import HAS_TRITON
+from convinit.ops.backends import HAS_TRITON
 from convinit.ops.shared_attention import shared_attention, shared_attention_reference
 
 CUDA = torch.cuda.is_available()

@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
-import triton
 from torch import Tensor
 
 from convinit.kernels import tuned
@@ -57,7 +56,7 @@ def positional_forward(
         q, q_pos, scale = -q, None if q_pos is None else -q_pos, -scale
     scale = max(scale, TINY)  # the kernel multiplies masked logits by it, and 0 · −∞ is no number
     all_keys = config.BN >= tokens
-    programs = triton.cdiv(tokens, config.BM)
+    programs = cdiv(tokens, config.BM)
     if all_keys:  # one program a head, unless images and heads alone leave multiprocessors idle
         programs = max(1, min(programs, multiprocessors(q) * config.programs // (batch * heads)))
     q, k, v = reachable(q), reachable(k), reachable(v)
@@ -143,14 +142,14 @@ def positional_backward(
         delta = torch.empty_like(lse)
         if dq is not None or dk is not None:
             config = tuned.choose("backward_queries", q, chosen)
-            backward_queries_kernel[(batch * heads * triton.cdiv(tokens, config.BM),)](
+            backward_queries_kernel[(batch * heads * cdiv(tokens, config.BM),)](
                 *sources, out, dout, lse, delta, dq,
                 *source_strides, out_strides, dout.stride(), strides(dq),
                 *common, dq_scale, **tiles(config, q),
             )  # fmt: skip
         if dk is not None or dv is not None:
             config = tuned.choose("backward_keys", q, chosen)
-            backward_keys_kernel[(batch * heads * triton.cdiv(tokens, config.BN),)](
+            backward_keys_kernel[(batch * heads * cdiv(tokens, config.BN),)](
                 *sources, dout, lse, delta, dk, dv,
                 *source_strides, dout.stride(), strides(dk), strides(dv),
                 *common, dk_scale, **tiles(config, q),
@@ -161,7 +160,7 @@ def positional_backward(
         for x, need in ((q_pos, need_q_pos), (k_pos, need_k_pos))
     )
     if dq_pos is not None or dk_pos is not None:
-        sum_images_kernel[(triton.cdiv(heads * tokens * rank, ELEMENTS), 2)](
+        sum_images_kernel[(cdiv(heads * tokens * rank, ELEMENTS), 2)](
             dq, dk, dq_pos, dk_pos, strides(dq), strides(dk), batch, heads, tokens, 1 / factor, 1 / factor,
             R=rank, BB=IMAGES, BE=ELEMENTS, num_warps=4,
         )  # fmt: skip
@@ -183,7 +182,7 @@ def apply_map(attention: Tensor, v: Tensor, chosen: Chosen | None = None) -> Ten
         for h, result in enumerate(split_heads(out, heads).unbind(1)):
             torch.bmm(attention[h].expand(batch, -1, -1), v[:, h], out=result)
         return out
-    blocks = triton.cdiv(tokens, config.BM)
+    blocks = cdiv(tokens, config.BM)
     splits = shares(batch, heads * blocks, config, v)
     v, attention = reachable(v), reachable(attention)
     apply_kernel[(heads * splits, blocks)](
@@ -207,7 +206,7 @@ def map_gradient(dout: Tensor, v: Tensor, chosen: Chosen | None = None) -> Tenso
     if v.numel() == 0:
         return v.new_zeros(heads, tokens, tokens)
     config = tuned.choose("map_gradient", v, chosen)
-    rows, columns = triton.cdiv(tokens, config.BM), triton.cdiv(tokens, config.BN)
+    rows, columns = cdiv(tokens, config.BM), cdiv(tokens, config.BN)
     splits = shares(batch, heads * rows * columns, config, v)
     parts = v.new_empty(splits, heads, tokens, tokens, dtype=torch.float32)
     v, dout = reachable(v), reachable(split_heads(dout, heads))
@@ -241,8 +240,12 @@ def tiles(config: Config, x: Tensor) -> dict[str, Any]:
     }
 
 
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)  # triton.cdiv takes 5 µs, for it works inside of kernels, too
+
+
 def padded(rank: int) -> int:
-    return max(16, triton.next_power_of_2(rank))  # tensor cores take no less than 16
+    return max(16, 1 << (rank - 1).bit_length())  # tensor cores take no less than 16
 
 
 def precision(x: Tensor) -> str:
@@ -287,9 +290,11 @@ def multiprocessors(x: Tensor) -> int:
 
 def reachable(x: T) -> T:
     """x; a copy of a view whose heads are spread over 2³¹ elements, for the kernels reach no further."""
-    if x is None or sum((n - 1) * s for n, s in zip(x.shape[-2:], x.stride()[-2:], strict=True)) < 2**31:
-        return x
-    return x.contiguous()
+    if x is None:
+        return None
+    tokens, rank = x.shape[-2:]
+    reach = (tokens - 1) * x.stride(-2) + (rank - 1) * x.stride(-1)
+    return x if reach < 2**31 else x.contiguous()
 
 
 def strides(x: Tensor | None) -> Strides:
@@ -297,4 +302,4 @@ def strides(x: Tensor | None) -> Strides:
 
 
 def position_strides(position: Tensor | None) -> Strides:
-    return NO_STRIDES if position is None else position.unsqueeze(0).stride()
+    return NO_STRIDES if position is None else (0, *position.stride())

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from convinit.cli.app import app
 from convinit.models import ConvMixer, SimpleViT
-from convinit.ops.fused import fused_positional_attention
+from convinit.ops.positional_op import fused_positional_attention
 from convinit.serve import export
 from convinit.serve.export import _set_backends_
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from convinit.nn.attention import ConvInitAttention
-from convinit.ops import fused
+from convinit.ops import backends, map_op, positional_op
 from convinit.ops.positional_attention import (
     packed_attention,
     positional_attention,
@@ -24,13 +24,13 @@ def packed(batch=2, heads=2, tokens=5, rank=4, dtype=torch.float64):
 
 def test_gradcheck():
     def f(qkv, pos):
-        return fused._positional(*qkv.permute(2, 0, 3, 1, 4), *pos, 0.5, 0.3)[0]
+        return positional_op._positional(*qkv.permute(2, 0, 3, 1, 4), *pos, 0.5, 0.3)[0]
 
     assert torch.autograd.gradcheck(f, packed())
     attention, values = torch.rand(2, 4, 4).double(), torch.randn(3, 2, 4, 3).double()
     inputs = (attention.requires_grad_(), values.requires_grad_())
-    assert torch.autograd.gradcheck(fused.apply_map, inputs)
-    assert torch.autograd.gradgradcheck(fused.apply_map, inputs)
+    assert torch.autograd.gradcheck(map_op.apply_map, inputs)
+    assert torch.autograd.gradgradcheck(map_op.apply_map, inputs)
 
 
 @pytest.mark.parametrize("q_pos", [True, False])
@@ -42,7 +42,7 @@ def test_value_and_gradients_match_the_reference(q_pos):
         (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
         return out, qkv.grad, pos.grad
 
-    ours = run(lambda *inputs: fused.fused_positional_attention(*inputs, 0.3, 0.2))
+    ours = run(lambda *inputs: positional_op.fused_positional_attention(*inputs, 0.3, 0.2))
     reference = run(lambda *inputs: positional_attention_reference(*inputs, scale=0.3, alpha=0.2))
     for a, b in zip(ours, reference, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
@@ -56,9 +56,9 @@ def test_packed_product_gives_the_same_bits(needs):
         (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
         return out, qkv.grad, pos.grad
 
-    whole = run(lambda qkv, pos: fused.fused_packed_attention(qkv.flatten(2), 2, *pos, 0.3, 0.2))
+    whole = run(lambda qkv, pos: positional_op.fused_packed_attention(qkv.flatten(2), 2, *pos, 0.3, 0.2))
     parts = run(
-        lambda qkv, pos: fused.fused_positional_attention(*qkv.permute(2, 0, 3, 1, 4), *pos, 0.3, 0.2)
+        lambda qkv, pos: positional_op.fused_positional_attention(*qkv.permute(2, 0, 3, 1, 4), *pos, 0.3, 0.2)
     )
     for a, b in zip(whole, parts, strict=True):
         assert (a is None and b is None) or torch.equal(a, b)
@@ -72,11 +72,13 @@ def test_packed_opcheck_and_gradcheck():
         (flat.detach(), 2, None, pos[1].detach().requires_grad_(), 0.5, 0.3),
         (flat[:0], 2, None, None, 0.5, 1.0),
     ):
-        torch.library.opcheck(fused._packed, arguments)
-    assert torch.autograd.gradcheck(lambda x, pos: fused._packed(x, 2, *pos, 0.5, 0.3)[0], (flat, pos))
-    compiled = torch.compile(fused.fused_packed_attention, fullgraph=True, backend="aot_eager")
+        torch.library.opcheck(positional_op._packed.op, arguments)
+    assert torch.autograd.gradcheck(
+        lambda x, pos: positional_op._packed(x, 2, *pos, 0.5, 0.3)[0], (flat, pos)
+    )
+    compiled = torch.compile(positional_op.fused_packed_attention, fullgraph=True, backend="aot_eager")
     out = compiled(flat, 2, *pos, 0.5, 0.3)
-    torch.testing.assert_close(out, fused.fused_packed_attention(flat, 2, *pos, 0.5, 0.3))
+    torch.testing.assert_close(out, positional_op.fused_packed_attention(flat, 2, *pos, 0.5, 0.3))
     out.sum().backward()
     with pytest.raises(ValueError, match=r"qkv must be \[B, N, 3·num_heads·r\] with num_heads = 4"):
         packed_attention(flat[..., :-1], 4)
@@ -97,23 +99,23 @@ def test_opcheck():
         (q, frozen, v, None, k_pos.double().requires_grad_(), 0.5, 0.3),
         (q[:0], k[:0], v[:0], None, None, 0.5, 1.0),
     ):
-        torch.library.opcheck(fused._positional, arguments)
-    torch.library.opcheck(fused._apply_map, (torch.rand(2, 5, 5, requires_grad=True), v))
-    torch.library.opcheck(fused._apply_map, (torch.rand(2, 5, 5).mT, v[:, :, :, ::2]))
+        torch.library.opcheck(positional_op._positional.op, arguments)
+    torch.library.opcheck(map_op._apply_map.op, (torch.rand(2, 5, 5, requires_grad=True), v))
+    torch.library.opcheck(map_op._apply_map.op, (torch.rand(2, 5, 5).mT, v[:, :, :, ::2]))
 
 
 def test_only_requested_gradients_are_computed(monkeypatch):
     asked = []
-    backward = fused._positional_backward
+    backward = positional_op._positional_backward
 
     def spy(*arguments):
         asked.append(arguments[-1])
         return backward(*arguments)
 
-    monkeypatch.setattr(fused, "_positional_backward", spy)
+    monkeypatch.setattr(positional_op, "_positional_backward", spy)
     qkv, pos = packed()
     q, k, v = qkv.detach().permute(2, 0, 3, 1, 4)
-    out = fused.fused_positional_attention(q, k, v, None, pos[1], 1.0, 1.0)
+    out = positional_op.fused_positional_attention(q, k, v, None, pos[1], 1.0, 1.0)
     out.sum().backward()
     assert asked == [[False, False, False, False, True]]
 
@@ -121,8 +123,8 @@ def test_only_requested_gradients_are_computed(monkeypatch):
 def test_compiles_into_one_graph():
     def f(qkv, pos):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        out = fused.fused_positional_attention(q, k, v, *pos, 0.5, 0.3)
-        return out + fused.apply_map((pos[0] @ pos[1].mT).softmax(-1), v)
+        out = positional_op.fused_positional_attention(q, k, v, *pos, 0.5, 0.3)
+        return out + map_op.apply_map((pos[0] @ pos[1].mT).softmax(-1), v)
 
     def run(f):
         qkv, pos = packed()
@@ -138,8 +140,8 @@ def test_compiles_into_one_graph():
 def test_autocast():
     qkv, pos = packed(dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
-        out = fused.fused_positional_attention(*qkv.permute(2, 0, 3, 1, 4), *pos, 0.5, 0.3)
-        shared = fused.apply_map(torch.rand(2, 5, 5), qkv[:, :, 2].transpose(1, 2))
+        out = positional_op.fused_positional_attention(*qkv.permute(2, 0, 3, 1, 4), *pos, 0.5, 0.3)
+        shared = map_op.apply_map(torch.rand(2, 5, 5), qkv[:, :, 2].transpose(1, 2))
     assert out.dtype == shared.dtype == torch.bfloat16
     (out.sum() + shared.sum()).backward()
     assert qkv.grad.dtype == pos.grad.dtype == torch.float32
@@ -161,12 +163,12 @@ def test_backends_agree(backend):
 def test_explicit_triton_never_falls_back(monkeypatch):
     qkv, pos = (x.detach() for x in packed(dtype=torch.float32))
     q, k, v = qkv.permute(2, 0, 3, 1, 4)
-    monkeypatch.setattr(fused, "HAS_TRITON", True)
+    monkeypatch.setattr(backends, "HAS_TRITON", True)
     with pytest.raises(ValueError, match="needs tensors on a CUDA device, got cpu"):
         positional_attention(q, k, v, backend="triton")
     with pytest.raises(ValueError, match="needs tensors on a CUDA device, got cpu"):
         ConvInitAttention(8, 2, (2, 2), method="random", backend="triton")(torch.randn(1, 4, 8))
-    monkeypatch.setattr(fused, "HAS_TRITON", False)
+    monkeypatch.setattr(backends, "HAS_TRITON", False)
     with pytest.raises(RuntimeError, match="Triton, which is not installed"):
         shared_attention(*pos, v, backend="triton")
     for f in (
@@ -186,7 +188,7 @@ def test_triton_is_imported_by_nothing_but_its_kernels():
     code = (
         "import sys; sys.modules['triton'] = None\n"
         "import torch, convinit, convinit.models.simple_vit\n"
-        "from convinit.ops.fused import fused_positional_attention as f\n"
+        "from convinit.ops.positional_op import fused_positional_attention as f\n"
         "q = torch.randn(1, 1, 4, 4); print(f(q, q, q, None, None, 1.0, 1.0).shape)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -11,7 +11,7 @@ import torch
 
 from convinit.kernels.layout import split_heads, split_packed
 from convinit.nn.attention import ConvInitAttention
-from convinit.ops import fused, native
+from convinit.ops import map_op, native, positional_op
 from convinit.ops.positional_attention import (
     packed_attention,
     positional_attention,
@@ -265,8 +265,8 @@ def test_opcheck():
     q, k, v = (x.detach() for x in split_packed(qkv, 2))
     for dtype in (torch.float32, torch.bfloat16):
         flat = qkv.to(dtype).requires_grad_()
-        torch.library.opcheck(fused._packed, (flat, 2, *pos.requires_grad_().unbind(), 0.5, 0.3))
-    torch.library.opcheck(fused._positional, (q.requires_grad_(), k, v, None, None, 0.5, 1.0))
+        torch.library.opcheck(positional_op._packed.op, (flat, 2, *pos.requires_grad_().unbind(), 0.5, 0.3))
+    torch.library.opcheck(positional_op._positional.op, (q.requires_grad_(), k, v, None, None, 0.5, 1.0))
     out, lse = q.new_empty(2, 6, 8), q.new_empty(2, 2, 6)
     arguments = (q.detach(), k, v, None, None, out, lse, 0.5, 1.0)
     torch.library.opcheck(torch.ops.convinit.positional_attention_cpu, arguments, test_utils="test_schema")
@@ -276,7 +276,7 @@ def test_log_sum_exp():
     """What the op hands to its backward is what the Triton kernels hand to theirs."""
     qkv, _, _ = make(2, 2, 20, 8)
     q, k, v = split_packed(qkv, 2)
-    _, lse = fused._positional(q, k, v, None, None, 0.5, 1.0)
+    _, lse = positional_op._positional(q, k, v, None, None, 0.5, 1.0)
     torch.testing.assert_close(lse, (0.5 * q @ k.mT).logsumexp(-1) / torch.log(torch.tensor(2.0)))
 
 
@@ -313,7 +313,7 @@ def test_autocast_leaves_float64_alone_in_every_size(monkeypatch, worthwhile):
     q = torch.randn(1, 1, 4, 4, dtype=torch.float64)
     with torch.autocast("cpu", torch.bfloat16):
         assert positional_attention(q, q, q).dtype == torch.float64
-        assert fused.apply_map(q[0], q).dtype == torch.float64
+        assert map_op.apply_map(q[0], q).dtype == torch.float64
 
 
 def test_explicit_native_never_falls_back():
@@ -337,7 +337,7 @@ def test_tangents_are_refused():
             lambda: on_cpu(dual, q, q),
             lambda: on_cpu(q, q, q, ad.make_dual(q[0], q[0])),
             lambda: packed_attention(ad.make_dual(qkv, qkv), 1, backend="native"),
-            lambda: fused.apply_map(q[0], dual),
+            lambda: map_op.apply_map(q[0], dual),
         ):
             with pytest.raises(NotImplementedError, match="no forward AD"):
                 call()

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from convinit.kernels.layout import split_heads
-from convinit.ops import fused, native
+from convinit.ops import map_op, native
 from convinit.ops import shared_attention as module
 from convinit.ops.shared_attention import shared_attention, shared_attention_reference
 
@@ -41,7 +41,7 @@ def check(attention, v, dout):
     """Errors next to float64 are those of PyTorch's product, up to rounding."""
     exact = run(product, *(x.double() for x in (attention, v, dout)))
     eager = run(product, attention, v, dout)
-    ours = run(fused.apply_map, attention, v, dout)
+    ours = run(map_op.apply_map, attention, v, dout)
     for a, b, c in zip(ours, eager, exact, strict=True):
         assert (a.dtype, a.shape) == (b.dtype, b.shape)
         assert (a - c).norm() <= 1.5 * (b - c).norm() + 4 * torch.finfo(torch.float32).eps * c.norm()
@@ -74,7 +74,7 @@ def test_every_batch(batch, dtype):
 
 @pytest.mark.parametrize("shape", [(0, 2, 5, 4), (2, 2, 0, 4), (2, 2, 5, 0)])
 def test_nothing_to_do(shape):
-    for a, b in zip(run(fused.apply_map, *make(*shape)), run(product, *make(*shape)), strict=True):
+    for a, b in zip(run(map_op.apply_map, *make(*shape)), run(product, *make(*shape)), strict=True):
         assert torch.equal(a, b)
 
 
@@ -104,11 +104,11 @@ def test_any_strides(dtype):
         "one column for all": lambda x: x[..., :1].expand(x.shape),
     }
     for name, layout in layouts.items():
-        strided = fused.apply_map(layout(attention), layout(v))
-        dense = fused.apply_map(layout(attention).contiguous(), layout(v).contiguous())
+        strided = map_op.apply_map(layout(attention), layout(v))
+        dense = map_op.apply_map(layout(attention).contiguous(), layout(v).contiguous())
         assert torch.equal(strided, dense), name
-        ours = run(fused.apply_map, attention, v, layout(dout))
-        dense = run(fused.apply_map, attention, v, layout(dout).contiguous())
+        ours = run(map_op.apply_map, attention, v, layout(dout))
+        dense = run(map_op.apply_map, attention, v, layout(dout).contiguous())
         assert all(torch.equal(a, b) for a, b in zip(ours, dense, strict=True)), name
 
 
@@ -118,7 +118,7 @@ def test_any_strides(dtype):
 def test_what_is_not_finite_is_not_hidden(bad, where, dtype):
     inputs = make(2, 2, 19, 5, dtype)
     inputs[where][1, ..., 7, 2] = bad
-    for a, b in zip(run(fused.apply_map, *inputs), run(product, *inputs), strict=True):
+    for a, b in zip(run(map_op.apply_map, *inputs), run(product, *inputs), strict=True):
         assert torch.equal(a.isfinite(), b.isfinite()) and torch.equal(a.isnan(), b.isnan())
 
 
@@ -129,9 +129,9 @@ def test_scratch_of_the_last_call_does_not_leak(shape, dtype):
     torch.set_num_threads(1)
     try:
         inputs = make(*shape, dtype)
-        before = run(fused.apply_map, *inputs)
-        run(fused.apply_map, *(x.fill_(torch.nan) for x in make(2, 1, 300, 70, dtype)))
-        after = run(fused.apply_map, *inputs)
+        before = run(map_op.apply_map, *inputs)
+        run(map_op.apply_map, *(x.fill_(torch.nan) for x in make(2, 1, 300, 70, dtype)))
+        after = run(map_op.apply_map, *inputs)
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
@@ -144,7 +144,7 @@ def test_threads_do_not_change_the_bits(batch, heads, tokens):
     try:
         for number in (1, 2, 5, 64):  # with 64 every row block is a task of its own
             torch.set_num_threads(number)
-            results.append(run(fused.apply_map, *inputs))
+            results.append(run(map_op.apply_map, *inputs))
     finally:
         torch.set_num_threads(threads)
     for other in results[1:]:
@@ -158,15 +158,15 @@ def test_second_derivatives():
         loss = sum((x * torch.linspace(-1, 1, x.numel()).view_as(x)).sum() for x in first)
         return torch.autograd.grad(loss, (attention, v))
 
-    for a, b in zip(second(fused.apply_map), second(product), strict=True):
+    for a, b in zip(second(map_op.apply_map), second(product), strict=True):
         torch.testing.assert_close(a, b)
 
 
 def test_opcheck():
     for dtype in (torch.float32, torch.bfloat16):
         attention, v, dout = make(2, 2, 6, 4, dtype)
-        torch.library.opcheck(fused._apply_map, (attention.requires_grad_(), v.requires_grad_()))
-        torch.library.opcheck(fused._map_gradient, (dout, v.detach()))
+        torch.library.opcheck(map_op._apply_map.op, (attention.requires_grad_(), v.requires_grad_()))
+        torch.library.opcheck(map_op._map_gradient.op, (dout, v.detach()))
         arguments = (attention.detach(), v.detach(), torch.empty(2, 6, 8, dtype=dtype))
         torch.library.opcheck(torch.ops.convinit.apply_map_cpu, arguments, test_utils="test_schema")
         arguments = (dout, v.detach(), torch.empty(2, 6, 6, dtype=dtype))

@@ -18,7 +18,7 @@ from convinit.cli.app import app
 from convinit.kernels import tuned
 from convinit.kernels.configs import Config
 from convinit.kernels.tuned import Launch, Problem, Tuned
-from convinit.ops import fused, tune, verify
+from convinit.ops import backends, tune, verify
 from convinit.ops.positional_attention import packed_attention, positional_attention
 from convinit.ops.shared_attention import shared_attention
 
@@ -229,7 +229,7 @@ def taken(x, *positions, op="positional_attention", dropout_p=0.0):
     others = (x, x, *positions) if op == "positional_attention" else (x[0], x[0])
     if op == "positional_attention" and not positions:
         others += (None, None)
-    return fused.tuned_choice(op, x, dropout_p, *others)
+    return backends.tuned_choice(op, x, dropout_p, *others)
 
 
 def test_auto_goes_by_the_problem(fake_gpu):
@@ -316,18 +316,18 @@ def test_a_back_end_by_name(monkeypatch, choice):
     """Asked whether it serves first; PyTorch's choice where it does not."""
     asked = []
     q, k, v = torch.randn(3, 2, 2, 5, 8)
-    monkeypatch.setitem(fused._SERVES, choice, lambda params: asked.append(params.query) or False)
+    monkeypatch.setitem(backends._SERVES, choice, lambda params: asked.append(params.query) or False)
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=0.3)
-    assert torch.equal(fused.attention_by(choice, q, k, v, 0.0, 0.3), expected)
+    assert torch.equal(backends.attention_by(choice, q, k, v, 0.0, 0.3), expected)
     assert len(asked) == 1
 
 
 @pytest.mark.parametrize("choice", ["cudnn", "flash", "efficient"])
 @pytest.mark.parametrize("grad", [False, True])
 def test_back_ends_take_what_they_are_given(fake_gpu, monkeypatch, choice, grad):
-    monkeypatch.setitem(fused._SERVES, choice, lambda params: True)
-    called, call = [], fused._sdpa_op
-    monkeypatch.setattr(fused, "_sdpa_op", lambda *given: called.append(given[0]) or call(*given))
+    monkeypatch.setitem(backends._SERVES, choice, lambda params: True)
+    called, call = [], backends._sdpa_op
+    monkeypatch.setattr(backends, "_sdpa_op", lambda *given: called.append(given[0]) or call(*given))
     for training in (False, True):
         fake_gpu.choices[Problem("positional_attention", torch.bfloat16, 64, 16, False, training)] = (
             choice,

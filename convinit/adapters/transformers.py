@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from convinit.ops.fused import check_backend
+from convinit.ops.backends import check_backend
 from convinit.ops.positional_attention import positional_attention
 
 __all__ = ["register_attention"]

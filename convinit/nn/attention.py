@@ -30,7 +30,7 @@ from convinit.init.options import InitOptions
 from convinit.init.query_key import fitted_qk
 from convinit.nn.linear import Linear
 from convinit.nn.position import check_position, fill_position_
-from convinit.ops.fused import BACKENDS
+from convinit.ops.backends import BACKENDS
 from convinit.ops.positional_attention import packed_attention, positional_attention
 from convinit.ops.shared_attention import shared_attention
 

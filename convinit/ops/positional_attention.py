@@ -8,7 +8,8 @@ from torch import Tensor
 
 from convinit._checks import check_int, check_probability, check_real, check_same_device, check_tensor
 from convinit.kernels.layout import split_packed
-from convinit.ops import fused, native
+from convinit.ops import backends, native
+from convinit.ops.positional_op import fused_packed_attention, fused_positional_attention
 from convinit.ops.transforms import transforms_active
 
 __all__ = ["packed_attention", "positional_attention", "positional_attention_reference"]
@@ -59,10 +60,10 @@ def positional_attention(
     Source: Model I of arXiv 2401.12511, with the sum taken after the projection instead of before it.
     """
     scale, alpha, dropout_p = _check(q, k, v, q_pos, k_pos, scale, alpha, dropout_p)
-    fused.check_backend(backend)
-    serving = fused.serving("positional_attention", backend, q, dropout_p, k, v, q_pos, k_pos)
+    backends.check_backend(backend)
+    serving = backends.serving("positional_attention", backend, q, dropout_p, k, v, q_pos, k_pos)
     if serving == "kernels":
-        return fused.fused_positional_attention(q, k, v, q_pos, k_pos, scale, alpha)
+        return fused_positional_attention(q, k, v, q_pos, k_pos, scale, alpha)
     return _by_torch(serving, backend, q, k, v, q_pos, k_pos, scale, alpha, dropout_p)
 
 
@@ -100,10 +101,10 @@ def packed_attention(
         )
     q, k, v = split_packed(qkv, num_heads)
     scale, alpha, dropout_p = _check(q, k, v, q_pos, k_pos, scale, alpha, dropout_p)
-    fused.check_backend(backend)
-    serving = fused.serving("positional_attention", backend, q, dropout_p, k, v, q_pos, k_pos)
+    backends.check_backend(backend)
+    serving = backends.serving("positional_attention", backend, q, dropout_p, k, v, q_pos, k_pos)
     if serving == "kernels":
-        return fused.fused_packed_attention(qkv, num_heads, q_pos, k_pos, scale, alpha)
+        return fused_packed_attention(qkv, num_heads, q_pos, k_pos, scale, alpha)
     return _by_torch(serving, backend, q, k, v, q_pos, k_pos, scale, alpha, dropout_p)
 
 
@@ -149,7 +150,7 @@ def _by_torch(
             q, k, v, q_pos, k_pos, scale=scale, alpha=alpha, dropout_p=dropout_p
         )
     q, k = _mix(q, q_pos, alpha), _mix(k, k_pos, alpha)
-    return fused.attention_by(serving, q, k, v, dropout_p, scale).transpose(1, 2).flatten(2)
+    return backends.attention_by(serving, q, k, v, dropout_p, scale).transpose(1, 2).flatten(2)
 
 
 def _mix(content: Tensor, position: Tensor | None, alpha: float) -> Tensor:

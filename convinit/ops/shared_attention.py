@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from convinit._checks import check_probability, check_real, check_same_device, check_tensor
-from convinit.ops import fused
+from convinit.ops import backends
+from convinit.ops.map_op import apply_map
 from convinit.ops.positional_attention import positional_attention
 
 __all__ = ["shared_attention", "shared_attention_reference"]
@@ -50,7 +51,7 @@ def shared_attention(
     Source: Models II and III of arXiv 2401.12511, which compute the map anew for every image.
     """
     scale, dropout_p = _check(q_map, k_map, v, scale, dropout_p)
-    fused.check_backend(backend)
+    backends.check_backend(backend)
     if backend == "eager":
         return shared_attention_reference(q_map, k_map, v, scale=scale, dropout_p=dropout_p)
     if backend == "auto" and v.shape[0] == 1 and v.device.type == "cpu" and not torch.is_grad_enabled():
@@ -62,7 +63,7 @@ def shared_attention(
         q, k = (x.to(v.dtype).expand(v.shape[0], *x.shape) for x in (q_map, k_map))
         out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, scale=scale)
         return out.transpose(1, 2).flatten(2)
-    serving = fused.serving("shared_attention", backend, v, 0.0, q_map, k_map)
+    serving = backends.serving("shared_attention", backend, v, 0.0, q_map, k_map)
     if q_map.dtype == torch.float16 and q_map.device.type == "cpu":
         q_map, k_map = (
             q_map.float(),
@@ -72,7 +73,7 @@ def shared_attention(
     if dropout_p > 0:
         attention = F.dropout(attention, dropout_p)
     if serving == "kernels":
-        return fused.apply_map(attention, v)
+        return apply_map(attention, v)
     batch, heads, tokens, rank = v.shape
     # The images side by side make one tall product a head, and the gradient of the map sums over the batch
     # inside the matrix product instead of through a [B, heads, N, N] tensor. The two copies of v are cheap.

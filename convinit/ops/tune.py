@@ -20,7 +20,7 @@ from convinit.kernels.configs import Config
 from convinit.kernels.layout import split_packed
 from convinit.kernels.tuned import Launch, Problem
 from convinit.ops import verify
-from convinit.ops.fused import HAS_TRITON
+from convinit.ops.backends import HAS_TRITON
 from convinit.ops.verify import ALPHA, CASES, Case, Shape
 
 __all__ = ["SHAPES", "check_shapes", "tune"]

@@ -7,6 +7,11 @@ import os
 from pathlib import Path
 
 
+def cache_folder() -> Path:
+    """Where what takes long to make is kept: $CONVINIT_CACHE_DIR, or ~/.cache/convinit."""
+    return Path(os.environ.get("CONVINIT_CACHE_DIR") or "~/.cache/convinit").expanduser()
+
+
 def write_whole(path: Path, text: str, *, sync: bool = False) -> None:
     """Writes a text in UTF-8. A reader or a crash meanwhile finds the old file or the new one, never a part.
 

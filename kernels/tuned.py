@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from convinit._files import write_whole
+from convinit._files import cache_folder, write_whole
 from convinit.kernels import configs
 from convinit.kernels.configs import Config
 
@@ -154,7 +154,7 @@ def _triton_starts(device: int) -> bool:
 
 
 def folder() -> Path:
-    return Path(os.environ.get("CONVINIT_CACHE_DIR") or "~/.cache/convinit").expanduser() / "tuned"
+    return cache_folder() / "tuned"
 
 
 @functools.cache

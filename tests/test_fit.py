@@ -372,8 +372,9 @@ def test_adam_fits_layers_together_as_each_alone():
         torch.testing.assert_close(getattr(together, name), expected, rtol=1e-5, atol=1e-7)
 
 
-def test_adam_is_not_done_twice(monkeypatch):
-    """Of the same start, target and P the fit is remembered; what a caller writes into it is not."""
+def test_adam_is_not_done_twice(monkeypatch, tmp_path):
+    """A fit is kept on disk, by start, target and P; what cannot be read or written is fitted anew."""
+    monkeypatch.setenv("CONVINIT_CACHE_DIR", str(tmp_path / "cache"))
     calls = []
     monkeypatch.setattr(
         papers, "adam_steps_", lambda *args, **kwargs: calls.append(1) or adam_steps_(*args, **kwargs)
@@ -389,7 +390,23 @@ def test_adam_is_not_done_twice(monkeypatch):
     first.zero_()
     assert torch.equal(fit(0), expected) and len(calls) == 1
     assert not torch.equal(fit(1), expected) and not torch.equal(fit(0, scale=0.4), expected)
-    assert len(calls) == 3
+    assert len(calls) == 3 == len([*(tmp_path / "cache" / "fits").iterdir()])
+    for path in (tmp_path / "cache" / "fits").iterdir():
+        path.write_bytes(path.read_bytes()[:100])
+    assert torch.equal(fit(0), expected) and torch.equal(fit(0), expected) and len(calls) == 4
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("CONVINIT_CACHE_DIR", str(tmp_path / "file"))
+    assert torch.equal(fit(0), expected) and torch.equal(fit(0), expected) and len(calls) == 6
+
+
+def test_the_oldest_fits_go(monkeypatch, tmp_path):
+    monkeypatch.setenv("CONVINIT_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(papers, "_KEEP", 2)
+    P, offsets = sincos((3, 3), 16), torch.tensor([[0, 1]])
+    for seed in range(4):
+        generator = torch.Generator().manual_seed(seed)
+        fit_qk(P, offsets, (3, 3), 4, scale=0.3, fit=Adam(steps=1), generator=generator)
+    assert len([*(tmp_path / "fits").iterdir()]) == 2
 
 
 def test_svd_fits_a_norm_that_pos_embed_gain_does_not_change():

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from convinit.nn.attention import ConvInitAttention
 from convinit.ops import backends, map_op, positional_op
@@ -102,6 +104,34 @@ def test_opcheck():
         torch.library.opcheck(positional_op._positional.op, arguments)
     torch.library.opcheck(map_op._apply_map.op, (torch.rand(2, 5, 5, requires_grad=True), v))
     torch.library.opcheck(map_op._apply_map.op, (torch.rand(2, 5, 5).mT, v[:, :, :, ::2]))
+
+
+def test_eager_calls_and_ops_give_the_same_bits():
+    """An eager call takes another way through autograd; what records a graph finds the op."""
+    flat, pos = (x.detach().float() for x in packed(tokens=16, rank=16))
+    flat = flat.flatten(2)
+    dout = torch.randn(2, 16, 32, generator=torch.Generator().manual_seed(1))
+
+    def run(f):
+        leaves = [x.clone().requires_grad_() for x in (flat, pos)]
+        out = f(leaves[0], 2, *leaves[1], 0.3, 0.2)[0]
+        return out, *torch.autograd.grad(out, leaves, dout)
+
+    for eager, op in zip(run(positional_op._packed), run(positional_op._packed.op), strict=True):
+        assert torch.equal(eager, op)
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            seen.append(str(op))
+            return op(*args, **(kwargs or {}))
+
+    with Watch():
+        run(positional_op._packed)
+    assert {"convinit.packed_attention.default", "convinit.packed_attention_backward.default"} <= {*seen}
+    with FakeTensorMode() as mode:
+        fake = positional_op._packed(mode.from_tensor(flat), 2, None, None, 0.3, 1.0)[0]
+    assert isinstance(fake, FakeTensor) and fake.shape == (2, 16, 32)
 
 
 def test_only_requested_gradients_are_computed(monkeypatch):

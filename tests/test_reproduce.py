@@ -94,7 +94,7 @@ def test_every_table_is_whole(name, data):
     assert len(runs) == 2 * max(1, len(table.rates)) * (len(grid.configs) - everywhere * (len(columns) - 1))
     for config in runs.values():
         assert config.data.name == data and config.run.tracker == "none"
-        assert config.recipe.precision == ("no" if data in ("digits", "fashion-mnist") else "bf16")
+        assert config.recipe.precision == ("no" if data == "digits" else "bf16")
     if table.figure == "lines":
         assert all(column.x is not None for column in table.columns)
     for reading in table.readings:

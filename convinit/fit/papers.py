@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import os
+from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from convinit._checks import check_int, check_number, check_real
+from convinit._files import cache_folder
 from convinit._progress import progress
 from convinit.fit.adam import adam_steps_
 
-_KEEP = 4  # fits by Adam: they take minutes, and a training run makes its model more than once
-_kept: dict[tuple, tuple[Tensor, Tensor]] = {}
+_KEEP = 64  # fits by Adam, on disk: they take minutes, and runs that differ in nothing but training share one
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,9 @@ def fit_adam(
     Both start as U(±√(1/(r · heads))). At every `norm_interval`-th step W_q [B, D, r] is divided by its norm
     over D and W_kᵀ [B, r, D] by its norm over r, and both are multiplied by the mean initial norm of the
     columns of their layer's W_q. All arguments and results are on the CPU; the steps are made on `device`.
+
+    The result is kept in the folder of caches, $CONVINIT_CACHE_DIR or ~/.cache/convinit, and found there by
+    all that it depends on.
     """
     P = pos_embed.to(torch.promote_types(pos_embed.dtype, torch.float32))
     heads = options.heads or max(len(targets), 1)
@@ -95,10 +101,11 @@ def fit_adam(
     starts = [(uniform(n, P.shape[1], rank), uniform(n, rank, P.shape[1])) for n in layers]
     norms = [start.norm(dim=1).mean().expand(len(start), 1, 1) for start, _ in starts]
     wq, wk_t = (torch.cat(parts) for parts in zip(*starts, strict=True))
-    inputs = [(x.shape, sha256(x.numpy().tobytes()).digest()) for x in (P, targets, wq, wk_t)]
-    key = (options, scale, heads, device, *inputs)
-    if key in _kept:
-        return _kept[key][0].clone(), _kept[key][1].clone()
+    path = _kept_at(options, scale, heads, device.type, P, targets, wq, wk_t)
+    with suppress(Exception):  # there is none, or it is damaged
+        kept_wq, kept_wk = torch.load(path, weights_only=True)
+        if kept_wq.shape == kept_wk.shape == wq.shape:
+            return kept_wq, kept_wk
     # P in a basis of its row space, which leaves rounding alone to tell the fits apart.
     U, S, Vh = torch.linalg.svd(P.double(), full_matrices=False)
     kept = S > torch.finfo(P.dtype).eps * S[0]
@@ -117,10 +124,32 @@ def fit_adam(
             tokens, directions, targets, wq, wk, moments, scale=scale, heads=heads, lr=options.lr,
             first_step=step, steps=min(options.norm_interval, options.steps - step),
         )  # fmt: skip
-    _kept[key] = wq.cpu(), wk.cpu()
-    while len(_kept) > _KEEP:
-        del _kept[next(iter(_kept))]
-    return wq.cpu().clone(), wk.cpu().clone()
+    wq, wk = wq.cpu(), wk.cpu()
+    with suppress(OSError, RuntimeError):  # where nothing may be written, the next call fits anew
+        _keep(path, (wq, wk))
+    return wq, wk
+
+
+def _kept_at(*given: object) -> Path:
+    digest = sha256()
+    for each in given:
+        digest.update(repr(tuple(each.shape) if isinstance(each, Tensor) else each).encode())
+        if isinstance(each, Tensor):
+            digest.update(each.contiguous().numpy().tobytes())
+    return cache_folder() / "fits" / f"adam-{digest.hexdigest()[:24]}.pt"
+
+
+def _keep(path: Path, weights: tuple[Tensor, Tensor]) -> None:
+    """Writes a fit, whole or not at all, and removes the oldest ones."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        torch.save(weights, part)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+    for old in sorted(path.parent.glob("adam-*.pt"), key=lambda each: each.stat().st_mtime)[:-_KEEP]:
+        old.unlink(missing_ok=True)
 
 
 def fit_svd(

@@ -470,7 +470,7 @@ def _timm(data: str) -> Table:
 # Of 60,000 training images another 1,000 or 5,000 for each seed, 2,000 to validate on.
 _FASHION: Settings = {
     "data.val_fraction": 1 / 30, "recipe.weight_decay": 0.05, "recipe.clip": 1.0, "init.kernel_size": None,
-    "run.cpu": False, "run.eval_batch_size": 1000,
+    "recipe.precision": "bf16", "run.cpu": False, "run.eval_batch_size": 1000,
 }  # fmt: skip
 _SMALL_VIT: Settings = {
     "model.name": "vit_tiny_patch16_224", "model.options": {"embed_dim": 96, "depth": 6, "num_heads": 3},
@@ -561,6 +561,22 @@ def _window(data: str) -> Table:
     )
 
 
+def _fashion_models(data: str) -> Table:
+    own = _models("fashion-mnist")
+    size = {
+        "model.patch_size": 2, "model.dim": 96, "model.depth": 6, "model.heads": 3, "model.mlp_dim": 192,
+        "data.train_count": 1000, "recipe.epochs": 16,
+    }  # fmt: skip
+    return replace(
+        own,
+        title=f"{own.title}, on 14 × 14 tokens of Fashion-MNIST",
+        preset="quick",
+        settings={**_FASHION, **_vit(small=False), **size},
+        rates=_RATES,
+        note=f"Width 96, 6 layers, 3 heads. {_FASHION_NOTE}",
+    )
+
+
 TABLES: dict[str, Callable[[str], Table]] = {
     "convmixer": _convmixer,
     "models": _models,
@@ -572,7 +588,9 @@ TABLES: dict[str, Callable[[str], Table]] = {
     "shift": _shift,
     "timm": _timm,
 }
-FASHION_TABLES: dict[str, Callable[[str], Table]] = {"drop-in": _drop_in, "window": _window}
+FASHION_TABLES: dict[str, Callable[[str], Table]] = {
+    "drop-in": _drop_in, "window": _window, "models": _fashion_models,
+}  # fmt: skip
 DATA = ("digits", "fashion-mnist", "cifar10", "cifar100", "svhn", "tiny-imagenet")
 
 

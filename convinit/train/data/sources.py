@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 import torch
 
 from convinit._checks import check_int
+from convinit._files import cache_folder
 from convinit.train.config import DATA_FAMILIES, DATA_HINT, DATA_SETS, check_choice, check_statistics
 from convinit.train.data.fashion_mnist import MEAN, STD, USUAL, read_fashion_mnist
 from convinit.train.data.folders import read_folder, read_tiny_imagenet
@@ -255,7 +255,7 @@ def _read(
 
 def _usual_folder() -> str:
     """Where data sets of torchvision lie that were fetched without a word on where."""
-    return os.path.join(os.environ.get("CONVINIT_CACHE_DIR") or "~/.cache/convinit", "data")
+    return str(cache_folder() / "data")
 
 
 def _digits() -> tuple[ImageTensors, ImageTensors, tuple[str, ...], tuple[float, ...], tuple[float, ...]]:

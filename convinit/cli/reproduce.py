@@ -25,8 +25,8 @@ def reproduce(
     data: Annotated[
         str,
         typer.Option(
-            help="digits: the small version of each, minutes on 2 CPU cores. fashion-mnist: drop-in and "
-            "window, init_vit_ on few real images, half an hour of a GPU. cifar10, cifar100, svhn, "
+            help="digits: the small version of each, minutes on 2 CPU cores. fashion-mnist: drop-in, "
+            "window and models on few real images, minutes of a GPU. cifar10, cifar100, svhn, "
             "tiny-imagenet: the papers' size."
         ),
     ] = "digits",

@@ -139,7 +139,8 @@ class Report:
             words.append(f"Values and output layer start {kind}, unless said.")
         words += [
             f"Training: {' or '.join(map(str, epochs))} epochs of {recipe.optimizer} at {self._rates()} "
-            f"({recipe.schedule}) in batches of {recipe.batch_size}.",
+            f"({recipe.schedule}) in batches of {recipe.batch_size}"
+            f"{'' if recipe.precision == 'no' else f', in {recipe.precision}'}.",
             f"{len(seeds)} seeds, mean ± standard deviation."
             if len(seeds) > 1
             else f"Seed {seeds[0]} alone.",

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import io
 import re
 from pathlib import Path
@@ -13,6 +14,7 @@ from typer.testing import CliRunner
 
 from convinit.cli import train
 from convinit.cli.app import app
+from convinit.cli.train import _FLAGS
 from convinit.cli.train_progress import Bar
 from convinit.train.config import SECTIONS, Config, kind_of
 from convinit.train.config_files import read_toml
@@ -24,8 +26,8 @@ def invoke(*arguments: object):
 
 
 SMALL_RUN = [
-    "--preset", "quick", "--dim", 32, "--depth", 1, "--train-count", 70, "--epochs", 2, "--tracker", "none",
-    "--threads", "none",
+    "--preset", "quick", "--dim", 32, "--depth", 1, "--train-count", 70, "--epochs", 2, "--threads", "none",
+    "--set", "run.tracker=none",
 ]  # fmt: skip
 
 
@@ -33,23 +35,27 @@ def test_help_has_every_option_in_its_panel():
     text = invoke("--help").output
     for panel in ("Model", "Initial weights", "Data", "Recipe", "Run"):
         assert f"─ {panel} ─" in text
-    for section in SECTIONS.values():
-        for each in dataclasses.fields(section):
-            flag = each.metadata["flag"] or each.name.replace("_", "-")
-            assert f"--{flag} " in text
-            assert each.metadata["help"].split()[0] in text
+    for name, section in SECTIONS.items():
+        fields = {each.name: each for each in dataclasses.fields(section)}
+        for key in _FLAGS[name]:
+            assert f"--{fields[key].metadata['flag'] or key.replace('_', '-')} " in text
+            assert fields[key].metadata["help"].split()[0] in text
+    assert len(inspect.signature(train.train).parameters) < 40
     assert "convinit train --preset quick" in text and "[default: (0.001)]" in text
 
 
 def test_a_run_from_the_command_line(tmp_path):
-    done = invoke(*SMALL_RUN, "--out", tmp_path / "o", "--ema", 0.5)
+    done = invoke(*SMALL_RUN, "--out", tmp_path / "o", "--set", "recipe.ema=0.5")
     assert done.exit_code == 0, done.output
     assert "epoch 2/2: loss" in done.output and "average's top-1" in done.output
     assert f"Weights: {tmp_path}/o/step-000004/model.safetensors" in done.output
     assert [r["epoch"] for r in records(tmp_path / "o") if r["kind"] == "epoch"] == [1, 2]
-    assert "the run was finished already" in invoke(*SMALL_RUN, "--out", tmp_path / "o", "--ema", 0.5).output
-    other = invoke(*SMALL_RUN, "--out", tmp_path / "o", "--ema", 0.6)
-    assert other.exit_code == 2 and "other settings: --ema: 0.6, not 0.5." in other.output
+    assert (
+        "the run was finished already"
+        in invoke(*SMALL_RUN, "--out", tmp_path / "o", "--set", "recipe.ema=0.5").output
+    )
+    other = invoke(*SMALL_RUN, "--out", tmp_path / "o", "--set", "recipe.ema=0.6")
+    assert other.exit_code == 2 and "other settings: recipe.ema: 0.6, not 0.5." in other.output
 
 
 def test_every_run_has_a_folder_of_its_own(tmp_path, monkeypatch):
@@ -89,7 +95,8 @@ def test_command_line_over_file_over_preset(tmp_path):
     path = tmp_path / "run.toml"
     done = invoke(
         "--preset", "paper", "--model", "convmixer", "--init", "box", "--option", "a=(1, 'b')",
-        "--share-layers", "--no-download", "--clip", "none", "--lr", "2e-3", "--save-config", path,
+        "--set", "model.share_layers=true", "--no-download", "--set", "recipe.clip=none", "--lr", "2e-3",
+        "--save-config", path,
     )  # fmt: skip
     assert done.exit_code == 0, done.output
     config = Config.of(read_toml(path))
@@ -99,6 +106,14 @@ def test_command_line_over_file_over_preset(tmp_path):
     assert invoke("--config", path, "--epochs", 7, "--save-config", again).exit_code == 0
     changed = dataclasses.replace(config, recipe=dataclasses.replace(config.recipe, epochs=7))
     assert Config.of(read_toml(again)) == changed
+
+
+def test_a_written_config_explains_itself(tmp_path):
+    assert invoke("--preset", "quick", "--save-config", tmp_path / "run.toml").exit_code == 0
+    lines = (tmp_path / "run.toml").read_text().splitlines()
+    at = lines.index("warmup_epochs = 0.0")
+    assert lines[at - 1] == "# Epochs in which the learning rate rises linearly."
+    assert "# Learning rate over the steps. Of: cosine, one-cycle, constant." in lines
 
 
 def test_dry_run(tmp_path, monkeypatch):
@@ -124,9 +139,18 @@ def test_dry_run(tmp_path, monkeypatch):
         (["--preset", "quick", "--precision", "fp16"], "error: --precision must be no or bf16"),
         (["--config", "nowhere.toml"], "nowhere.toml"),
         (["--init", "implse"], "got 'implse'; did you mean impulse?"),
-        (["--model", "convmixer", "--offsets", "random"], "error: --offsets must not be set for model"),
-        (["--peak", 0.5, "--weight-norm", 3], "error: give --weight-norm or --peak, not both"),
-        (["--warmup-epochs", 300], "error: --warmup-epochs must be at most epochs = 200, got 300"),
+        (
+            ["--model", "convmixer", "--set", "init.offsets=random"],
+            "error: init.offsets must not be set for model",
+        ),
+        (["--peak", 0.5, "--set", "init.weight_norm=3"], "error: give init.weight_norm or --peak, not both"),
+        (
+            ["--set", "recipe.warmup_epochs=300"],
+            "error: recipe.warmup_epochs must be at most epochs = 200, got 300",
+        ),
+        (["--set", "recipe.warmup=5"], "it has epochs, batch_size"),
+        (["--set", "warmup_epochs=5"], "error: --set must be SECTION.KEY=VALUE, such as recipe.epochs=50"),
+        (["--lr", 1, "--set", "recipe.lr=2"], "error: --lr must be given once, by its option or by --set"),
     ],
 )
 def test_errors_in_one_line(arguments, message, tmp_path):
@@ -139,15 +163,18 @@ def test_errors_in_one_line(arguments, message, tmp_path):
 def test_every_option_is_named_as_it_was_typed():
     wrong = {int: ["x", "1.5", "9" * 30], float: ["x", "nan", "-inf"], dict: ["x", "=1"]}
     tried = 0
-    for section in SECTIONS.values():
+    for name, section in SECTIONS.items():
         for each in dataclasses.fields(section):
-            flag = "--" + (each.metadata["flag"] or each.name).replace("_", "-")
+            typed = f"{name}.{each.name}"
+            if each.name in _FLAGS[name]:
+                typed = "--" + (each.metadata["flag"] or each.name).replace("_", "-")
             words = wrong.get(kind_of(section, each.name)[0], [])
             for word in [*words, *(["nonsense"] if each.metadata["choices"] else [])]:
                 if word == "9" * 30 and each.name != "seed":  # the only whole numbers with a highest
                     continue
-                done = invoke(flag, word, "--save-config", "/dev/null")
-                assert done.exit_code == 2 and done.output.startswith(f"error: {flag} must be "), done.output
+                given = [typed, word] if typed.startswith("--") else ["--set", f"{typed}={word}"]
+                done = invoke(*given, "--save-config", "/dev/null")
+                assert done.exit_code == 2 and done.output.startswith(f"error: {typed} must be "), done.output
                 tried += 1
     assert tried > 80
 

@@ -300,7 +300,7 @@ def test_room_is_looked_for_before_the_first_step(tmp_path, monkeypatch):
     usage = files.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(files.shutil, "disk_usage", lambda path: usage._replace(free=100_000))
     monkeypatch.setattr(Engine, "step", lambda *_: pytest.fail("a step was made"))
-    with pytest.raises(OSError, match="has 0.1 MB free, but 3 more checkpoints of .* MB need .*--keep"):
+    with pytest.raises(OSError, match="has 0.1 MB free, but 3 more checkpoints of .* MB need .*run.keep"):
         run_training(small(), tmp_path)
     monkeypatch.undo()
     (tmp_path / "file").write_text("")

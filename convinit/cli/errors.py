@@ -92,6 +92,8 @@ def _as_typed(message: str, flags: Mapping[str, str], given: Mapping[str, Any]) 
         begins = re.fullmatch(r"(give )?(\w+ or )?", message[: found.start()])
         return flags[word] if "_" in word or begins else word
 
+    if message.startswith("["):  # of the keys of a section
+        return message
     names = "|".join(map(re.escape, sorted(flags, key=len, reverse=True)))
     return re.sub(rf"(?<![\w./-])({names})(?![\w/]|\.\w)", typed, message) if names else message
 

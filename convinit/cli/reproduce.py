@@ -91,19 +91,13 @@ def reproduce(
     from convinit._processes import cpus
     from convinit.reproduce.grid import check_data, jobs_for
     from convinit.train.config import field_of
-    from convinit.train.config_files import parse
+    from convinit.train.config_files import parse_settings
     from convinit.train.run import RunInterrupted
 
     check_int("seeds", seeds)
     if jobs is not None:
         check_int("jobs", jobs)
-    wanted: dict[str, Any] = {}
-    for each in setting or ():
-        key, _, text = each.partition("=")
-        if "." not in key or not text:
-            raise ValueError(f"--set must be SECTION.KEY=VALUE, such as recipe.epochs=50, got {each!r}")
-        value = parse(key, text)
-        wanted[key] = {**wanted.get(key, {}), **value} if isinstance(value, dict) else value
+    wanted = parse_settings(setting or ())
     in_memory = data in ("digits", "fashion-mnist")
     given: dict[str, Any] = {} if in_memory else {"data.workers": min(8, (cpus() - 1) // _gpus())}
     given |= {} if root is None else {"data.root": str(root.expanduser())}

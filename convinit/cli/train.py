@@ -1,4 +1,4 @@
-"""`convinit train`. Most options are the fields of `convinit.train.config`, with their help."""
+"""`convinit train`. Most options are fields of `convinit.train.config`, with their help."""
 
 from __future__ import annotations
 
@@ -22,10 +22,29 @@ from rich.table import Table
 
 from convinit.cli.errors import say
 from convinit.train.config import NONE, SECTIONS, Config, default_of, kind_of
-from convinit.train.config_files import PRESETS, parse, read_toml, resolve, to_toml
+from convinit.train.config_files import (
+    PRESETS,
+    explanation,
+    parse,
+    parse_settings,
+    read_toml,
+    resolve,
+    to_toml,
+)
 
 _PANELS = {
     "model": "Model", "init": "Initial weights", "data": "Data", "recipe": "Recipe", "run": "Run",
+}  # fmt: skip
+# What most runs set. All else is reached by --set, so that the help can be read.
+_FLAGS = {
+    "model": ("name", "variant", "patch_size", "dim", "depth", "heads", "options"),
+    "init": ("method", "values", "kernel_size", "peak", "fit"),
+    "data": (
+        "name", "root", "download", "options", "train_count", "train_fraction", "val_fraction", "augment",
+        "image_size", "workers",
+    ),
+    "recipe": ("epochs", "batch_size", "lr", "weight_decay", "precision"),
+    "run": ("seed", "cpu", "threads"),
 }  # fmt: skip
 _METAVARS = {int: "N", float: "X", tuple: "X,...", str: "TEXT", dict: "NAME=VALUE"}
 
@@ -48,8 +67,18 @@ def train(
             help='TOML file with settings, as --save-config writes it; preset = "paper" may lead it.'
         ),
     ] = None,
+    setting: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="SECTION.KEY=VALUE",
+            help="Any other setting, such as recipe.clip=1; may be repeated. --save-config lists all.",
+            show_default="none",
+        ),
+    ] = None,
     save_config: Annotated[
-        Path | None, typer.Option(help="Write all settings to this file, and leave.")
+        Path | None,
+        typer.Option(help="Write all settings, with a line on each, to this file, and leave."),
     ] = None,
     dry_run: Annotated[
         bool,
@@ -65,7 +94,8 @@ def train(
 ) -> None:
     """Train a model from the initial weights of the papers, by their recipes or your own.
 
-    What the command line gives overrules the --config file, which overrules the --preset; the defaults below
+    Every setting has a name such as recipe.clip; the common ones have an option, the others go by --set. What
+    the command line gives overrules the --config file, which overrules the --preset; the defaults below
     are those without either. A run that was stopped, even by kill -9, goes on where its last checkpoint is
     when the same command is given with its folder as --out, and ends with the same weights. Ctrl-C and
     SIGTERM save first. A finished run goes on with more --epochs: its learning rate is then the longer run's.
@@ -85,9 +115,13 @@ def train(
 
     - `convinit train --preset paper --save-config run.toml`, later `convinit train --config run.toml`
     """
-    wanted = resolve(preset, None if config is None else read_toml(config), _given(settings))
+    file = None if config is None else read_toml(config)
+    given, others = _given(settings), parse_settings(setting or ())
+    if twice := [path for path in others if path in given]:
+        raise ValueError(f"{twice[0]} must be given once, by its option or by --set, got both")
+    wanted = resolve(preset, file, {**others, **given})
     if save_config is not None:
-        save_config.write_text(to_toml(wanted), encoding="utf-8")
+        save_config.write_text(to_toml(wanted, explained=True), encoding="utf-8")
         Console().print(f"Written: {save_config}", highlight=False, soft_wrap=True, markup=False)
         return
     from convinit.cli.train_progress import watcher
@@ -167,8 +201,12 @@ def _given(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _fields() -> list[tuple[str, str, dataclasses.Field]]:
+    """(section, key, field) of the settings that have an option."""
     return [
-        (name, each.name, each) for name, section in SECTIONS.items() for each in dataclasses.fields(section)
+        (name, each.name, each)
+        for name, section in SECTIONS.items()
+        for each in dataclasses.fields(section)
+        if each.name in _FLAGS[name]
     ]
 
 
@@ -176,10 +214,7 @@ def _option(section: str, each: dataclasses.Field) -> inspect.Parameter:
     kind, _ = kind_of(SECTIONS[section], each.name)
     flag = "--" + (each.metadata["flag"] or each.name).replace("_", "-")
     default = default_of(SECTIONS[section], each.name)
-    choices = f" Of: {', '.join(each.metadata['choices'])}." if each.metadata["choices"] else ""
-    if choices and all(word in each.metadata["help"] for word in each.metadata["choices"]):
-        choices = ""
-    common: dict[str, Any] = {"help": each.metadata["help"] + choices, "rich_help_panel": _PANELS[section]}
+    common: dict[str, Any] = {"help": explanation(each), "rich_help_panel": _PANELS[section]}
     hint: Any
     if kind is bool:
         hint = bool | None

@@ -254,7 +254,7 @@ def check_room(out: Path, size: int, keep: int) -> None:
     if free < copies * size:
         raise OSError(
             f"{out} has {megabytes(free)} free, but {copies} more checkpoints of {megabytes(size)} need "
-            f"{megabytes(copies * size)}; make room, choose another folder or keep fewer with --keep"
+            f"{megabytes(copies * size)}; make room, choose another folder or keep fewer with run.keep"
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import json
 import sys
 from collections.abc import Iterable, Mapping
@@ -174,6 +175,22 @@ def parse(path: str, text: str | Iterable[str]) -> Any:
     return text
 
 
+def parse_settings(texts: Iterable[str]) -> dict[str, Any]:
+    """ "section.key" → value, of several "SECTION.KEY=VALUE"; a table may be given entry by entry.
+
+    Raises:
+        ValueError: one is not of that form, or there is no such setting, or the value is not of its type.
+    """
+    given: dict[str, Any] = {}
+    for each in texts:
+        key, _, text = each.partition("=")
+        if "." not in key or not text:
+            raise ValueError(f"--set must be SECTION.KEY=VALUE, such as recipe.epochs=50, got {each!r}")
+        value = parse(key, text)
+        given[key] = {**given.get(key, {}), **value} if isinstance(value, dict) else value
+    return given
+
+
 def _pair(path: str, text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not (name.isidentifier() and equals):
@@ -196,14 +213,27 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not a TOML file: {error}") from error
 
 
-def to_toml(config: Config) -> str:
-    """All of a config as TOML text, `read_toml` and `Config.of` read it back."""
+def to_toml(config: Config, *, explained: bool = False) -> str:
+    """All of a config as TOML text, `read_toml` and `Config.of` read it back.
+
+    explained: above each setting a comment with its help and its choices.
+    """
     lines = []
     for section, part in config.as_dict().items():
         lines.append(f"[{section}]")
-        lines += [f"{key} = {_toml(value)}" for key, value in part.items()]
+        for key, value in part.items():
+            if explained:
+                lines.append(f"# {explanation(field_of(f'{section}.{key}'))}")
+            lines.append(f"{key} = {_toml(value)}")
         lines.append("")
     return "\n".join(lines)
+
+
+def explanation(field: dataclasses.Field) -> str:
+    """The help of a setting, with its choices where the help leaves one out."""
+    text, choices = field.metadata["help"], field.metadata["choices"]
+    named = all(word in text for word in choices)
+    return text if named else f"{text} Of: {', '.join(choices)}."
 
 
 def _toml(value: Any) -> str:

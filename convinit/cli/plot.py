@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ast
-import difflib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,6 +11,7 @@ from rich.console import Console
 
 import convinit
 from convinit.train.config import VIT_INITS, check_choice
+from convinit.train.config_files import name_and_value
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -177,27 +176,13 @@ def plot(
 
 
 def _create(name: str, options: list[str], seed: int) -> nn.Module:
-    try:
-        import timm
-    except ImportError as error:
-        raise ImportError(
-            f"--model needs timm, which cannot be imported ({error}); pip install timm"
-        ) from error
+    from convinit.train.build import check_timm
+
+    arguments = dict(name_and_value("option", text) for text in options)
+    check_timm("model", name)
+    import timm
     import torch
 
-    arguments = {}
-    for text in options:
-        key, equals, value = text.partition("=")
-        if not (key.isidentifier() and equals):
-            raise ValueError(f"option must be NAME=VALUE, such as img_size=32, got {text!r}")
-        try:
-            arguments[key] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            arguments[key] = value
-    if not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)
-        hint = f", such as {', '.join(near)}" if near else "; timm.list_models() has them all"
-        raise ValueError(f"model must be a name that timm knows{hint}; got {name!r}")
     torch.manual_seed(seed)
     network: nn.Module = timm.create_model(name, **arguments)
     return network

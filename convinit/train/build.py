@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -116,21 +117,23 @@ def _timm(
 
 def check_model(model: ModelConfig) -> None:
     """ValueError where no library has a model of that name; ImportError where timm is needed and missing."""
-    if model.name in OWN_MODELS:
-        return
+    if model.name not in OWN_MODELS:
+        check_timm("model.name", model.name, OWN_MODELS)
+
+
+def check_timm(what: str, name: str, others: Sequence[str] = ()) -> None:
+    """ValueError unless timm has a model of that name; the message calls it `what` and lists `others` too."""
     try:
         import timm
     except ImportError as error:
         raise ImportError(
-            f"model {model.name!r} is not simple_vit or convmixer, so timm must have it, which cannot be "
-            f"imported ({error}); pip install timm"
+            f"{what} {name!r} can only be timm's, which cannot be imported ({error}); pip install timm"
         ) from error
-    if not timm.is_model(model.name):
-        near = difflib.get_close_matches(model.name, [*OWN_MODELS, *timm.list_models()], n=3, cutoff=0.5)
-        hint = f", such as {', '.join(near)}" if near else ""
-        raise ValueError(
-            f"model.name must be simple_vit, convmixer or a name that timm knows{hint}; got {model.name!r}"
-        )
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, [*others, *timm.list_models()], n=3, cutoff=0.5)
+        hint = f", such as {', '.join(near)}" if near else "; timm.list_models() has them all"
+        known = " or ".join([*([", ".join(others)] if others else []), "a name that timm knows"])
+        raise ValueError(f"{what} must be {known}{hint}; got {name!r}")
 
 
 def _draw_tokens_(network: nn.Module) -> None:

@@ -160,7 +160,7 @@ def parse(path: str, text: str | Iterable[str]) -> Any:
     field_of(path)
     kind, optional = kind_of(SECTIONS[section], key)
     if kind is dict:
-        return dict(_pair(path, each) for each in ([text] if isinstance(text, str) else text))
+        return dict(name_and_value(path, each) for each in ([text] if isinstance(text, str) else text))
     text = str(text)
     if optional and text == NONE:
         return None
@@ -191,7 +191,8 @@ def parse_settings(texts: Iterable[str]) -> dict[str, Any]:
     return given
 
 
-def _pair(path: str, text: str) -> tuple[str, Any]:
+def name_and_value(path: str, text: str) -> tuple[str, Any]:
+    """An entry of the table `path` from the command line; ValueError where the text is none."""
     name, equals, value = text.partition("=")
     if not (name.isidentifier() and equals):
         raise ValueError(f"{path} must be NAME=VALUE, such as drop_path_rate=0.1, got {text!r}")

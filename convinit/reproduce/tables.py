@@ -259,6 +259,37 @@ def _models(data: str) -> Table:
     )
 
 
+def _position(data: str) -> Table:
+    small = data == "digits"
+    columns = tuple(Choice(f"Model {name}", {"model.variant": name}) for name in ("I", "II", "III"))
+    at_entry = Choice(
+        "impulse, P at the entry too", {**_IMPULSE.settings, "model.options": {"input_pos_embed": True}}
+    )
+    return Table(
+        "position",
+        "Models I to III: which P, and where",
+        "Does it matter what P is, where it enters, and whether layers differ?",
+        _base(small),
+        _vit(small),
+        (
+            _RANDOM,
+            _IMPULSE,
+            Choice("impulse, P = I", {**_IMPULSE.settings, "model.options": {"pos_embed": "identity"}}),
+            at_entry,
+            Choice("impulse, layers alike", {**_IMPULSE.settings, "model.options": {"layers_alike": True}}),
+            _SCRAMBLED,
+            _NORM_MATCHED,
+        ),
+        columns,
+        "model",
+        "dots",
+        without=frozenset({(at_entry.label, "Model I")}),
+        note="P is the sin-cos embedding, or the identity, a unit vector a token. At the entry: the tokens "
+        "are mixed with P once, before the first layer, as in the vanilla model; Model I has P in all layers. "
+        "Layers alike: every layer starts from the fit of the first, as in arXiv 2404.01139.",
+    )
+
+
 def _alpha(data: str) -> Table:
     small = data == "digits"
     values = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)
@@ -580,6 +611,7 @@ def _fashion_models(data: str) -> Table:
 TABLES: dict[str, Callable[[str], Table]] = {
     "convmixer": _convmixer,
     "models": _models,
+    "position": _position,
     "alpha": _alpha,
     "kernel-size": _kernel_size,
     "sigma": _sigma,

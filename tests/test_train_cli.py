@@ -26,8 +26,8 @@ def invoke(*arguments: object):
 
 
 SMALL_RUN = [
-    "--preset", "quick", "--dim", 32, "--depth", 1, "--train-count", 70, "--epochs", 2, "--threads", "none",
-    "--set", "run.tracker=none",
+    "--preset", "quick", "--dim", 32, "--depth", 1, "--train-count", 70, "--epochs", 2, "--tracker", "none",
+    "--set", "run.threads=none",
 ]  # fmt: skip
 
 

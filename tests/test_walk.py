@@ -29,7 +29,7 @@ from convinit.viz import head_maps
 from convinit.viz.style import new_figure
 
 # Not of the task: they make the walk short.
-SHORT = ["--dim", "32", "--depth", "2", "--heads", "2", "--train-count", "60", "--threads", "none"]
+SHORT = ["--dim", "32", "--depth", "2", "--heads", "2", "--train-count", "60", "--set", "run.threads=none"]
 
 
 def typed(line: str, *more: str) -> str:

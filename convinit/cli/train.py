@@ -40,11 +40,10 @@ _FLAGS = {
     "model": ("name", "variant", "patch_size", "dim", "depth", "heads", "options"),
     "init": ("method", "values", "kernel_size", "peak", "fit"),
     "data": (
-        "name", "root", "download", "options", "train_count", "train_fraction", "val_fraction", "augment",
-        "image_size", "workers",
+        "name", "root", "download", "train_count", "train_fraction", "val_fraction", "augment", "image_size",
     ),
-    "recipe": ("epochs", "batch_size", "lr", "weight_decay", "precision"),
-    "run": ("seed", "cpu", "threads"),
+    "recipe": ("epochs", "batch_size", "optimizer", "lr", "schedule", "weight_decay", "precision"),
+    "run": ("seed", "cpu", "log_every", "tracker"),
 }  # fmt: skip
 _METAVARS = {int: "N", float: "X", tuple: "X,...", str: "TEXT", dict: "NAME=VALUE"}
 

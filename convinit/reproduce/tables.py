@@ -285,7 +285,7 @@ def _position(data: str) -> Table:
         "dots",
         without=frozenset({(at_entry.label, "Model I")}),
         note="P is the sin-cos embedding, or the identity, a unit vector a token. At the entry: the tokens "
-        "are mixed with P once, before the first layer, as in the vanilla model; Model I has P in all layers. "
+        "are mixed with P once, before the first layer, as in the vanilla model; Model I has it in each one. "
         "Layers alike: every layer starts from the fit of the first, as in arXiv 2404.01139.",
     )
 

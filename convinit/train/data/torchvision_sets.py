@@ -149,8 +149,8 @@ def read_torchvision(
     ]
     if needed:
         raise ValueError(
-            f"data.options must give {' and '.join(needed)} for {source}, as does --data-option "
-            f"{needed[0]}=..."
+            f"data.options must give {' and '.join(needed)} for {source}, as does --set "
+            f"data.options={needed[0]}=..."
         )
 
     def part(**split: Any) -> Any:

@@ -14,6 +14,7 @@ from torch import Tensor
 from convinit._checks import check_int, check_number, check_real
 from convinit._files import cache_folder
 from convinit._progress import progress
+from convinit._version import __version__
 from convinit.fit.adam import adam_steps_
 
 _KEEP = 64  # fits by Adam, on disk: they take minutes, and runs that differ in nothing but training share one
@@ -22,6 +23,9 @@ _KEEP = 64  # fits by Adam, on disk: they take minutes, and runs that differ in 
 @dataclass(frozen=True)
 class Adam:
     """Options of ``fit="adam"``: the fit of arXiv 2401.12511 and 2404.01139.
+
+    A fit takes minutes, so the last 64 are kept in $CONVINIT_CACHE_DIR/fits or ~/.cache/convinit/fits. The
+    same start, targets, P and options give the same weights at once.
 
     Attributes:
         lr: learning rate of Adam; its betas and epsilon are PyTorch's defaults.
@@ -86,8 +90,7 @@ def fit_adam(
     over D and W_kᵀ [B, r, D] by its norm over r, and both are multiplied by the mean initial norm of the
     columns of their layer's W_q. All arguments and results are on the CPU; the steps are made on `device`.
 
-    The result is kept in the folder of caches, $CONVINIT_CACHE_DIR or ~/.cache/convinit, and found there by
-    all that it depends on.
+    The result is kept on disk, and found there by all that it depends on.
     """
     P = pos_embed.to(torch.promote_types(pos_embed.dtype, torch.float32))
     heads = options.heads or max(len(targets), 1)
@@ -132,7 +135,7 @@ def fit_adam(
 
 def _kept_at(*given: object) -> Path:
     digest = sha256()
-    for each in given:
+    for each in (__version__, torch.__version__, *given):  # another version may round otherwise
         digest.update(repr(tuple(each.shape) if isinstance(each, Tensor) else each).encode())
         if isinstance(each, Tensor):
             digest.update(each.contiguous().numpy().tobytes())

@@ -42,6 +42,29 @@ class Key(NamedTuple):
     tokens: int | None  # None: any
 
 
+@functools.cache
+def key_blocks(tokens: int, BN: int, itemsize: int) -> tuple[int, ...]:
+    """Sizes of the blocks in which the forward kernel holds all keys: BN, and one or two smaller ones.
+
+    (): there are more than 2 · BN keys, or more than BN in float32; the kernel reads them tile by tile.
+    """
+    if tokens <= BN:
+        return (BN,)
+    rest = tokens - BN
+    if rest > BN or itemsize > 2:
+        return ()
+    one = power_of_two(rest)
+    if one == 16:
+        return (BN, one)
+    two = (one // 2, power_of_two(rest - one // 2))
+    return (BN, *two) if sum(two) < one or one == BN else (BN, one)
+
+
+def power_of_two(n: int) -> int:
+    """The next one, and at least 16: tensor cores take no less."""
+    return max(16, 1 << (n - 1).bit_length())
+
+
 TABLE = {
     Key("forward", 2, 32, 64): Config(64, 64, 4, 2, 7),
     Key("forward", 2, 32, 128): Config(64, 128, 4, 1, 4),

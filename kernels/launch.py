@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from convinit.kernels import tuned
-from convinit.kernels.configs import Config
+from convinit.kernels.configs import Config, key_blocks, power_of_two
 from convinit.kernels.layout import image_gradient, split_heads
 from convinit.kernels.positional_attention import (
     backward_kernel,
@@ -55,9 +55,9 @@ def positional_forward(
     if scale < 0:  # the kernel takes a row's maximum before it multiplies by the scale
         q, q_pos, scale = -q, None if q_pos is None else -q_pos, -scale
     scale = max(scale, TINY)  # the kernel multiplies masked logits by it, and 0 · −∞ is no number
-    all_keys = config.BN >= tokens
+    blocks = key_blocks(tokens, config.BN, q.element_size())
     programs = cdiv(tokens, config.BM)
-    if all_keys:  # one program a head, unless images and heads alone leave multiprocessors idle
+    if blocks:  # one program a head, unless images and heads alone leave multiprocessors idle
         programs = max(1, min(programs, multiprocessors(q) * config.programs // (batch * heads)))
     q, k, v = reachable(q), reachable(k), reachable(v)
     q_pos, k_pos = reachable(q_pos), reachable(k_pos)
@@ -80,8 +80,8 @@ def positional_forward(
         tokens,
         scale,
         float(alpha),
-        ALL_KEYS=all_keys,
-        **tiles(config, q),
+        BLOCKS=blocks,
+        **tiles(config, q, sum(blocks)),
     )
     return out, lse
 
@@ -225,15 +225,19 @@ def map_gradient(dout: Tensor, v: Tensor, chosen: Chosen | None = None) -> Tenso
     return parts.sum(0).to(v.dtype)
 
 
-def tiles(config: Config, x: Tensor) -> dict[str, Any]:
-    """The constants of a launch over x [B, heads, N, r]."""
+def tiles(config: Config, x: Tensor, keys: int = 0) -> dict[str, Any]:
+    """The constants of a launch over x [B, heads, N, r].
+
+    keys: there is room for so many on chip; 0: they come in tiles of BN.
+    """
     tokens, rank = x.shape[2:]
+    even = tokens % config.BM == 0 and (tokens == keys if keys else tokens % config.BN == 0)
     return {
         "R": rank,
         "BM": config.BM,
         "BN": config.BN,
-        "BR": padded(rank),
-        "WHOLE": tokens % config.BM == 0 and tokens % config.BN == 0 and rank == padded(rank),
+        "BR": power_of_two(rank),
+        "WHOLE": even and rank == power_of_two(rank),
         "PRECISION": precision(x),
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
@@ -242,10 +246,6 @@ def tiles(config: Config, x: Tensor) -> dict[str, Any]:
 
 def cdiv(a: int, b: int) -> int:
     return -(-a // b)  # triton.cdiv takes 5 µs, for it works inside of kernels, too
-
-
-def padded(rank: int) -> int:
-    return max(16, 1 << (rank - 1).bit_length())  # tensor cores take no less than 16
 
 
 def precision(x: Tensor) -> str:

@@ -24,6 +24,28 @@ from convinit.kernels.tiles import head, load_mixed, load_row, load_tile, store_
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
+@triton.jit
+def attend(
+    b_q, b_k, b_v, o_n, b_max, b_sum, b_out, c, N, WHOLE: tl.constexpr, PRECISION: tl.constexpr
+):  # fmt: skip
+    """Queries look at the keys o_n: a row's maximum, sum and output so far; None before its first keys."""
+    b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [BM, BN]
+    if not WHOLE:
+        b_s = tl.where((o_n < N)[None, :], b_s, float("-inf"))
+    b_new = tl.max(b_s, 1) * c  # [BM]
+    if b_max is not None:
+        b_new = tl.maximum(b_max, b_new)
+    b_p = tl.exp2(b_s * c - b_new[:, None])  # [BM, BN]; one FFMA and one EX2 each
+    if b_max is None:
+        b_sum = tl.sum(b_p, 1)  # [BM]
+        b_out = tl.dot(b_p.to(b_v.dtype), b_v, input_precision=PRECISION)  # [BM, BR]
+    else:
+        b_rescale = tl.exp2(b_max - b_new)  # [BM]
+        b_sum = b_sum * b_rescale + tl.sum(b_p, 1)
+        b_out = tl.dot(b_p.to(b_v.dtype), b_v, acc=b_out * b_rescale[:, None], input_precision=PRECISION)
+    return b_new, b_sum, b_out
+
+
 @triton.jit(do_not_specialize=["heads", "programs"])
 def forward_kernel(
     p_q,
@@ -46,17 +68,17 @@ def forward_kernel(
     alpha,
     R: tl.constexpr,
     BM: tl.constexpr,  # queries a step
-    BN: tl.constexpr,  # keys a step
+    BN: tl.constexpr,  # keys a step, where they come tile by tile
     BR: tl.constexpr,  # R rounded up to a power of two
-    ALL_KEYS: tl.constexpr,  # BN >= N
+    BLOCKS: tl.constexpr,  # sizes of the blocks of keys that stay on chip; (): they come tile by tile
     WHOLE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Grid (B · heads · programs,): neighbours share a head, then an image, and with them the L2 cache.
 
-    Where all keys fit, K and V are read and mixed once and stay while the queries pass by, and a row's
-    maximum is final once it is seen. Otherwise a program has one tile of queries, keys come tile by tile, and
-    what a row has is rescaled when its maximum grows.
+    Where all keys fit, K and V are read and mixed once and stay while the queries pass by. They lie in blocks
+    of several sizes, so that little is padded: 128 + 64 + 16 keys for N = 197. Otherwise a program has a tile
+    of queries, and the keys come tile by tile.
     """
     i_bh = tl.program_id(0) // programs
     i_b = i_bh // heads
@@ -67,25 +89,34 @@ def forward_kernel(
     p_v = head(p_v, stride_v, i_b, i_h)
     p_lse += i_bh.to(tl.int64) * N
     c = scale * LOG2E
-    if ALL_KEYS:
-        o_n = tl.arange(0, BN)
-        b_k = load_mixed(
-            p_k, stride_k, p_k_pos, stride_k_pos, i_b, i_h, o_n, o_r, alpha, N, R, WHOLE
-        )  # [BN, BR]
-        b_v = load_tile(p_v, stride_v, o_n, o_r, N, R, WHOLE)  # [BN, BR]
+    if len(BLOCKS) > 0:
+        o_ns = ()
+        b_ks = ()
+        b_vs = ()
+        i_n = 0
+        for i in tl.static_range(len(BLOCKS)):
+            o_n = i_n + tl.arange(0, BLOCKS[i])
+            b_k = load_mixed(
+                p_k, stride_k, p_k_pos, stride_k_pos, i_b, i_h, o_n, o_r, alpha, N, R,
+                WHOLE or R == BR and i + 1 < len(BLOCKS),
+            )  # fmt: skip
+            b_v = load_tile(p_v, stride_v, o_n, o_r, N, R, WHOLE or R == BR and i + 1 < len(BLOCKS))
+            o_ns += (o_n,)
+            b_ks += (b_k,)  # [BLOCKS[i], BR]
+            b_vs += (b_v,)
+            i_n += BLOCKS[i]
         for i_m in range(i_first, N, BM * programs):
             o_m = i_m + tl.arange(0, BM)
             b_q = load_mixed(p_q, stride_q, p_q_pos, stride_q_pos, i_b, i_h, o_m, o_r, alpha, N, R, WHOLE)
-            b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [BM, BN]
-            if not WHOLE:
-                b_s = tl.where((o_n < N)[None, :], b_s, float("-inf"))
-            b_max = tl.max(b_s, 1) * c  # [BM]
-            b_p = tl.exp2(b_s * c - b_max[:, None])  # [BM, BN]; one FFMA and one EX2 each
-            b_sum = tl.sum(b_p, 1)  # [BM]
-            b_out = (
-                tl.dot(b_p.to(b_v.dtype), b_v, input_precision=PRECISION) * (1 / b_sum)[:, None]
-            )  # [BM, BR]
-            store_tile(p_out, stride_out, o_m, o_r, b_out, N, R, WHOLE)
+            b_max = None
+            b_sum = None
+            b_out = None
+            for i in tl.static_range(len(BLOCKS)):
+                b_max, b_sum, b_out = attend(
+                    b_q, b_ks[i], b_vs[i], o_ns[i], b_max, b_sum, b_out, c, N,
+                    WHOLE or i + 1 < len(BLOCKS), PRECISION,
+                )  # fmt: skip
+            store_tile(p_out, stride_out, o_m, o_r, b_out * (1 / b_sum)[:, None], N, R, WHOLE)
             store_row(p_lse, o_m, b_max + tl.log2(b_sum), N, WHOLE)
     else:
         o_m = i_first + tl.arange(0, BM)
@@ -99,15 +130,7 @@ def forward_kernel(
             o_n = i_n + tl.arange(0, BN)
             b_k = load_mixed(p_k, stride_k, p_k_pos, stride_k_pos, i_b, i_h, o_n, o_r, alpha, N, R, WHOLE)
             b_v = load_tile(p_v, stride_v, o_n, o_r, N, R, WHOLE)
-            b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [BM, BN]
-            if not WHOLE:
-                b_s = tl.where((o_n < N)[None, :], b_s, float("-inf"))
-            b_new = tl.maximum(b_max, tl.max(b_s, 1) * c)  # [BM]
-            b_p = tl.exp2(b_s * c - b_new[:, None])  # [BM, BN]
-            b_rescale = tl.exp2(b_max - b_new)  # [BM]; 0 at the first tile
-            b_sum = b_sum * b_rescale + tl.sum(b_p, 1)
-            b_out = tl.dot(b_p.to(b_v.dtype), b_v, acc=b_out * b_rescale[:, None], input_precision=PRECISION)
-            b_max = b_new
+            b_max, b_sum, b_out = attend(b_q, b_k, b_v, o_n, b_max, b_sum, b_out, c, N, WHOLE, PRECISION)
         store_tile(p_out, stride_out, o_m, o_r, b_out * (1 / b_sum)[:, None], N, R, WHOLE)
         store_row(p_lse, o_m, b_max + tl.log2(b_sum), N, WHOLE)
 

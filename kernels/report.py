@@ -67,14 +67,14 @@ def usage(
     constants: other values of the kernel's arguments, such as p_q_pos=None or WHOLE=False.
     """
     fn = SOURCES[key.kernel]
-    all_keys = key.tokens is not None and config.BN >= key.tokens
+    blocks = () if key.tokens is None else configs.key_blocks(key.tokens, config.BN, key.itemsize)
     constants = {
         "R": key.rank,
         "BM": config.BM,
         "BN": config.BN,
         "BR": key.rank,
-        "ALL_KEYS": all_keys,
-        "WHOLE": True,
+        "BLOCKS": blocks,
+        "WHOLE": key.tokens is None or key.tokens % config.BM == 0 and sum(blocks) in (0, key.tokens),
         "PRECISION": precision,
     } | constants
     signature: dict[str, object] = {}

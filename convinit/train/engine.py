@@ -159,9 +159,7 @@ class Engine:
         self.ema: MovingAverage | None = None
         if recipe.ema is not None:  # before `prepare`, whose forward would go on calling the original
             self.ema = MovingAverage(self.inner, recipe.ema)
-        self._finite_at_start = [
-            name for name, each in self.inner.state_dict().items() if bool(_finite([each]))
-        ]
+        self._finite_at_start = [name for name, each in self.inner.state_dict().items() if _finite([each])]
         self.progress = Progress()
         if checkpoint is not None:
             self._restore(checkpoint, optimizer)
@@ -460,9 +458,10 @@ def _batch_sizes(images: int, batch_size: int, drop_last: bool) -> list[int]:
 
 
 @torch.no_grad()
-def _finite(tensors: list[Tensor]) -> Tensor:
-    """Whether all numbers are finite, as one tensor: a single wait for the device."""
-    floating = [each for each in tensors if each.is_floating_point() and each.numel()]
-    if not floating:
-        return torch.tensor(True)
-    return torch.stack([each.isfinite().all() for each in floating]).all()
+def _finite(tensors: list[Tensor]) -> bool:
+    """Whether all numbers are finite. Waits once for each device: a module's extra state is on the CPU."""
+    found: dict[torch.device, list[Tensor]] = {}
+    for each in tensors:
+        if each.is_floating_point() and each.numel():
+            found.setdefault(each.device, []).append(each.isfinite().all())
+    return all(bool(torch.stack(flags).all()) for flags in found.values())

@@ -1,7 +1,7 @@
 """Launch configurations: tile sizes, warps and pipeline depth by GPU generation, dtype, r and N.
 
-Entries of generation 90 in 16 bits go by times on an H200 (benchmarks/results/h200), their neighbours by
-analogy. Those of the other generations, and float32, are what compiles for them within their shared memory
+Entries of generation 90 in 16 bits go by times on an H200 and an H100 (benchmarks/results), their neighbours
+by analogy. Those of the other generations, and float32, are what compiles for them within their shared memory
 and without local memory in the hot loop; `python -m convinit.kernels.report` shows the figures. `convinit
 tune` times others on the GPU at hand.
 """
@@ -67,11 +67,15 @@ def power_of_two(n: int) -> int:
 
 TABLE = {
     Key("forward", 2, 32, 64): Config(64, 64, 4, 2, 7),
+    Key("forward", 2, 32, 80): Config(64, 64, 4, 1, 7),
     Key("forward", 2, 32, 128): Config(64, 128, 4, 1, 4),
-    Key("forward", 2, 32, 256): Config(64, 256, 4, 2, 2),
+    Key("forward", 2, 32, 208): Config(64, 128, 4, 1, 4),
+    Key("forward", 2, 32, 256): Config(64, 128, 4, 2, 4),
     Key("forward", 2, 32, None): Config(64, 64, 4, 3),
     Key("forward", 2, 64, 64): Config(64, 64, 4, 2, 4),
+    Key("forward", 2, 64, 80): Config(64, 64, 4, 1, 4),
     Key("forward", 2, 64, 128): Config(64, 128, 4, 1, 3),
+    Key("forward", 2, 64, 208): Config(64, 128, 4, 1, 3),
     Key("forward", 2, 64, 256): Config(64, 256, 4, 3, 2),
     Key("forward", 2, 64, None): Config(64, 64, 4, 3),
     Key("forward", 2, 128, 128): Config(64, 128, 4, 2, 2),

@@ -101,17 +101,18 @@ def forward_kernel(
                 WHOLE or R == BR and i + 1 < len(BLOCKS),
             )  # fmt: skip
             b_v = load_tile(p_v, stride_v, o_n, o_r, N, R, WHOLE or R == BR and i + 1 < len(BLOCKS))
-            o_ns += (o_n,)
-            b_ks += (b_k,)  # [BLOCKS[i], BR]
-            b_vs += (b_v,)
+            o_ns += (o_n,)  # type: ignore[assignment]
+            b_ks += (b_k,)  # type: ignore[assignment] # [BLOCKS[i], BR]
+            b_vs += (b_v,)  # type: ignore[assignment]
             i_n += BLOCKS[i]
         for i_m in range(i_first, N, BM * programs):
             o_m = i_m + tl.arange(0, BM)
             b_q = load_mixed(p_q, stride_q, p_q_pos, stride_q_pos, i_b, i_h, o_m, o_r, alpha, N, R, WHOLE)
-            b_max = None
-            b_sum = None
-            b_out = None
-            for i in tl.static_range(len(BLOCKS)):
+            b_max, b_sum, b_out = attend(
+                b_q, b_ks[0], b_vs[0], o_ns[0], None, None, None, c, N,  # type: ignore[misc]
+                WHOLE or len(BLOCKS) > 1, PRECISION,
+            )  # fmt: skip
+            for i in tl.static_range(1, len(BLOCKS)):
                 b_max, b_sum, b_out = attend(
                     b_q, b_ks[i], b_vs[i], o_ns[i], b_max, b_sum, b_out, c, N,
                     WHOLE or i + 1 < len(BLOCKS), PRECISION,

@@ -131,6 +131,16 @@ def test_every_problem_has_a_configuration(kernel, itemsize, generation):
     assert configs.lookup(kernel, generation, itemsize, 64, 129) is None
 
 
+@pytest.mark.parametrize("BN", [16, 32, 64, 128, 256])
+def test_blocks_hold_all_keys_with_little_padding(BN):
+    for tokens in range(1, 2 * BN + 1):
+        blocks = configs.key_blocks(tokens, BN, itemsize=2)
+        assert 1 <= len(blocks) <= 3 and all(each >= 16 and each & (each - 1) == 0 for each in blocks)
+        assert sum(blocks[:-1]) < tokens <= sum(blocks), "only the last block has a mask"
+    assert configs.key_blocks(197, 128, 2) == (128, 64, 16)
+    assert configs.key_blocks(2 * BN + 1, BN, 2) == configs.key_blocks(BN + 1, BN, 4) == ()
+
+
 @pytest.mark.parametrize("processors", [108, 114, 128, 132, 142, 148, 170])
 @pytest.mark.parametrize("per_head", [1, 2, 4])
 def test_waves_are_full(per_head, processors):

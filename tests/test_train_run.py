@@ -75,7 +75,7 @@ def test_a_run_is_the_loop_written_out(tmp_path):
 
 @pytest.mark.gpu
 def test_a_run_on_a_gpu_keeps_its_state(tmp_path):
-    """A SimpleViT's extra state is on the CPU, its weights are not; both are checked before they are saved."""
+    """A SimpleViT's extra state is on the CPU, its weights are not; both are checked before a save."""
     result = run_training(small(run__cpu=False, recipe__epochs=1), tmp_path)
     assert result.checkpoint is not None and final_tensors(tmp_path)
 

@@ -57,6 +57,7 @@ def key_blocks(tokens: int, BN: int, itemsize: int) -> tuple[int, ...]:
     if one == 16:
         return (BN, one)
     two = (one // 2, power_of_two(rest - one // 2))
+    # Two where one would pad more, or would be BN: a smaller S leaves registers for more programs.
     return (BN, *two) if sum(two) < one or one == BN else (BN, one)
 
 

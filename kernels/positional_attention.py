@@ -96,6 +96,7 @@ def forward_kernel(
         i_n = 0
         for i in tl.static_range(len(BLOCKS)):
             o_n = i_n + tl.arange(0, BLOCKS[i])
+            # Only the last block reaches beyond N; a padded R needs its mask everywhere.
             b_k = load_mixed(
                 p_k, stride_k, p_k_pos, stride_k_pos, i_b, i_h, o_n, o_r, alpha, N, R,
                 WHOLE or R == BR and i + 1 < len(BLOCKS),

@@ -43,10 +43,11 @@ class Usage(NamedTuple):
     shared: int  # bytes a program
     tensor_memory: int  # columns of generation 100's 512
     loop: Mapping[str, int]  # {opcode: how often} in the innermost loop that has the most products
+    keys: int  # that a pass of the loop deals with
 
     def per_element(self, config: configs.Config) -> float:
-        """Instructions of a thread for each element of the loop's [BM, BN] tile."""
-        return sum(self.loop.values()) * 32 * config.num_warps / (config.BM * config.BN)
+        """Instructions of a thread for each (query, key) of a pass of the loop."""
+        return sum(self.loop.values()) * 32 * config.num_warps / (config.BM * self.keys)
 
 
 def entries() -> Iterator[tuple[int, configs.Key, configs.Config, str]]:
@@ -67,14 +68,15 @@ def usage(
     constants: other values of the kernel's arguments, such as p_q_pos=None or WHOLE=False.
     """
     fn = SOURCES[key.kernel]
-    blocks = () if key.tokens is None else configs.key_blocks(key.tokens, config.BN, key.itemsize)
+    in_blocks = key.kernel == "forward" and key.tokens is not None
+    blocks = configs.key_blocks(key.tokens, config.BN, key.itemsize) if in_blocks else ()
     constants = {
         "R": key.rank,
         "BM": config.BM,
         "BN": config.BN,
         "BR": key.rank,
         "BLOCKS": blocks,
-        "WHOLE": key.tokens is None or key.tokens % config.BM == 0 and sum(blocks) in (0, key.tokens),
+        "WHOLE": not blocks or key.tokens % config.BM == 0 and key.tokens == sum(blocks),
         "PRECISION": precision,
     } | constants
     signature: dict[str, object] = {}
@@ -106,7 +108,8 @@ def usage(
     if found is None:
         raise RuntimeError(f"cuobjdump shows no resource usage: {resources[:200]!r}")
     tensor_memory = getattr(compiled.metadata, "tmem_size", None) or 0
-    return Usage(int(found[1]), int(found[2]), compiled.metadata.shared, tensor_memory, hot_loop(code))
+    keys = sum(blocks) or config.BN
+    return Usage(int(found[1]), int(found[2]), compiled.metadata.shared, tensor_memory, hot_loop(code), keys)
 
 
 def disassemble(cubin: bytes) -> tuple[str, str]:

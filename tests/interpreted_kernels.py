@@ -113,7 +113,10 @@ def test_positional_attention(tokens, rank, dtype, positions, tile_size):
     check(inputs, dout, tiles(tile_size, tokens), scale=rank**-0.5, alpha=0.4)
 
 
-@pytest.mark.parametrize(("tokens", "rank"), [(49, 32), (65, 64), (128, 32), (197, 64), (256, 64), (272, 32)])
+@pytest.mark.parametrize(
+    ("tokens", "rank"),
+    [(49, 32), (64, 64), (65, 64), (128, 32), (197, 32), (197, 64), (256, 64), (272, 32)],
+)
 def test_committed_configurations(tokens, rank):
     inputs, dout = problem(tokens, rank, torch.float16, batch=1, heads=1)
     check(inputs, dout, None, scale=rank**-0.5, alpha=0.4)

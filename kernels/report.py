@@ -68,15 +68,16 @@ def usage(
     constants: other values of the kernel's arguments, such as p_q_pos=None or WHOLE=False.
     """
     fn = SOURCES[key.kernel]
-    in_blocks = key.kernel == "forward" and key.tokens is not None
-    blocks = configs.key_blocks(key.tokens, config.BN, key.itemsize) if in_blocks else ()
+    blocks: tuple[int, ...] = ()
+    if key.kernel == "forward" and key.tokens is not None:
+        blocks = configs.key_blocks(key.tokens, config.BN, key.itemsize)
     constants = {
         "R": key.rank,
         "BM": config.BM,
         "BN": config.BN,
         "BR": key.rank,
         "BLOCKS": blocks,
-        "WHOLE": not blocks or key.tokens % config.BM == 0 and key.tokens == sum(blocks),
+        "WHOLE": not blocks or (key.tokens == sum(blocks) and sum(blocks) % config.BM == 0),
         "PRECISION": precision,
     } | constants
     signature: dict[str, object] = {}

@@ -3,8 +3,10 @@
 from convinit.reproduce.cells import run_cell
 from convinit.reproduce.grid import Grid, run_all, unfinished
 from convinit.reproduce.page import write_report
+from convinit.reproduce.papers import TABLES
 from convinit.reproduce.report import Report
-from convinit.reproduce.tables import DATA, TABLES, Choice, Table, declared, tables_of
+from convinit.reproduce.table import Choice, Table
+from convinit.reproduce.tables import DATA, declared, tables_of
 
 __all__ = [
     "DATA",

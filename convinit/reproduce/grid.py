@@ -14,7 +14,7 @@ import torch
 
 from convinit._processes import cpus, in_processes
 from convinit.reproduce.cells import identity, read_outcome, run_cell
-from convinit.reproduce.tables import Choice, Settings, Table
+from convinit.reproduce.table import Choice, Settings, Table
 from convinit.train.config import Config
 from convinit.train.data import ImageData, load_data
 from convinit.train.data.subsets import split_indices

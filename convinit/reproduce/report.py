@@ -17,7 +17,8 @@ from torch import Tensor
 from convinit._over_seeds import Figure, over_seeds
 from convinit.reproduce import readings
 from convinit.reproduce.grid import Cell, Grid
-from convinit.reproduce.tables import USUAL_ROWS, Choice
+from convinit.reproduce.papers import USUAL_ROWS
+from convinit.reproduce.table import Choice
 from convinit.train.config import Config
 
 if TYPE_CHECKING:

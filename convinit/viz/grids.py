@@ -80,7 +80,7 @@ def grid_dots(panels: Panels, columns: Sequence[str], *, title: str | None = Non
     figure, axes = _panels(panels, top, tall, bottom, left=0.2 + names, between=0.2)
     for index, (each, (name, values)) in enumerate(zip(axes, panels.items(), strict=True)):
         for column, label in enumerate(columns):
-            color, _ = style.LINES[(3, 2, 6, 5, 1, 4, 0)[column % len(style.LINES)]]
+            color, _ = style.LINES[(3, 2, 6, 5, 1, 4, 0, 7)[column % len(style.LINES)]]
             offset = 0.16 * (column - (len(columns) - 1) / 2)
             for row, numbers in enumerate(values.values()):
                 mean, low, high = (float(number[column]) for number in _spread(numbers))

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 MAP = "cividis"  # made for colour-blind readers: its lightness rises evenly
 TARGET = "#e8590c"
-# Okabe and Ito's palette, without its yellow, which is lost on white; with a dash for each colour.
+# Okabe and Ito's palette, with grey for its yellow, which is lost on white; with a dash for each colour.
 LINES = (
     ("#000000", (0, (1, 1))),
     ("#56b4e9", (0, (4, 1.5))),
@@ -21,6 +21,7 @@ LINES = (
     ("#d55e00", (0, (4, 1.5))),
     ("#cc79a7", (0, (1, 1))),
     ("#009e73", (0, (4, 1, 1, 1))),
+    ("#8c8c8c", "solid"),
 )
 
 

@@ -26,7 +26,15 @@ from convinit.nn import sincos_2d
 from convinit.serve import FORMATS
 
 SMALL_FIT = ["--grid", "4x5", "--dim", "16", "--heads", "2", "--layers", "3", "-f", "3"]
-SMALL_DEMO = ["--train-images", "40", "--test-images", "30", "--epochs", "1", "--seeds", "1", "--jobs", "1"]
+# A run of a second.
+TINY_RUN = (
+    "recipe.epochs=1",
+    "data.train_count=70",
+    "model.dim=32",
+    "model.depth=1",
+    "run.eval_batch_size=800",
+)
+TINY_DEMO = ["reproduce", "demo", *(word for each in TINY_RUN for word in ("--set", each))]
 
 
 def invoke(*arguments: object):
@@ -225,22 +233,18 @@ def test_files_that_hold_code_are_not_run(tmp_path):
         (["fit", "--steps", "5"], "steps belongs to fit adam, got fit newton"),
         (["fit", "--pos-embed", "nothing.pt"], "'nothing.pt', which is no file"),
         (["fit", "--pos-embed", __file__], "not a .npy, .safetensors, .pt or .pth file"),
-        (["demo", "--arm", "nix"], "--arm must be among default, mimetic-vo, "),
         (["plot"], "give --model with a name of timm, --fitted with a folder of convinit fit, or --run"),
         (
             ["plot", "--fitted", "nothing"],
             "folder of convinit fit --out, got 'nothing' without weights.safetensors",
         ),
         (["plot", "--fitted", "nothing", "--option", "depth=2"], "do not belong to --fitted"),
-        (["demo", "--epochs", "0"], "epochs must be at least 1, got 0"),
-        (["demo", "--jobs", "0"], "jobs must be at least 1, got 0"),
-        (["demo", "--train-images", "2000"], "--train-images must be below 1797"),
+        (["demo", "--seeds", "0"], "--seeds must be at least 1, got 0"),
+        (["demo", "--jobs", "0"], "--jobs must be at least 1, got 0"),
     ],
 )
 def test_errors_are_one_line_and_code_2(arguments, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    if arguments[0] == "demo":
-        arguments = [*arguments, "--seeds", "1"] if "--jobs" in arguments else [*arguments, "--jobs", "1"]
     result = invoke(*arguments)
     assert result.exit_code == 2
     assert message in result.stderr and result.stderr.startswith("error: ")
@@ -268,39 +272,54 @@ def test_warnings_are_one_line():
 
 def test_unwritable_folder_is_code_1(tmp_path):
     (tmp_path / "file").write_text("")
-    for arguments in (["fit", *SMALL_FIT], ["demo", *SMALL_DEMO]):
+    for arguments in (["fit", *SMALL_FIT], ["demo"]):
         result = invoke(*arguments, "--out", tmp_path / "file" / "folder")
         assert result.exit_code == 1 and result.stderr.startswith("error: ")
 
 
-def test_demo_writes_everything_and_goes_on(tmp_path):
-    arguments = ["demo", *SMALL_DEMO, "--arm", "impulse-vo", "--arm", "convmixer", "--out", tmp_path]
-    result = invoke(*arguments)
+def test_the_demo_is_a_table_with_pictures_of_its_heads(tmp_path):
+    result = invoke(*TINY_DEMO, "--seeds", "1", "--jobs", "1", "--out", tmp_path)
     assert result.exit_code == 0, result.output
-    written = {path.name for path in tmp_path.iterdir()}
-    assert {"results.json", "table.md", "curves.png", "attention.png", "maps.png"} <= written
-    results = json.loads((tmp_path / "results.json").read_text())
-    assert [run["identity"]["arm"] for run in results["runs"]] == ["impulse-vo", "convmixer"]
-    assert len(results["summary"]) == 2
-    assert all(sentence in (tmp_path / "table.md").read_text() for sentence in results["text"])
-    assert "impulse + V·proj" in result.stdout and "for 2 runs;" in result.stdout
-    again = invoke(*arguments)
-    assert "for 0 runs (2 were here already)" in again.stdout and "2 of 2 runs are in" in again.stderr
-    assert json.loads((tmp_path / "results.json").read_text()) == results
+    (page,) = tmp_path.glob("digits-demo-*.md")
+    names = {f"{page.stem}{end}" for end in (".md", ".csv", ".png", "-heads.png", "-maps.png")}
+    assert {path.name for path in tmp_path.iterdir()} == {"cells", *names}
+    assert page.read_text().count("![") == 3 and page.read_text().count(".png)") == 3
+    (kept,) = tmp_path.glob("cells/*/step-*")
+    assert "-I-impulse-" in str(kept)  # the run whose heads are drawn
+    again = invoke(*TINY_DEMO, "--seeds", "1", "--out", tmp_path)
+    assert "7 of 7 runs are in" in again.stderr and "Written: " in again.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "rows", "seeds", "settings"),
+    [
+        ([], 7, 3, {}),
+        (["--quick"], 4, 1, {"recipe.epochs": 5}),
+        (["--quick", "--seeds", "2"], 4, 2, {"recipe.epochs": 5}),
+    ],
+)
+def test_the_demo_runs_its_table(words, rows, seeds, settings, monkeypatch, tmp_path):
+    calls = []
+    monkeypatch.setattr(
+        "convinit.cli.reproduce.run_tables", lambda *given, **options: calls.append((given, options))
+    )
+    assert invoke("demo", *words, "--out", tmp_path).exit_code == 0
+    (((tables, given, out), options),) = calls
+    ((command, table),) = tables.items()
+    assert command == " ".join(["convinit demo", *words]) and table.name == "demo" and len(table.rows) == rows
+    assert (given, out, options["seeds"]) == (settings, tmp_path, seeds)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Ctrl-C is another matter on Windows")
 def test_ctrl_c_keeps_finished_runs_and_leaves_no_process(tmp_path):
-    command = [executable(), "demo", "--arm", "convmixer", "--seeds", "40", "--epochs", "2", "--jobs", "2"]
-    command += ["--train-images", "40", "--test-images", "30", "--out", str(tmp_path)]
+    command = [executable(), *TINY_DEMO, "--seeds", "40", "--jobs", "2", "--out", str(tmp_path)]
     process = subprocess.Popen(
         command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
     )
     try:
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline and process.poll() is None:
-            results = tmp_path / "results.json"
-            if results.exists() and json.loads(results.read_text())["runs"]:
+            if next(tmp_path.glob("cells/*/cell.json"), None) is not None:
                 break
             time.sleep(0.05)
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does it: to all processes of the group
@@ -309,8 +328,8 @@ def test_ctrl_c_keeps_finished_runs_and_leaves_no_process(tmp_path):
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 130, stderr
-    assert "Traceback" not in stderr and "To go on: convinit demo" in stderr
-    assert 0 < len(json.loads((tmp_path / "results.json").read_text())["runs"]) < 40
+    assert "Traceback" not in stderr and "To go on: convinit reproduce demo" in stderr
+    assert 0 < len(list(tmp_path.glob("cells/*/cell.json"))) < 280
     with pytest.raises(ProcessLookupError):  # nobody of the group is left
         for _ in range(100):
             os.killpg(process.pid, 0)

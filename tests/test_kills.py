@@ -10,11 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from training import context, kill
 
 from convinit._files import write_whole
-from convinit.demo import runs
 from convinit.models import SimpleViT
 from convinit.serve import export
 from convinit.train import checkpoint
@@ -75,20 +73,11 @@ def read_checkpoint(folder: Path) -> int:
     return which
 
 
-def write_maps(folder: Path, which: int) -> None:
-    runs._save_maps(folder, {"arm": "a"}, {"maps": torch.full((100,), float(which))})
-
-
-def read_maps(folder: Path) -> int:
-    return int(load_file(runs._maps_path(folder, {"arm": "a"}))["maps"][0])
-
-
 KINDS = {
     "text": (write_text, read_text, 1),
     "save_pretrained": (write_pretrained, read_pretrained, 2),
     "export": (write_program, read_program, 1),
     "checkpoint": (write_checkpoint, read_checkpoint, 2),  # its own, and that of the old one which goes
-    "maps": (write_maps, read_maps, 1),
 }
 
 

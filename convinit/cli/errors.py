@@ -55,7 +55,6 @@ def say(message: object, *, style: str) -> None:
 
 # What functions of the library call the value of an option that has another name.
 _LIBRARY_NAMES = {
-    "demo": {"num_train": "--train-images", "num_test": "--test-images", "arms": "--arm"},
     "plot": {"method": "--init"},
     "train": {"num_heads": "--heads"},
 }

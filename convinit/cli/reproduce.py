@@ -5,9 +5,9 @@ from __future__ import annotations
 import shlex
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -16,6 +16,9 @@ from rich.table import Table as Sheet
 
 from convinit.cli.errors import say
 from convinit.cli.progress import runs_progress
+
+if TYPE_CHECKING:
+    from convinit.reproduce.table import Table
 
 
 def reproduce(
@@ -79,48 +82,83 @@ def reproduce(
 
     - `convinit reproduce all --data cifar100 --root ~/data --set data.workers=12 --set recipe.epochs=100`
     """
-    from convinit.reproduce.tables import declared, tables_of
-
     if not table:
         _list_tables()
         return
+    from convinit.reproduce.tables import declared, tables_of
+
     names = [*tables_of(data)] if "all" in table else [*dict.fromkeys(table)]
     tables = [declared(name, data) for name in names]  # a typo needs no PyTorch
+    from convinit._processes import cpus
+    from convinit.train.config_files import parse_settings
+
+    in_memory = data in ("digits", "fashion-mnist")
+    given: dict[str, Any] = {} if in_memory else {"data.workers": min(8, (cpus() - 1) // _gpus())}
+    given |= {} if root is None else {"data.root": str(root.expanduser())}
+    given |= {"data.download": True} if download else {}
+    given |= parse_settings(setting or ())
+    # What the tables depend on, to be said in them; not where things are.
+    options = [] if data == "digits" else ["--data", data]
+    options += [] if seeds == 3 else ["--seeds", str(seeds)]
+    options += [word for each in setting or () for word in ("--set", each)]
+    run_tables(
+        {shlex.join(["convinit", "reproduce", each.name, *options]): each for each in tables},
+        given, out, seeds=seeds, jobs=jobs, keep_checkpoints=keep_checkpoints, dry_run=dry_run,
+    )  # fmt: skip
+
+
+def run_tables(
+    tables: Mapping[str, Table],
+    given: Mapping[str, Any],
+    out: Path,
+    *,
+    seeds: int,
+    jobs: int | None,
+    keep_checkpoints: bool = False,
+    dry_run: bool = False,
+) -> None:
+    """Does the runs of tables that are not in a folder yet, then prints the tables and writes their pages.
+
+    Args:
+        tables: by the command that makes each, as its page says.
+        given: "section.key" → value for all runs; what surrounds a run, such as a folder, is not in the names
+            of the pages.
+        out: folder of the runs and of the pages.
+        seeds: how many.
+        jobs: runs at once; None chooses.
+        keep_checkpoints: of all runs, not just of those whose heads a page shows.
+        dry_run: say what there is to do, and do nothing.
+    """
     from convinit import reproduce as api
     from convinit._checks import check_int
-    from convinit._processes import cpus
+    from convinit.reproduce.cells import identity
     from convinit.reproduce.grid import check_data, jobs_for
     from convinit.train.config import field_of
-    from convinit.train.config_files import parse_settings
     from convinit.train.run import RunInterrupted
 
     check_int("seeds", seeds)
     if jobs is not None:
         check_int("jobs", jobs)
-    wanted = parse_settings(setting or ())
-    in_memory = data in ("digits", "fashion-mnist")
-    given: dict[str, Any] = {} if in_memory else {"data.workers": min(8, (cpus() - 1) // _gpus())}
-    given |= {} if root is None else {"data.root": str(root.expanduser())}
-    given |= {"data.download": True} if download else {}
-    grids = [api.Grid.of(each, range(seeds), {**given, **wanted}) for each in tables]
+    grids = [api.Grid.of(each, range(seeds), given) for each in tables.values()]
     todo = api.unfinished(grids, out)
     at_once = jobs_for(todo, jobs) if todo else 0
     found = check_data(grids) if todo or dry_run else {}
     if dry_run:
         _print_plan(grids, out, found, at_once)
         return
+    out.mkdir(parents=True, exist_ok=True)  # a folder that cannot be written shows now
+    kept = todo if keep_checkpoints else [grid.of_heads() for grid in grids if grid.table.heads]
     start = time.perf_counter()
     errors: list[str] = []
     interrupted, dead = False, None
     try:
-        errors = _run(grids, todo, out, jobs, keep_checkpoints)
+        errors = _run(grids, todo, out, jobs, {identity(config) for config in kept})
     except (KeyboardInterrupt, RunInterrupted):
         interrupted = True
     except RuntimeError as error:
         dead = error
-    # What surrounds the runs is in no file's name.
-    settled = {key: value for key, value in wanted.items() if field_of(key).metadata["fixed"]}
-    written = _report(grids, out, settled, _options(data, seeds, setting or ()))
+    settled = {key: value for key, value in given.items() if field_of(key).metadata["fixed"]}
+    written = _report(dict(zip(tables, grids, strict=True)), out, settled)
     if written:
         Console().print(
             "Written: " + ", ".join(map(str, written)), highlight=False, soft_wrap=True, markup=False
@@ -173,7 +211,7 @@ def _names(grids: Sequence[Any]) -> dict[str, str]:
 
 
 def _run(
-    grids: Sequence[Any], todo: Sequence[Any], out: Path, jobs: int | None, keep_checkpoints: bool
+    grids: Sequence[Any], todo: Sequence[Any], out: Path, jobs: int | None, keep: Collection[str]
 ) -> list[str]:
     """The runs that are missing; a bar where somebody looks, else a line a run. Returns what failed."""
     from convinit.reproduce import run_all
@@ -204,28 +242,21 @@ def _run(
             todo,
             out,
             jobs=jobs,
-            keep_checkpoints=keep_checkpoints,
+            keep=keep,
             on_tick=lambda share: progress.advance(task, share),
             on_run=on_run,
         )
     return errors
 
 
-def _options(data: str, seeds: int, setting: Sequence[str]) -> list[str]:
-    """What the tables depend on, to be said in them; not where things are."""
-    words = [] if data == "digits" else ["--data", data]
-    words += [] if seeds == 3 else ["--seeds", str(seeds)]
-    return words + [word for each in setting for word in ("--set", each)]
-
-
-def _report(grids: Sequence[Any], out: Path, given: Mapping[str, Any], options: Sequence[str]) -> list[Path]:
-    """Writes and prints the tables of what there is."""
+def _report(grids: Mapping[str, Any], out: Path, given: Mapping[str, Any]) -> list[Path]:
+    """Writes and prints the tables of what there is; `grids` by their commands."""
     from convinit.reproduce import Report, write_report
     from convinit.reproduce.conclusions import conclusions
 
     written: list[Path] = []
     console = Console()
-    for grid in grids:
+    for command, grid in grids.items():
         report = Report(grid, grid.outcomes(out), given)
         if not report.counts()[0]:
             continue
@@ -243,7 +274,6 @@ def _report(grids: Sequence[Any], out: Path, given: Mapping[str, Any], options: 
         for sentence in conclusions(report):
             console.print(f"• {sentence}", highlight=False, markup=False)
         console.print()
-        command = shlex.join(["convinit", "reproduce", grid.table.name, *options])
         written += write_report(report, out, command)
     return written
 

@@ -7,6 +7,7 @@ import json
 import platform
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from convinit._files import write_whole
 from convinit.models import SimpleViT
 from convinit.nn import ConvInitAttention
 from convinit.offsets import attention_on_targets
+from convinit.serve.trained import load_trained
 from convinit.train import checkpoint as files
 from convinit.train.config import Config, field_of
 from convinit.train.engine import Engine, make_accelerator
@@ -178,19 +180,48 @@ def _measure(engine: Engine) -> dict[str, Any]:
     }
 
 
-@torch.no_grad()
-def _peak(engine: Engine) -> float | None:
-    """Mean attention on the targets of a SimpleViT's offsets, on test images; None for other models.
+@dataclass(frozen=True, eq=False)
+class Heads:
+    """Where the heads of a SimpleViT look.
 
-    Controls have offsets, too: what they were not fitted to.
+    Attributes:
+        offsets: [depth, heads, 2]. Controls have them, too: what they were not fitted to.
+        maps: [depth, heads, N, N], attention averaged over test images.
+        grid_size: of the N tokens.
     """
+
+    offsets: Tensor
+    maps: Tensor
+    grid_size: tuple[int, int]
+
+
+@torch.no_grad()
+def _heads(engine: Engine) -> Heads | None:
+    """The heads on test images; None for models other than a SimpleViT."""
     model = engine.inner
     if not isinstance(model, SimpleViT):
         return None
     images, _ = engine.test_set.batch(range(min(_MAP_IMAGES, len(engine.test_set))))
-    maps = (
-        model.eval().attention_maps(images.to(engine.accelerator.device)).mean(dim=1)
-    )  # [depth, heads, N, N]
+    maps = model.eval().attention_maps(images.to(engine.accelerator.device)).mean(dim=1)
     layers = [each for each in model.modules() if isinstance(each, ConvInitAttention)]
-    offsets: Tensor = torch.stack([each.offsets for each in layers])  # [depth, heads, 2]
-    return attention_on_targets(maps.flatten(0, 1), offsets.flatten(0, 1), model.grid_size)
+    return Heads(torch.stack([each.offsets for each in layers]), maps, model.grid_size)
+
+
+def _peak(engine: Engine) -> float | None:
+    """Mean attention on the targets of a SimpleViT's offsets, on test images; None for other models."""
+    heads = _heads(engine)
+    if heads is None:
+        return None
+    return attention_on_targets(heads.maps.flatten(0, 1), heads.offsets.flatten(0, 1), heads.grid_size)
+
+
+def read_heads(config: Config, out: Path) -> tuple[Heads, Heads] | None:
+    """The heads of a finished run before and after training; None where its checkpoint was not kept."""
+    found = files.checkpoints(folder_of(config, out))
+    if not found:
+        return None
+    engine = Engine(config, make_accelerator(config))  # made anew, by config and seed
+    before = _heads(engine)
+    engine.inner.load_state_dict(load_trained(found[-1]).network.state_dict())
+    after = _heads(engine)
+    return None if before is None or after is None else (before, after)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,6 +72,10 @@ class Grid:
             if config.run.seed == seed
         }
 
+    def of_heads(self) -> Config:
+        """The run whose heads are shown: our row, the first column, the first seed."""
+        return self.configs[self.table.ours, self.table.columns[0].label][0]
+
     def outcomes(self, out: Path) -> dict[Cell, list[dict[str, Any]]]:
         """The finished runs of every cell in a folder, in the order of the seeds.
 
@@ -101,7 +105,7 @@ def run_all(
     out: Path,
     *,
     jobs: int | None = None,
-    keep_checkpoints: bool = False,
+    keep: Collection[str] = (),
     on_tick: Callable[[float], None] = lambda share: None,
     on_run: Callable[[Config, dict[str, Any]], None] = lambda config, outcome: None,
 ) -> None:
@@ -111,7 +115,7 @@ def run_all(
         configs: of `unfinished`.
         out: folder for all of them.
         jobs: runs at once; None means one a GPU, or, where runs have one thread each, one a CPU.
-        keep_checkpoints: keep the last checkpoint of each run.
+        keep: identities of runs whose last checkpoint is kept.
         on_tick: told the share of a run that has been done.
         on_run: told each run as it is finished, or cannot be made: {"error": what}.
 
@@ -122,7 +126,7 @@ def run_all(
     by_identity = {identity(config): config for config in configs}
     in_processes(
         run_cell,
-        [(config, out, keep_checkpoints) for config in configs],
+        [(config, out, identity(config) in keep) for config in configs],
         on_tick=on_tick,
         on_done=lambda done: on_run(by_identity[done[0]], done[1]),
         workers=_workers(configs, jobs),

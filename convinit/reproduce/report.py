@@ -9,21 +9,24 @@ import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
-from convinit._over_seeds import Figure, over_seeds
 from convinit.reproduce import readings
 from convinit.reproduce.grid import Cell, Grid
+from convinit.reproduce.mean_sd import MeanSd, clearly, over_seeds
 from convinit.reproduce.papers import USUAL_ROWS
 from convinit.reproduce.table import Choice
 from convinit.train.config import Config
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure as Picture
+    from matplotlib.figure import Figure
 
+Standing = Literal["above", "alike", "below", "unjudged"]
+MARKS: Mapping[str | None, str] = {"above": "▲", "alike": "≈", "unjudged": "?"}  # below: none
+_NOT_JUDGED = ("start-peak", "trained-peak", "epochs-to")
 _COLUMNS = (
     "table", "data", "row", "column", "reading", "mean", "sd", "seeds", "values",
 )  # fmt: skip
@@ -55,9 +58,32 @@ class Report:
         found = [readings.value(reading, outcome) for outcome in self.chosen.get(cell, ())]
         return [each for each in found if each is not None]
 
-    def figure(self, cell: Cell, reading: str) -> Figure | None:
+    def mean(self, cell: Cell, reading: str) -> MeanSd | None:
         values = self.values(cell, reading)
         return over_seeds(values) if values else None
+
+    def judged(self, reading: str) -> bool:
+        """Whether the rows' means of a reading are compared: not those of which more is not better."""
+        table = self.grid.table
+        return not table.rates and len(self.grid.seeds) > 1 and not reading.startswith(_NOT_JUDGED)
+
+    def standing(self, cell: Cell, reading: str) -> Standing | None:
+        """How a cell's mean stands to that of the row it is judged against; None for such a row itself.
+
+        Two means are clearly apart if they differ by more than twice the standard error of the difference.
+        They are compared where both have as many runs, two at least.
+        """
+        table = self.grid.table
+        row = next(row for row in table.rows if row.label == cell[0])
+        rival = (row.against or table.ours, cell[1])
+        if not self.judged(reading) or row.label == rival[0] or rival not in self.grid.configs:
+            return None
+        mean, other = self.mean(cell, reading), self.mean(rival, reading)
+        if mean is None or other is None or not mean.n == other.n >= 2:
+            return "unjudged"
+        if clearly(mean, other):
+            return "above"
+        return "below" if clearly(other, mean) else "alike"
 
     def title(self, reading: str) -> str:
         return readings.title(reading, self._config().recipe.epochs)
@@ -69,18 +95,16 @@ class Report:
 
     # --- text -----------------------------------------------------------------------------------------------
 
-    def markdown(self, command: str, sentences: Sequence[str]) -> str:
-        """The page: setting, tables, and the sentences that say what they show."""
+    def markdown(self, command: str, sentences: Sequence[str], pictures: Sequence[str] = ()) -> str:
+        """The page: setting, tables, sentences that say what they show, and pictures, in Markdown already."""
         table = self.grid.table
         parts = [f"# {table.title}", f"{table.question} {table.note}".strip(), self.setting()]
         for name, rows in self.tables():
             parts += [f"**{name[:1].upper()}{name[1:]}**"] if name else []
             parts.append(_markdown(rows, table.ours))
-        parts.append(f"![{table.title}]({self.stem()}.png)")
-        if table.name == "sigma":
-            parts.append(f"{_FIGURE_5}\n\n![Maps of random queries and keys]({self.stem()}-maps.png)")
         if sentences:
             parts.append("\n".join(f"- {each}" for each in sentences))
+        parts += pictures
         parts.append(f"Made by `{command}`; [all figures]({self.stem()}.csv).")
         return "\n\n".join(parts) + "\n"
 
@@ -113,11 +137,19 @@ class Report:
     def _text(self, cell: Cell, reading: str) -> str:
         if cell not in self.grid.configs:
             return ""
-        figure = self.figure(cell, reading)
-        failed = sum("failed" in each for each in self.chosen[cell])
-        if figure is None:
-            return "diverged" if failed else "–"
-        return f"{figure}" + (f" ({failed} of {failed + figure.n} diverged)" if failed else "")
+        mean, runs = self.mean(cell, reading), self.chosen[cell]
+        failed = sum("failed" in each for each in runs)
+        if mean is None:
+            return (
+                "diverged" if failed else "not reached" if reading.startswith("epochs-to") and runs else "–"
+            )
+        words = [f"{mean}"]
+        if failed:
+            words.append(f"({failed} of {len(runs)} diverged)")
+        elif mean.n < len(runs):
+            words.append(f"({mean.n} of {len(runs)})")  # the others did not get there
+        standing = self.standing(cell, reading)
+        return " ".join([*words, *([MARKS[standing]] if standing in MARKS else [])])
 
     def setting(self) -> str:
         """What was done, in a paragraph."""
@@ -201,9 +233,9 @@ class Report:
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(_COLUMNS)
         for cell, reading in itertools.product(self.grid.configs, self.grid.table.readings):
-            values, figure = self.values(cell, reading), self.figure(cell, reading)
-            numbers = ["", "", 0] if figure is None else [
-                f"{figure.mean:.3f}", "" if figure.sd is None else f"{figure.sd:.3f}", figure.n,
+            values, mean = self.values(cell, reading), self.mean(cell, reading)
+            numbers = ["", "", 0] if mean is None else [
+                f"{mean.mean:.3f}", "" if mean.sd is None else f"{mean.sd:.3f}", mean.n,
             ]  # fmt: skip
             line = [self.grid.table.name, self.grid.data, *cell, self.title(reading), *numbers]
             writer.writerow([*line, " ".join(f"{each:.3f}" for each in values)])
@@ -211,8 +243,8 @@ class Report:
 
     # --- figure ---------------------------------------------------------------------------------------------
 
-    def picture(self) -> Picture | None:
-        """The figure; None as long as there are no runs."""
+    def figure(self) -> Figure | None:
+        """The picture of the table; None as long as there are no runs."""
         from convinit.viz import grid_dots, grid_lines, learning_curves
 
         table = self.grid.table
@@ -223,7 +255,10 @@ class Report:
         # Rows that most tables have come first, and so have the same colours everywhere.
         rows = sorted(table.rows, key=lambda row: table.figure != "dots" and row.label not in USUAL_ROWS)
         if table.figure == "curves":
-            return learning_curves(self._curves(rows), title=heading)
+            goals = [
+                float(x.removeprefix("epochs-to-")) for x in table.readings if x.startswith("epochs-to-")
+            ]
+            return learning_curves(self._curves(rows), goal=goals[0] if goals else None, title=heading)
         if table.figure == "shifts":
             column = table.columns[0].label
             values = {
@@ -277,14 +312,6 @@ def _at_best_rate(outcomes: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str
         return len(shares), sum(shares) / max(1, len(shares))  # a rate that diverges for a seed is not taken
 
     return by_rate[max(by_rate, key=on_validation)]
-
-
-_FIGURE_5 = (
-    "Figure 5 of the paper illustrates σ: softmax(σ Q Kᵀ) on 16 × 16 tokens with random Q and K is nearly "
-    "uniform at σ = 1 and binary at σ = 10,000, near a random permutation matrix: every row chooses one "
-    "column, though rows choose freely (62 % of the columns are chosen). Such a map hardly lets a gradient "
-    "through, so a very large σ is hard to train. Every map has its own scale of colours."
-)
 
 
 def _markdown(lines: Sequence[Sequence[str]], bold: str) -> str:

@@ -53,6 +53,7 @@ class Table:
         readings: names for `convinit.reproduce.readings`; the first is the one that counts.
         ours: label of the row that the others are compared with.
         log_x: whether the figure's axis is logarithmic.
+        heads: whether the page shows where the heads of `ours` look, before and after training.
         without: (row, column) labels of cells that do not exist.
         rates: learning rates that each cell is run with; its figures are those of the rate that is best on
             validation images. None of its own: the preset's.
@@ -71,6 +72,7 @@ class Table:
     readings: tuple[str, ...] = ("accuracy", "shifted-1")
     ours: str = "impulse"
     log_x: bool = False
+    heads: bool = False
     without: frozenset[tuple[str, str]] = frozenset()
     rates: tuple[float, ...] = ()
     note: str = ""

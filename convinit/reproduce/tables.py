@@ -8,6 +8,7 @@ from typing import Any
 
 from convinit._words import near
 from convinit.reproduce import fashion_mnist, papers
+from convinit.reproduce.demo import demo
 from convinit.reproduce.table import Table
 
 DATA = ("digits", "fashion-mnist", "cifar10", "cifar100", "svhn", "tiny-imagenet")
@@ -15,7 +16,9 @@ DATA = ("digits", "fashion-mnist", "cifar10", "cifar100", "svhn", "tiny-imagenet
 
 def tables_of(data: str) -> Mapping[str, Callable[[str], Table]]:
     """The tables that there are for a data set, by name."""
-    return fashion_mnist.TABLES if data == "fashion-mnist" else papers.TABLES
+    if data == "fashion-mnist":
+        return fashion_mnist.TABLES
+    return {"demo": demo, **papers.TABLES} if data == "digits" else papers.TABLES
 
 
 def declared(name: str, data: str = "digits") -> Table:

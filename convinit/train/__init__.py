@@ -1,4 +1,4 @@
-"""Training on Hugging Face Accelerate (extra `train`): data sets, a small loop, whole runs."""
+"""Training on Hugging Face Accelerate (extra `train`): data sets and whole runs."""
 
 from typing import TYPE_CHECKING
 

@@ -13,19 +13,16 @@ from convinit.train.data import (
     test_loader,
     train_loader,
 )
-from convinit.train.loop import EpochRecord, accuracy, train
 from convinit.train.run import Result, RunInterrupted, Watcher, run_training
 
 __all__ = [
     "Augmented",
     "Config",
-    "EpochRecord",
     "ImageData",
     "ImageSplit",
     "Result",
     "RunInterrupted",
     "Watcher",
-    "accuracy",
     "augmentation",
     "batches",
     "load_data",
@@ -33,6 +30,5 @@ __all__ = [
     "run_training",
     "shift_images",
     "test_loader",
-    "train",
     "train_loader",
 ]

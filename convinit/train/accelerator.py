@@ -42,14 +42,3 @@ def plain_accelerator(*, precision: str = "no", cpu: bool = False, **options: An
         dynamo_backend="no",
         **options,
     )
-
-
-def check_accelerator(accelerator: Accelerator) -> Accelerator:
-    """An Accelerator from outside; ValueError where it accumulates gradients, which the loop does not."""
-    if accelerator.gradient_accumulation_steps != 1:
-        raise ValueError(
-            "accelerator must have gradient_accumulation_steps = 1, since every batch is a step, got "
-            f"{accelerator.gradient_accumulation_steps} (from its argument, or from the environment variable "
-            "ACCELERATE_GRADIENT_ACCUMULATION_STEPS); make batches larger instead"
-        )
-    return accelerator

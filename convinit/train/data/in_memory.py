@@ -29,12 +29,11 @@ class ImageSplit:
     num_classes: int
 
 
-def load_digits_split(num_train: int = 1000, *, num_test: int | None = None, seed: int = 0) -> ImageSplit:
+def load_digits_split(num_train: int = 1000, *, seed: int = 0) -> ImageSplit:
     """The 1,797 handwritten digits of 8×8 pixels that come with scikit-learn, shuffled and split once.
 
     Args:
-        num_train: images to train on, 1 to 1,796.
-        num_test: test images, taken from the rest; None means all of it.
+        num_train: images to train on, 1 to 1,796; the rest is to test on.
         seed: of the shuffle. The same seed gives the same split everywhere.
 
     Returns:
@@ -60,13 +59,8 @@ def load_digits_split(num_train: int = 1000, *, num_test: int | None = None, see
     total = len(labels)
     if check_int("num_train", num_train) >= total:
         raise ValueError(f"num_train must be below {total}, the number of digits, got {num_train}")
-    rest = total - num_train
-    if num_test is not None and check_int("num_test", num_test) > rest:
-        raise ValueError(
-            f"num_test must be at most {rest}, what num_train = {num_train} leaves, got {num_test}"
-        )
     order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
-    chosen = order[:num_train], order[num_train : num_train + (num_test or rest)]
+    chosen = order[:num_train], order[num_train:]
     (train_images, test_images), (train_labels, test_labels) = (
         [tensor[indices] for indices in chosen] for tensor in (images, labels)
     )

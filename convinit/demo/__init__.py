@@ -1,1 +1,0 @@
-"""`convinit demo`: what initial weights do to a small Vision Transformer on real images."""

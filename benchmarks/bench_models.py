@@ -4,8 +4,7 @@
 
 SimpleViT and its Models I, II and III at the size of arXiv 2401.12511 against the papers' eager code with
 the same weights (on GPUs also with PyTorch's fused attention and compiled, on CPUs where it matters with our
-linear layers), and against other libraries' Vision Transformers of that size; ConvMixer with frozen impulse
-filters against its twin in which the same filters are depthwise convolutions. Logits and gradients are
+linear layers), and against other libraries' Vision Transformers of that size. Logits and gradients are
 checked against float64.
 
 A training step is forward, cross-entropy, backward and fused AdamW. bfloat16 is autocast. The other
@@ -26,8 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from convinit._timing import Absent, compiled
-from convinit.models import ConvMixer, SimpleViT
-from convinit.nn import Linear, SpatialConv
+from convinit.models import SimpleViT
+from convinit.nn import Linear
 from convinit.ops.products import HALVED_MKL
 
 CUDA = torch.cuda.is_available()
@@ -190,40 +189,6 @@ def bench_simple_vit(compare, name, dtype, direction):
     measure(
         compare, f"{name}, {direction}", models, models["papers' eager"], dtype, direction, "papers' eager"
     )
-
-
-def depthwise_twin(model: ConvMixer) -> ConvMixer:
-    """A copy whose frozen impulse filters are depthwise convolutions by PyTorch."""
-    twin = copy.deepcopy(model)
-    for block in twin.blocks:
-        ours: SpatialConv = block.spatial
-        conv = nn.Conv2d(ours.dim, ours.dim, ours.kernel_size, padding="same", groups=ours.dim, device=DEVICE)
-        with torch.no_grad():
-            conv.weight.copy_(ours.weight)
-            conv.bias.copy_(ours.bias)
-        block.spatial = conv.requires_grad_(False)
-    return twin
-
-
-@DIRECTIONS
-@DTYPES
-def bench_convmixer(compare, dtype, direction):
-    ours = ConvMixer(IMAGE, PATCH, CLASSES, method="impulse", trainable_mixing=False, generator=seeded()).to(
-        DEVICE
-    )
-    twin = depthwise_twin(ours)
-    models: dict[str, nn.Module | Absent] = {
-        "depthwise convolution": twin,
-        "depthwise convolution, channels_last": copy.deepcopy(twin).to(memory_format=torch.channels_last),
-        "convinit": ours,
-        "convinit, channels_last": copy.deepcopy(ours).to(memory_format=torch.channels_last),
-    }
-    for model in models.values():
-        model.train(direction == "training")
-    measure(
-        compare, f"ConvMixer, frozen impulse filters, {direction}", models, twin, dtype, direction,
-        "depthwise convolution",
-    )  # fmt: skip
 
 
 def measure(

@@ -21,8 +21,6 @@ from convinit._checks import (
     check_tensor,
 )
 from convinit.init.filters import GAIN
-from convinit.ops.impulse_conv import impulse_conv
-from convinit.ops.transforms import transforms_active
 
 __all__ = ["SpatialConv"]
 
@@ -66,16 +64,12 @@ class SpatialConv(nn.Module):
         generator: CPU generator of the initial values.
         device, dtype: of the parameters.
 
-    Frozen impulse filters on a CPU are not multiplied but copied, by :func:`convinit.impulse_conv`; the layer
-    looks at its weight in every call, and whatever else has been loaded or written there is convolved.
-
     Shape: [B, C, H, W] → [B, C, H, W].
 
     Source: the ConvMixer of arXiv 2401.12511. Its bias in matrix form is U(±1/C).
     """
 
     assignment: Tensor | None
-    _impulses: _Impulses | None = None  # what was last seen of a frozen weight
 
     def __init__(
         self,
@@ -184,12 +178,6 @@ class SpatialConv(nn.Module):
         if not isinstance(x, torch.fx.Proxy):
             check_tensor("x", x, f"[B, {self.dim}, H, W]")
             check_same_device("x", x, weight=self.weight)
-        impulses = self._frozen_impulses(x)
-        if impulses is not None:
-            offsets, gain = impulses.offsets, impulses.gain
-            if self.assignment is not None:
-                offsets, gain = offsets[self.assignment], gain[self.assignment]
-            return impulse_conv(x, offsets, gain, self.bias)
         weight: Tensor = self.weight
         if self.method == "softmax":
             weight = weight.flatten(1).softmax(dim=1).view_as(weight)
@@ -207,62 +195,9 @@ class SpatialConv(nn.Module):
             out = out + self.bias.view(-1, 1, 1)
         return out.transpose(0, 1).reshape(x.shape)
 
-    def _frozen_impulses(self, x: Tensor) -> _Impulses | None:
-        """The filters as impulses, where they are that and a shift of x is the faster way.
-
-        Values are compared with those last looked at, in each call: nothing else sees every way to change a
-        parameter (`weight.data` and NumPy views have no part in its version). On a CPU that is some
-        microseconds; a GPU would have to be waited for, and a graph that is traced cannot depend on values.
-        In channels_last PyTorch's convolution is as fast, or faster.
-        """
-        weight = self.weight
-        if (
-            self.method != "impulse"
-            or self.grid_size is not None
-            or weight.requires_grad
-            or torch.compiler.is_compiling()
-            or torch.jit.is_tracing()
-            or type(x) not in _PLAIN
-            or type(weight) not in _PLAIN
-            or x.device.type != "cpu"
-            or weight.device.type != "cpu"
-            or x.dim() != 4
-            or not x.is_contiguous()
-            or transforms_active()  # the weight may have a tangent, whatever requires_grad says
-        ):
-            return None
-        impulses = self._impulses
-        if impulses is None or not impulses.are_of(weight):
-            impulses = self._impulses = _Impulses(weight)
-        return impulses if impulses.found else None
-
     def extra_repr(self) -> str:
         form = f"kernel_size={self.kernel_size}" if self.grid_size is None else f"grid_size={self.grid_size}"
         return (
             f"{self.dim}, {form}, method={self.method!r}, num_filters={self.num_filters}, "
             f"bias={self.bias is not None}, trainable={self.weight.requires_grad}"
-        )
-
-
-_PLAIN = (Tensor, nn.Parameter)  # others, fake ones among them, may have no values
-
-
-class _Impulses:
-    """Filters [C, 1, f, f] as offsets [C, 2] and gain [C], if none has more than one non-zero cell."""
-
-    @torch.inference_mode(False)  # what inference finds, a backward may need later
-    @torch.no_grad()
-    def __init__(self, weight: Tensor) -> None:
-        self.seen = weight.detach().clone()
-        cells = self.seen.flatten(1)
-        self.found = bool((cells.count_nonzero(dim=1) <= 1).all() and cells.isfinite().all())
-        cell = cells.abs().argmax(dim=1, keepdim=True)  # [C, 1]
-        # padding="same" puts the smaller half of an even filter's padding before the image.
-        size = weight.shape[-1]
-        self.offsets = torch.cat([cell // size, cell % size], dim=1) - (size - 1) // 2
-        self.gain = cells.gather(1, cell).squeeze(1)
-
-    def are_of(self, weight: Tensor) -> bool:
-        return (weight.dtype, weight.shape) == (self.seen.dtype, self.seen.shape) and torch.equal(
-            weight, self.seen
         )

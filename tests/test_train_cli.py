@@ -7,8 +7,6 @@ import re
 from pathlib import Path
 
 import pytest
-from rich.console import Console
-from rich.progress import Progress
 from training import records, small
 from typer.testing import CliRunner
 
@@ -79,16 +77,14 @@ def test_every_run_has_a_folder_of_its_own(tmp_path, monkeypatch):
 
 def test_the_bar_shows_loss_accuracy_and_speed(tmp_path):
     text = io.StringIO()
-    console = Console(file=text, force_terminal=True, width=160)
-    with Progress("{task.description} {task.completed} {task.fields[figures]}", console=console) as progress:
-        bar = Bar(progress, 1, tmp_path)
-        run_training(small(recipe__epochs=1, run__log_every=2), tmp_path, watcher=bar)
-        (task,) = progress.tasks
-        assert (task.completed, task.total) == (4, 4)
-        assert re.fullmatch(r"loss \d\.\d{3}, [\d,]+ images/s, top-1 \d+\.\d%", task.fields["figures"])
-        bar.testing()
-        assert task.description == "testing"
-    assert "epoch 1/1: loss" in text.getvalue()
+    watching = Bar(1, tmp_path, file=text, disable=False, ncols=160)
+    run_training(small(recipe__epochs=1, run__log_every=2), tmp_path, watcher=watching)
+    assert (watching.bar.n, watching.bar.total) == (4, 4)
+    assert re.fullmatch(r"loss \d\.\d{3}, [\d,]+ images/s, top-1 \d+\.\d%", watching.bar.postfix)
+    watching.testing()
+    watching.close()
+    assert re.search(r"testing: .*4/4 steps, \d\d:\d\d, left: 00:00, loss ", text.getvalue())
+    assert f"into {tmp_path}\n" in text.getvalue() and "epoch 1/1: loss" in text.getvalue()
 
 
 def test_command_line_over_file_over_preset(tmp_path):

@@ -1,29 +1,20 @@
-"""The bar of commands that do many runs."""
+"""The bars of the command line: tqdm's, on standard error, where that is a terminal."""
 
 from __future__ import annotations
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from typing import Any
+
+from tqdm import tqdm
 
 
-def runs_progress(console: Console, unit: str) -> Progress:
-    """A bar with done and all, in units, and the time left; nothing where nobody is looking."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn(unit),
-        TimeElapsedColumn(),
-        TextColumn("left:"),
-        TimeRemainingColumn(elapsed_when_finished=False),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
+def bar(total: int, description: str, unit: str, **options: Any) -> Any:
+    """A bar with done and all, in units, and the time left; steps may be parts of a unit.
+
+    Args:
+        total: of all units.
+        description: what is being done.
+        unit: its name.
+        options: of ``tqdm``.
+    """
+    form = f"{{desc}}: {{bar}} {{n:.4g}}/{{total}} {unit}, {{elapsed}}, left: {{remaining}}{{postfix}}"
+    return tqdm(total=total, desc=description, leave=False, bar_format=form, **{"disable": None, **options})

@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table as Sheet
 
 from convinit.cli.errors import say
-from convinit.cli.progress import runs_progress
+from convinit.cli.progress import bar
 
 if TYPE_CHECKING:
     from convinit.reproduce.table import Table
@@ -221,8 +220,6 @@ def _run(
     if kept := len(names) - len(todo):
         say(f"{kept} of {len(names)} runs are in {out} already", style="dim")
     console = Console(stderr=True)
-    progress = runs_progress(console, "runs")
-    task = progress.add_task("training", total=len(todo))
     finished = 0
     errors: list[str] = []
 
@@ -235,15 +232,16 @@ def _run(
         wrong = outcome.get("error") or outcome.get("failed")
         if wrong or not console.is_terminal:
             result = wrong or f"{outcome['accuracy']:.1%}"
-            say(f"{finished}/{len(todo)} {name}: {result}", style="yellow" if wrong else "")
+            with progress.external_write_mode():
+                say(f"{finished}/{len(todo)} {name}: {result}", style="yellow" if wrong else "")
 
-    with progress:
+    with bar(len(todo), "training", "runs") as progress:
         run_all(
             todo,
             out,
             jobs=jobs,
             keep=keep,
-            on_tick=lambda share: progress.advance(task, share),
+            on_tick=progress.update,
             on_run=on_run,
         )
     return errors
@@ -286,10 +284,8 @@ def _print_plan(grids: Sequence[Any], out: Path, data: Any, at_once: int) -> Non
 
     todo = unfinished(grids, out)
     kinds = len({kind_of_step(config) for config in todo})
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("measuring steps", total=kinds)
-        times = measure_steps(todo, on_kind=lambda: progress.advance(task))
+    with bar(kinds, "measuring steps", "kinds of steps") as progress:
+        times = measure_steps(todo, on_kind=progress.update)
     sheet = Sheet(box=None, padding=(0, 2, 0, 0))
     for head in ("table", "cells", "runs", "to do", "steps a run", "ms a step", "time"):
         sheet.add_column(head, justify="left" if head == "table" else "right")

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
 from convinit.cli.errors import say
+from convinit.cli.progress import bar
 from convinit.train.engine import Engine
 from convinit.train.run import Watcher
 
@@ -19,16 +18,14 @@ from convinit.train.run import Watcher
 @contextlib.contextmanager
 def watcher(epochs: int, out: Path) -> Iterator[Watcher]:
     """A watcher of a run in the folder `out`, for the terminal or for a log, whichever standard error is."""
-    console = Console(stderr=True)
-    if not console.is_terminal:
+    if not sys.stderr.isatty():
         yield Lines(epochs, out)
         return
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"),
-        TextColumn("{task.fields[figures]}"), TimeElapsedColumn(), TextColumn("left:"), TimeRemainingColumn(),
-    )  # fmt: skip
-    with Progress(*columns, console=console, transient=True) as progress:
-        yield Bar(progress, epochs, out)
+    watching = Bar(epochs, out)
+    try:
+        yield watching
+    finally:
+        watching.close()
 
 
 class Lines(Watcher):
@@ -65,39 +62,49 @@ class Lines(Watcher):
 
 
 class Bar(Watcher):
-    """One bar over all steps, with loss, accuracy and images a second."""
+    """One bar over all steps, with loss, accuracy and images a second, on standard error."""
 
-    def __init__(self, progress: Progress, epochs: int, out: Path) -> None:
-        self.progress, self.epochs, self.out = progress, epochs, out
-        self.task: TaskID | None = None
+    def __init__(self, epochs: int, out: Path, **options: Any) -> None:
+        self.epochs, self.out = epochs, out
+        self.options = options  # of tqdm
+        self.bar: Any = None
         self._loss, self._accuracy = "", ""
 
     def begins(self, engine: Engine) -> None:
         plan, progress = engine.plan(), engine.progress
-        self.progress.console.print(f"into {self.out}", highlight=False, markup=False)
-        self.task = self.progress.add_task(
-            self._name(progress.epoch), total=plan.steps, completed=progress.step, figures=f"{plan.device}"
-        )
+        self.bar = bar(
+            plan.steps, self._name(progress.epoch), "steps", initial=progress.step, postfix=plan.device,
+            **self.options,
+        )  # fmt: skip
+        self._say(f"into {self.out}")
 
     def stepped(self, images: int) -> None:
-        if self.task is not None:
-            self.progress.advance(self.task)
+        if self.bar is not None:
+            self.bar.update()
 
     def testing(self) -> None:
-        if self.task is not None:
-            self.progress.update(self.task, description="testing")
+        if self.bar is not None:
+            self.bar.set_description_str("testing")
 
     def recorded(self, record: dict[str, Any]) -> None:
-        if self.task is None:
+        if self.bar is None:
             return
         if record["kind"] == "train":
             self._loss = f"loss {record['loss']:.3f}, {record['images_per_second']:,.0f} images/s"
         else:
             if (share := record.get("val_top1", record.get("top1"))) is not None:
                 self._accuracy = f", top-1 {share:.1%}"
-            self.progress.update(self.task, description=self._name(record["epoch"]))
-            self.progress.console.print(_epoch_line(record, self.epochs), highlight=False, markup=False)
-        self.progress.update(self.task, figures=self._loss + self._accuracy)
+            self.bar.set_description_str(self._name(record["epoch"]), refresh=False)
+            self._say(_epoch_line(record, self.epochs))
+        self.bar.set_postfix_str(self._loss + self._accuracy)
+
+    def close(self) -> None:
+        """Takes the bar away."""
+        if self.bar is not None:
+            self.bar.close()
+
+    def _say(self, line: str) -> None:
+        self.bar.write(line, file=self.bar.fp)
 
     def _name(self, epochs_done: int) -> str:
         return f"epoch {min(epochs_done + 1, self.epochs)}/{self.epochs}"

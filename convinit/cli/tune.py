@@ -7,10 +7,9 @@ from enum import Enum
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from convinit.cli.errors import say
-from convinit.cli.progress import runs_progress
+from convinit.cli.progress import bar
 
 
 class DType(str, Enum):
@@ -64,12 +63,10 @@ def tune(
             raise ValueError("; ".join(problems))
         return
     shapes = [_shape(text) for text in shape] if shape else list(tuning.SHAPES)
-    console = Console()
-    with runs_progress(Console(stderr=True), "rows") as progress:
-        task = progress.add_task("tune", total=2 * len(CASES) * len(shapes))
+    with bar(2 * len(CASES) * len(shapes), "tuning", "rows") as progress:
         for row in tuning.tune(shapes, dtype=tuned.DTYPES[dtype.value], minutes=minutes):
-            console.print(_line(row), soft_wrap=True, highlight=False, markup=False)
-            progress.advance(task)
+            progress.write(_line(row))
+            progress.update()
     path = tuned.path_of(tuned.machine(torch.cuda.current_device()))
     say(f"written to {path}", style="green")
 

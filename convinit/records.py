@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from convinit._optional import require
 from convinit.fit.result import map_metrics
 
 MEASURES = ("peak", "hit_rate", "distance")
@@ -89,12 +90,7 @@ class DriftHistory:
 
     def to_pandas(self) -> Any:
         """A DataFrame with a row for each record and head (needs pandas)."""
-        try:
-            import pandas
-        except ImportError as error:
-            raise ImportError(
-                "to_pandas needs pandas, which is not installed; get it with: pip install pandas"
-            ) from error
+        pandas = require("pandas", "to_pandas", "pandas")
         record, layer, head = (~self.distance.isnan()).nonzero(as_tuple=True)
         columns = {"step": self.steps[record], "layer": self.layers[layer], "head": head}
         columns |= {name: getattr(self, name)[record, layer, head] for name in MEASURES}

@@ -208,7 +208,7 @@ def test_a_stopped_run_is_told_of_and_drawn(tmp_path, monkeypatch):
 def test_the_report_needs_no_matplotlib(tmp_path, monkeypatch):
     run_training(small(recipe__epochs=1), tmp_path)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match="figures need matplotlib"):
+    with pytest.raises(ImportError, match="a figure needs matplotlib"):
         pictures.draw_run(tmp_path)
     assert "by 'impulse'" in (tmp_path / "init_report.txt").read_text()
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from convinit._optional import require
 from convinit.records import LayerRecord
 
 if TYPE_CHECKING:
@@ -73,13 +74,7 @@ class InitReport:
 
     def to_pandas(self) -> Any:
         """A DataFrame with a row for each head (needs pandas)."""
-        try:
-            import pandas
-        except ImportError as error:
-            raise ImportError(
-                "to_pandas needs pandas, which is not installed; get it with: pip install pandas"
-            ) from error
-        return pandas.DataFrame(list(self.rows()))
+        return require("pandas", "to_pandas", "pandas").DataFrame(list(self.rows()))
 
     def to_json(self, *, indent: int | None = 1) -> str:
         """JSON text with the settings and a list of all heads; a figure that does not exist is null."""

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from convinit._checks import check_int
+from convinit._optional import require
 from convinit._progress import progress
 from convinit.serve.trained import ImageSpec, TrainedModel
 from convinit.train.data.augment import fit, normalise
-from convinit.train.data.images import decode, image_paths, require
+from convinit.train.data.images import decode, image_paths
 
 __all__ = ["Prediction", "Unreadable", "image_files", "predict", "read_batch"]
 

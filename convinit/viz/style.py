@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
+from convinit._optional import require
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -27,13 +29,8 @@ LINES = (
 
 def new_figure(width: float, height: float) -> Figure:
     """An empty figure; sizes in inches."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(
-            "figures need matplotlib, which is not installed; get it with: pip install 'convinit[demo]'"
-        ) from error
-    return Figure(figsize=(width, height), facecolor="white")
+    figures = require("matplotlib.figure", "a figure", "'convinit[demo]'")
+    return figures.Figure(figsize=(width, height), facecolor="white")
 
 
 def add_title(figure: Figure, title: str | None) -> None:

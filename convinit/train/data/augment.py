@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 from convinit._checks import check_int
+from convinit._optional import require
 from convinit.train.config import near
 from convinit.train.data.draws import seeded
-from convinit.train.data.images import require
 from convinit.train.data.sources import ImageData
 
 AUGMENTATIONS = ("none", "flip-crop", "paper", "timm")

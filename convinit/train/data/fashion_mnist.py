@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from convinit.train.data.images import ImageTensors, require
+from convinit._optional import require
+from convinit.train.data.images import ImageTensors
 
 USUAL = Path("/usr/share/datasets/fashion-mnist")  # of Debian's package dataset-fashion-mnist
 CLASSES = (

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from convinit.train.data.images import ImageItems, decode, require
+from convinit._optional import require
+from convinit.train.data.images import ImageItems, decode
 from convinit.train.data.parts import Parts, complete, numbered
 
 _SPLITS = {"train": ("train",), "val": ("validation", "valid", "val"), "test": ("test",)}

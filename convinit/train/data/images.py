@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import io
 import os
 from collections.abc import Callable, Mapping, Sequence
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -14,16 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-
-def require(module: str, what_for: str, install: str = "'convinit[train]'") -> ModuleType:
-    """The module; ImportError with what to `install` where it is not there."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ImportError(
-            f"{what_for} needs {module.partition('.')[0]}, which is not installed; get it with: "
-            f"pip install {install}"
-        ) from error
+from convinit._optional import require
 
 
 def hidden(name: str) -> bool:

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from convinit._optional import require
 from convinit.train.config import near
-from convinit.train.data.images import ImageFiles, ImageTensors, require
+from convinit.train.data.images import ImageFiles, ImageTensors
 from convinit.train.data.own import read_datasets
 from convinit.train.data.parts import Parts
 

@@ -1,10 +1,11 @@
 from __future__ import annotations
 
-import builtins
 import copy
 import hashlib
+import inspect
 import json
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -194,7 +195,7 @@ def test_what_cannot_be_loaded(tmp_path):
         restored()
 
     arguments = json.loads(config)["arguments"]
-    fails(FileNotFoundError, "snapshot_download", folder=tmp_path / "none")
+    fails(FileNotFoundError, "folder must be one on this machine", folder=tmp_path / "none")
     (tmp_path / "empty").mkdir()
     fails(FileNotFoundError, "has no config.json", folder=tmp_path / "empty")
     fails(ValueError, "must describe a ConvMixer, got 'SimpleViT'", cls=ConvMixer)
@@ -321,14 +322,108 @@ def test_importing_convinit_imports_neither_safetensors_nor_huggingface_hub():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_saving_without_safetensors_names_the_extra(tmp_path, monkeypatch):
-    real = builtins.__import__
-
-    def without(name, *args, **kwargs):
-        if name.partition(".")[0] == "safetensors":
-            raise ImportError(name)
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(ImportError, match=r"pip install 'convinit\[train\]'"):
+def test_what_needs_a_package_names_the_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    install = r"which is not installed; get it with: pip install 'convinit\[train\]'"
+    with pytest.raises(ImportError, match=f"'user/model' is no folder .* needs huggingface_hub, {install}"):
+        SimpleViT.from_pretrained("user/model")
+    with pytest.raises(ImportError, match=f"needs huggingface_hub, {install}"):
+        vit(method="default").push_to_hub("user/model")
+    with pytest.raises(FileNotFoundError, match="folder must be one on this machine"):
+        SimpleViT.from_pretrained(tmp_path / "none")  # a path is no name of a repository
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    with pytest.raises(ImportError, match=f"needs safetensors, {install}"):
         vit(method="default").save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """Hugging Face's Hub as folders of a directory, and what it was asked for."""
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+    asked = []
+
+    class Api:
+        def __init__(self, token):
+            asked.append(("api", {"token": token}))
+
+        def create_repo(self, repo_id, **options):
+            asked.append(("create", options))
+            (tmp_path / "hub" / "me" / repo_id).mkdir(parents=True)
+            return huggingface_hub.RepoUrl(f"https://huggingface.co/me/{repo_id}")
+
+        def upload_folder(self, repo_id, folder_path, **options):
+            asked.append(("upload", options))
+            shutil.copytree(folder_path, tmp_path / "hub" / repo_id, dirs_exist_ok=True)
+            return "https://huggingface.co/a/commit"
+
+    def snapshot_download(repo_id, **options):
+        asked.append((repo_id, options))
+        if not (tmp_path / "hub" / repo_id).is_dir():
+            raise OSError("404 Client Error")
+        return str(tmp_path / "hub" / repo_id)
+
+    # The hub's own functions take what ours are called with.
+    for name, ours in (("create_repo", Api.create_repo), ("upload_folder", Api.upload_folder)):
+        monkeypatch.setattr(Api, name, _as(getattr(huggingface_hub.HfApi, name), ours))
+    downloads = _as(huggingface_hub.snapshot_download, snapshot_download)
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", downloads)
+    return tmp_path / "hub", asked
+
+
+def _as(real, ours):
+    """`ours`, called only as the signature of `real` allows."""
+
+    def call(*args, **kwargs):
+        inspect.signature(real).bind(*args, **kwargs)
+        return ours(*args, **kwargs)
+
+    return call
+
+
+def test_a_pushed_model_comes_back_from_the_hub(hub, tmp_path, monkeypatch):
+    folder, asked = hub
+    monkeypatch.chdir(tmp_path)
+    model = vit().eval()
+    model.metadata["note"] = 1
+    url = model.push_to_hub("vit", private=True, token="t", branch="b", create_pr=True)
+    assert url == "https://huggingface.co/a/commit"
+    commit = {"commit_message": "Push model using convinit", "revision": "b", "create_pr": True}
+    assert asked == [
+        ("api", {"token": "t"}),
+        ("create", {"private": True, "exist_ok": True}),
+        ("upload", commit),
+    ]
+    assert {path.name for path in (folder / "me" / "vit").iterdir()} == {"config.json", "model.safetensors"}
+    loaded = SimpleViT.from_pretrained("me/vit", revision="b", token="t")
+    wanted = {"allow_patterns": ["config.json", "model.safetensors"], "revision": "b", "token": "t"}
+    assert asked[-1] == ("me/vit", wanted)
+    assert torch.equal(loaded(images()), model(images())) and loaded.metadata == {"note": 1}
+    assert not loaded.training
+
+    mixer().save_pretrained("me/vit")  # a folder of that name wins
+    assert isinstance(ConvMixer.from_pretrained("me/vit"), ConvMixer)
+    (folder / "me" / "vit" / "config.json").unlink()
+    shutil.rmtree("me")
+    with pytest.raises(FileNotFoundError, match="has no config.json"):
+        SimpleViT.from_pretrained("me/vit")
+    with pytest.raises(
+        FileNotFoundError,
+        match="'me/none' must be a folder .* or a .*there is no such folder, and the Hub says: 404",
+    ):
+        SimpleViT.from_pretrained("me/none")
+
+
+def test_what_is_no_name_of_a_repository_is_said_without_the_network():
+    pytest.importorskip("huggingface_hub")
+    with pytest.raises(FileNotFoundError, match="'/a/b' must be a folder .*the Hub says: Repo id must be"):
+        SimpleViT.from_pretrained("/a/b")
+
+
+def test_what_cannot_be_saved_makes_no_repository(hub):
+    model = vit()
+    model.head.half()
+    with pytest.raises(ValueError, match="one floating dtype"):
+        model.push_to_hub("vit")
+    assert not hub[1]

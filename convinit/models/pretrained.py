@@ -4,9 +4,9 @@
     config.json         {"class", "arguments" of the constructor, "dtype", "metadata", "convinit", and
                         "weights_sha256", the checksum of the file beside it}
 
-Methods and file names are those of ``huggingface_hub.PyTorchModelHubMixin``, which is not the base class: it
-would make huggingface_hub a dependency of the models, call the constructor (and so the fit) before loading,
-drop tensors and fit options among its arguments, let missing weights pass, and unpickle other weights files.
+Methods, arguments and file names are those of ``huggingface_hub.PyTorchModelHubMixin``. It is not the base
+class: `import convinit` would then need huggingface_hub, and its `save_pretrained` removes config.json before
+the weights are written. Nor would it help: only `push_to_hub` would be left to it.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import inspect
 import json
 import math
 import os
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from convinit._files import sha256
+from convinit._optional import require
 from convinit._version import __version__
 from convinit.fit import SVD, Adam, Newton
 
@@ -52,7 +54,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 class Pretrained:
-    """Gives an ``nn.Module`` its `save_pretrained` and `from_pretrained`; a base class before it.
+    """Gives an ``nn.Module`` `save_pretrained`, `push_to_hub` and `from_pretrained`; a base class before it.
 
     A subclass is built on the meta device and then filled, so what is not in its state_dict it must fill in
     ``_load_from_state_dict``.
@@ -103,22 +105,72 @@ class Pretrained:
         }
         save_folder(folder, self, config)
 
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str = "Push model using convinit",
+        private: bool | None = None,
+        token: str | None = None,
+        branch: str | None = None,
+        create_pr: bool | None = None,
+    ) -> str:
+        """Uploads the two files of `save_pretrained` to a repository of Hugging Face's Hub, in one commit.
+
+        Args:
+            repo_id: "user/model"; made if it is not there.
+            private: of a repository that is made; None means public, unless its owner's default is private.
+            token: None means the one that `hf auth login` has kept.
+            branch: None means "main".
+            create_pr: opens a pull request with the commit.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            ImportError: huggingface_hub is not installed. Others: as `save_pretrained`, before anything is
+                made on the Hub, and what huggingface_hub raises.
+        """
+        hub = require("huggingface_hub", "a repository of the Hub")
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            api = hub.HfApi(token=token)
+            made = api.create_repo(repo_id, private=private, exist_ok=True)
+            commit: str = api.upload_folder(
+                repo_id=made.repo_id,
+                folder_path=folder,
+                commit_message=commit_message,
+                revision=branch,
+                create_pr=create_pr,
+            )
+            return commit
+
     @classmethod
     def from_pretrained(
-        cls: type[Self], folder: str | Path, *, device: torch.device | str | None = None
+        cls: type[Self],
+        pretrained_model_name_or_path: str | Path,
+        *,
+        device: torch.device | str | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
     ) -> Self:
         """The model that `save_pretrained` wrote, in evaluation mode. Nothing is drawn, fitted or unpickled.
 
         Args:
-            folder: on this machine. Of a repository of Hugging Face's Hub, what
-                ``huggingface_hub.snapshot_download`` returns.
+            pretrained_model_name_or_path: a folder on this machine; where there is none of this name, a
+                repository "user/model" of Hugging Face's Hub, of which the two files are fetched.
             device: of the model; None means torch's default.
+            revision: of the repository: a branch, tag or commit; None means "main".
+            token: for the repository; None means the one that `hf auth login` has kept.
 
         Raises:
-            ImportError: safetensors is not installed. FileNotFoundError: folder or file is missing.
+            ImportError: safetensors is not installed, or huggingface_hub for a repository.
+            FileNotFoundError: folder, repository or file is missing.
             ValueError: a file is damaged, of another class or of another model.
         """
-        path = Path(folder)
+        path = Path(pretrained_model_name_or_path)
+        if isinstance(pretrained_model_name_or_path, str) and not path.is_dir():
+            path = _fetched(pretrained_model_name_or_path, revision, token)
         config = read_config(path)
         saved, arguments = config.get("class"), config.get("arguments")
         if saved == cls.__name__ and not isinstance(arguments, dict):
@@ -158,14 +210,14 @@ def save_folder(folder: str | Path, model: nn.Module, config: Mapping[str, Any])
     path.mkdir(parents=True, exist_ok=True)
     weights_part, config_part = path / f".{WEIGHTS}.part", path / _CONFIG_PART
     try:
-        safetensors.save_model(model, str(weights_part), metadata={"format": "pt"})
+        safetensors.torch.save_model(model, str(weights_part), metadata={"format": "pt"})
         content = {**config, "convinit": __version__, _CHECKSUM: sha256(weights_part)}
         config_part.write_text(
             json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n", encoding="utf-8"
         )
         os.replace(weights_part, path / WEIGHTS)
         os.replace(config_part, path / CONFIG)  # killed before, `read_config` takes the part
-    except _safetensor_error() as error:  # what it makes of a full disk
+    except safetensors.SafetensorError as error:  # what it makes of a full disk
         raise OSError(f"{path} cannot be written: {error}") from error
     finally:
         weights_part.unlink(missing_ok=True)
@@ -180,8 +232,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     if not folder.is_dir():
         raise FileNotFoundError(
-            f"folder must be one on this machine with {CONFIG} and {WEIGHTS}, got {str(folder)!r}, which is "
-            "none; huggingface_hub.snapshot_download fetches a repository into one"
+            f"folder must be one on this machine with {CONFIG} and {WEIGHTS}, got {str(folder)!r}"
         )
     weights = folder / WEIGHTS
     checksum = sha256(weights) if weights.is_file() else None
@@ -294,13 +345,11 @@ def read_weights(path: Path, model: nn.Module) -> dict[str, Tensor]:
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[Any]:
     """A safetensors file; ValueError where it is damaged."""
-    _safetensors()
-    from safetensors import safe_open
-
+    safetensors = _safetensors()
     try:
-        with safe_open(path, "pt") as file:
+        with safetensors.safe_open(path, "pt") as file:
             yield file
-    except _safetensor_error() as error:
+    except safetensors.SafetensorError as error:
         raise ValueError(f"{path} is damaged or no safetensors file: {error}") from error
 
 
@@ -383,18 +432,19 @@ def _dtype(model: nn.Module) -> torch.dtype:
     return found.pop()
 
 
-def _safetensors() -> ModuleType:
+def _fetched(repo_id: str, revision: str | None, token: str | bool | None) -> Path:
+    """The folder with the two files of a repository."""
+    hub = require("huggingface_hub", f"{repo_id!r} is no folder on this machine; a repository of that name")
+    wanted = {"allow_patterns": [CONFIG, WEIGHTS], "revision": revision, "token": token}
     try:
-        import safetensors.torch
-    except ImportError as error:
-        raise ImportError(
-            "models are saved by safetensors, which is not installed; get it with: "
-            "pip install 'convinit[train]'"
+        return Path(hub.snapshot_download(repo_id, **wanted))
+    except (OSError, ValueError) as error:  # of HTTP and the connection, and of a name that none can have
+        raise FileNotFoundError(
+            f"{repo_id!r} must be a folder on this machine with {CONFIG} and {WEIGHTS}, or a repository "
+            f'"user/model" of Hugging Face\'s Hub: there is no such folder, and the Hub says: {error}'
         ) from error
-    return safetensors.torch
 
 
-def _safetensor_error() -> type[Exception]:
-    from safetensors import SafetensorError
-
-    return SafetensorError
+def _safetensors() -> ModuleType:
+    require("safetensors.torch", "a saved model")  # which `import safetensors` leaves alone
+    return require("safetensors", "a saved model")

@@ -1,14 +1,20 @@
-"""The fused ops as torch sees them: schema, autograd, fake kernels, compilation. CPU kernels; no Triton."""
+"""The fused ops as torch sees them: schema, autograd, fake kernels, compilation. No Triton.
+
+On a CPU they run compiled kernels, which have no float64; there the formula stands in for them.
+"""
 
 from __future__ import annotations
+
+import math
 
 import pytest
 import torch
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from convinit.kernels.layout import image_gradient
 from convinit.nn.attention import ConvInitAttention
-from convinit.ops import backends, map_op, positional_op
+from convinit.ops import backends, map_op, native, positional_op
 from convinit.ops.positional_attention import (
     packed_attention,
     positional_attention,
@@ -22,6 +28,51 @@ def packed(batch=2, heads=2, tokens=5, rank=4, dtype=torch.float64):
     qkv = torch.randn(batch, tokens, 3, heads, rank, generator=g, dtype=torch.float64).to(dtype)
     pos = torch.randn(2, heads, tokens, rank, generator=g, dtype=torch.float64).to(dtype)
     return qkv.requires_grad_(), pos.requires_grad_()
+
+
+def mixed(q, k, v, q_pos, k_pos, alpha):
+    q, k = (alpha * x if pos is None else alpha * x + pos for x, pos in ((q, q_pos), (k, k_pos)))
+    return q, k, v
+
+
+def forward(q, k, v, q_pos, k_pos, scale, alpha):
+    q, k, v = mixed(q, k, v, q_pos, k_pos, alpha)
+    logits = scale * q @ k.mT  # [B, heads, N, N]
+    lse = logits.logsumexp(-1)
+    out = ((logits - lse.unsqueeze(-1)).exp() @ v).transpose(1, 2).flatten(2)
+    return out.contiguous(), (lse / math.log(2)).float().contiguous()
+
+
+def backward(dout, inputs, scale, alpha, needs, image_gradients=None):
+    q, k, v = mixed(*inputs, alpha)
+    dout = dout.unflatten(-1, (q.shape[1], -1)).transpose(1, 2)  # [B, heads, N, r]
+    weights = (scale * q @ k.mT).softmax(-1)  # [B, heads, N, N]
+    dweights = dout @ v.mT
+    dlogits = scale * weights * (dweights - (weights * dweights).sum(-1, keepdim=True))
+    dq, dk, dv = dlogits @ k, dlogits.mT @ q, weights.mT @ dout
+    images = image_gradients or [image_gradient(x) for x in inputs[:3]]
+    made = (*images, *(None if x is None else torch.empty_like(x) for x in inputs[3:]))
+    full = (alpha * dq, alpha * dk, dv, dq.sum(0), dk.sum(0))
+    filled = zip(made, full, needs, strict=True)
+    return tuple(x.copy_(gradient) if need and x is not None else None for x, gradient, need in filled)
+
+
+def apply_map(attention, v):
+    return (attention @ v).transpose(1, 2).flatten(2).contiguous()
+
+
+def map_gradient(dout, v):
+    return torch.einsum("bnhr,bhmr->hnm", dout.unflatten(-1, (v.shape[1], -1)), v).contiguous()
+
+
+@pytest.fixture(autouse=True)
+def formula_in_float64(monkeypatch):
+    def either(formula, kernel):
+        return lambda x, *others: (formula if x.dtype == torch.float64 else kernel)(x, *others)
+
+    for formula in (forward, backward, apply_map, map_gradient):
+        name = formula.__name__
+        monkeypatch.setattr(native, name, either(formula, getattr(native, name)))
 
 
 def test_gradcheck():

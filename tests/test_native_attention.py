@@ -17,6 +17,7 @@ from convinit.ops.positional_attention import (
     positional_attention,
     positional_attention_reference,
 )
+from convinit.ops.shared_attention import shared_attention
 
 OPTIONS = {"scale": 0.3, "alpha": 0.4}
 
@@ -313,7 +314,7 @@ def test_autocast_leaves_float64_alone_in_every_size(monkeypatch, worthwhile):
     q = torch.randn(1, 1, 4, 4, dtype=torch.float64)
     with torch.autocast("cpu", torch.bfloat16):
         assert positional_attention(q, q, q).dtype == torch.float64
-        assert map_op.apply_map(q[0], q).dtype == torch.float64
+        assert shared_attention(q[0], q[0], q).dtype == torch.float64
 
 
 def test_explicit_native_never_falls_back():

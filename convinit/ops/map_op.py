@@ -4,7 +4,7 @@
     convinit::map_gradient   Σ over images of dout · vᵀ
 
 On CUDA they run `convinit.kernels`, which imports Triton, so the import waits for the first call. On a CPU
-they run the compiled kernels of `convinit.ops.native`; float64 runs the formula, for tests and tracing.
+they run the compiled kernels of `convinit.ops.native`, which have no float64.
 """
 
 from __future__ import annotations
@@ -35,9 +35,7 @@ def _apply_map_run(attention: Tensor, v: Tensor) -> Tensor:
 
         with torch.cuda.device(v.device):
             return launch.apply_map(attention, v)
-    if native.serves(v):
-        return native.apply_map(attention, v)
-    return (attention @ v).transpose(1, 2).flatten(2).contiguous()
+    return native.apply_map(attention, v)
 
 
 def _map_gradient_run(dout: Tensor, v: Tensor) -> Tensor:
@@ -47,9 +45,7 @@ def _map_gradient_run(dout: Tensor, v: Tensor) -> Tensor:
 
         with torch.cuda.device(v.device):
             return launch.map_gradient(dout, v)
-    if native.serves(v):
-        return native.map_gradient(dout, v)
-    return torch.einsum("bnhr,bhmr->hnm", dout.unflatten(-1, (v.shape[1], -1)), v).contiguous()
+    return native.map_gradient(dout, v)
 
 
 def _apply_map_fake(attention, v):

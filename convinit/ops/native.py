@@ -19,7 +19,6 @@ __all__ = [
     "forward",
     "map_gradient",
     "prefers_native",
-    "serves",
     "worthwhile",
 ]
 
@@ -72,11 +71,6 @@ def prefers_native(op: str, x: Tensor) -> bool:
 def worthwhile(x: Tensor) -> bool:
     """Whether a problem with queries x [B, heads, N, r] is large enough for a kernel."""
     return x.shape[2] * x.numel() >= _WORTHWHILE
-
-
-def serves(q: Tensor) -> bool:
-    """Whether the kernels can be the CPU's part of the fused ops; plain PyTorch is the rest."""
-    return q.device.type == "cpu" and q.dtype in _DTYPES
 
 
 def forward(

@@ -4,19 +4,18 @@
     convinit::packed_attention       the same of qkv [B, N, 3·heads·r]                and its backward
 
 On CUDA they run `convinit.kernels`, which imports Triton, so the import waits for the first call. On a CPU
-they run the compiled kernels of `convinit.ops.native`; float64 runs the formula, for tests and tracing.
+they run the compiled kernels of `convinit.ops.native`, which have no float64.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from convinit.kernels.layout import image_gradient, split_heads, split_packed
+from convinit.kernels.layout import image_gradient, split_packed
 from convinit.ops import native
 from convinit.ops.backends import autocast
 from convinit.ops.op import Op
@@ -72,14 +71,7 @@ def _forward(
 
         with torch.cuda.device(q.device):
             return launch.positional_forward(q, k, v, q_pos, k_pos, scale, alpha)
-    if native.serves(q):
-        return native.forward(q, k, v, q_pos, k_pos, scale, alpha)
-    q_mixed, k_mixed, values = _mixed(q, q_pos, alpha), _mixed(k, k_pos, alpha), _mixed(v, None, 1.0)
-    logits = scale * q_mixed @ k_mixed.mT  # [B, heads, N, N]
-    lse = logits.logsumexp(-1)
-    weights = (logits - lse.unsqueeze(-1)).exp()
-    out = (weights @ values).transpose(1, 2).flatten(2)
-    return out.to(q.dtype).contiguous(), (lse / math.log(2)).float().contiguous()
+    return native.forward(q, k, v, q_pos, k_pos, scale, alpha)
 
 
 def _gradients(
@@ -96,27 +88,12 @@ def _gradients(
 
     Those of q, k and v are written to image_gradients, if given.
     """
-    q, k, v, q_pos, k_pos = inputs
-    if q.is_cuda:
+    if dout.is_cuda:
         from convinit.kernels import launch
 
-        with torch.cuda.device(q.device):
+        with torch.cuda.device(dout.device):
             return launch.positional_backward(dout, *inputs, out, lse, scale, alpha, needs, image_gradients)
-    if native.serves(q):
-        return native.backward(dout, inputs, scale, alpha, needs, image_gradients)
-    q_mixed, k_mixed, values = _mixed(q, q_pos, alpha), _mixed(k, k_pos, alpha), _mixed(v, None, 1.0)
-    dout, out = (split_heads(x, q.shape[1]).to(values.dtype) for x in (dout, out))  # [B, heads, N, r]
-    weights = (scale * q_mixed @ k_mixed.mT).softmax(-1)  # [B, heads, N, N]
-    delta = (dout * out).sum(-1, keepdim=True)
-    dlogits = scale * weights * (dout @ values.mT - delta)
-    dq, dk, dv = dlogits @ k_mixed, dlogits.mT @ q_mixed, weights.mT @ dout
-    full = (alpha * dq, alpha * dk, dv, dq.sum(0), dk.sum(0))
-    images = image_gradients or tuple(image_gradient(x) for x in (q, k, v))
-    made = (*images, *(None if x is None else x.new_empty(x.shape) for x in (q_pos, k_pos)))
-    return tuple(
-        x.copy_(gradient) if need and x is not None else None
-        for x, gradient, need in zip(made, full, needs, strict=True)
-    )
+    return native.backward(dout, inputs, scale, alpha, needs, image_gradients)
 
 
 def _mixed(x: Tensor, pos: Tensor | None, alpha: float) -> Tensor:

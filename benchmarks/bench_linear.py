@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from convinit.nn.linear import linear
-from convinit.ops.products import HALVED_MKL
+from convinit.ops.cpu_products import MKL_USES_HALF_VECTORS
 
 pytestmark = pytest.mark.skipif(
-    not HALVED_MKL, reason="MKL multiplies at this CPU's full rate: linear is F.linear"
+    not MKL_USES_HALF_VECTORS, reason="MKL multiplies at this CPU's full rate: linear is F.linear"
 )
 SHAPES = [  # rows, in, out
     (4096, 512, 1536),

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from convinit._timing import Absent, compiled
 from convinit.models import SimpleViT
 from convinit.nn import Linear
-from convinit.ops.products import HALVED_MKL
+from convinit.ops.cpu_products import MKL_USES_HALF_VECTORS
 
 CUDA = torch.cuda.is_available()
 pytestmark = [pytest.mark.gpu] if CUDA else []
@@ -176,7 +176,7 @@ def bench_simple_vit(compare, name, dtype, direction):
     variant, options = VARIANTS[name]
     ours = simple_vit(variant, **options)
     models: dict[str, nn.Module | Absent] = {"papers' eager": papers.simple_vit(ours), "convinit": ours}
-    if HALVED_MKL:  # what is left of the ratio when theirs gets our linear layers
+    if MKL_USES_HALF_VECTORS:  # what is left of the ratio when theirs gets our linear layers
         models["papers' eager, our Linear"] = papers.simple_vit(ours, Linear)
     if DEVICE == "cuda":  # minutes of compilation on two CPU cores
         if variant in ("vanilla", "I"):  # the others' queries and keys have no batch, which SDPA repeats

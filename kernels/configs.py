@@ -2,7 +2,7 @@
 
 Entries of generation 90 in 16 bits go by times on an H200 and an H100 (benchmarks/results), their neighbours
 by analogy. Those of the other generations, and float32, are what compiles for them within their shared memory
-and without local memory in the hot loop; `python -m convinit.kernels.report` shows the figures. `convinit
+and without local memory in the hot loop; `python -m convinit.kernels.resources` shows the figures. `convinit
 tune` times others on the GPU at hand.
 """
 

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from convinit.kernels import tuned
 from convinit.kernels.configs import Config, key_blocks, power_of_two
-from convinit.kernels.layout import image_gradient, split_heads
 from convinit.kernels.positional_attention import (
     backward_kernel,
     backward_keys_kernel,
@@ -23,6 +22,7 @@ from convinit.kernels.positional_attention import (
     sum_images_kernel,
 )
 from convinit.kernels.shared_attention import apply_kernel, map_gradient_kernel
+from convinit.kernels.tensor_views import image_gradient, split_heads
 
 T = TypeVar("T", Tensor, Tensor | None)
 Strides = tuple[int, ...]

@@ -9,7 +9,7 @@ from triton.runtime.interpreter import InterpreterBuilder
 
 from convinit.kernels import configs, launch
 from convinit.kernels.configs import Config
-from convinit.kernels.layout import split_packed
+from convinit.kernels.tensor_views import split_packed
 from convinit.ops import tune, verify
 from convinit.ops.positional_attention import positional_attention_reference
 from convinit.ops.shared_attention import shared_attention_reference

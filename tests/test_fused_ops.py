@@ -12,7 +12,7 @@ import torch
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from convinit.kernels.layout import image_gradient
+from convinit.kernels.tensor_views import image_gradient
 from convinit.nn.attention import ConvInitAttention
 from convinit.ops import backends, map_op, native, positional_op
 from convinit.ops.positional_attention import (

@@ -14,10 +14,10 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("an interpreted kernel cannot be compiled", allow_module_level=True)
 
-from convinit.kernels import configs, launch, report  # noqa: E402
+from convinit.kernels import configs, launch, resources  # noqa: E402
 from convinit.kernels.configs import Config, Key  # noqa: E402
 
-ENTRIES = list(report.entries())
+ENTRIES = list(resources.entries())
 FAST = [
     (generation, key, config, precision)
     for generation, key, config, precision in ENTRIES
@@ -43,11 +43,11 @@ def fitting(generation, config, usage):
 
 
 def check(generation, key, config, precision):
-    usage = report.usage(generation, key, config, precision)
+    usage = resources.usage(generation, key, config, precision)
     assert usage.shared <= configs.SHARED_MEMORY[generation], f"{config} does not fit: {usage}"
     assert usage.tensor_memory <= 512
     assert usage.loop["LDL"] + usage.loop["STL"] <= ALLOWED_LOCAL.get((generation, key), 0), usage
-    assert any(usage.loop[op] for op in report.TENSOR_CORES), f"no tensor cores: {dict(usage.loop)}"
+    assert any(usage.loop[op] for op in resources.TENSOR_CORES), f"no tensor cores: {dict(usage.loop)}"
     if key.kernel in ("apply", "map_gradient"):  # whose images are dealt out over config.programs
         assert config.programs <= fitting(generation, config, usage), usage
     if generation == 90 and key.itemsize == 2 and key.rank >= 64:  # dQᵀ has r rows, and wgmma wants 64
@@ -75,7 +75,7 @@ def test_machine_code_of_all_entries(entry):
 
 def test_report_sees_spills():
     """The check above can fail: a tile that no GPU's registers hold."""
-    usage = report.usage(90, Key("backward", 2, 64, 256), Config(64, 256, 4, 2))
+    usage = resources.usage(90, Key("backward", 2, 64, 256), Config(64, 256, 4, 2))
     assert usage.stack > 0 and usage.loop["LDL"] > 0
 
 
@@ -91,7 +91,7 @@ INSTRUCTIONS = {
 @pytest.mark.parametrize("key", INSTRUCTIONS, ids=lambda key: key.kernel)
 def test_instructions_of_the_hot_loop(key):
     config = configs.TABLE[key]
-    assert report.usage(90, key, config).per_element(config) <= 1.1 * INSTRUCTIONS[key]
+    assert resources.usage(90, key, config).per_element(config) <= 1.1 * INSTRUCTIONS[key]
 
 
 LAUNCHED = [
@@ -110,10 +110,10 @@ LAUNCHED = [
 @pytest.mark.parametrize("kernel", ["forward", "backward", "backward_queries", "backward_keys"])
 def test_variants_that_are_launched(kernel, constants):
     """Other gradients, other position terms, ragged sizes: each compiles within the same shared memory."""
-    if not set(constants) <= set(report.SOURCES[kernel].arg_names):
+    if not set(constants) <= set(resources.SOURCES[kernel].arg_names):
         pytest.skip(f"{kernel} has no such argument")
     key = next(key for key in configs.TABLE if (key.kernel, key.itemsize, key.rank) == (kernel, 2, 64))
-    usage = report.usage(90, key, configs.TABLE[key], **constants)
+    usage = resources.usage(90, key, configs.TABLE[key], **constants)
     assert usage.shared <= configs.SHARED_MEMORY[90]
 
 

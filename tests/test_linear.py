@@ -19,7 +19,7 @@ from convinit.nn.linear import linear
 @pytest.fixture
 def convolves(monkeypatch):
     """Takes the convolution on any CPU and in any size; a list that grows with every one."""
-    monkeypatch.setattr(module, "HALVED_MKL", True)
+    monkeypatch.setattr(module, "MKL_USES_HALF_VECTORS", True)
     monkeypatch.setattr(module, "_worthwhile", lambda rows, outputs, inputs: rows > 0)
     taken, conv2d = [], F.conv2d
     monkeypatch.setattr(F, "conv2d", lambda *args: taken.append(True) or conv2d(*args))
@@ -115,7 +115,7 @@ def test_one_thread_is_torch_s(convolves):
     assert not convolves
 
 
-@pytest.mark.parametrize("change", [("HALVED_MKL", False), ("full_precision", lambda: False)])
+@pytest.mark.parametrize("change", [("MKL_USES_HALF_VECTORS", False), ("float32_is_exact", lambda: False)])
 def test_other_cpus_and_precisions_are_torch_s(convolves, monkeypatch, change):
     monkeypatch.setattr(module, *change)
     Linear(4, 3)(torch.randn(2, 4))
@@ -131,10 +131,10 @@ def test_small_and_narrow_products_are_torch_s():
 
 def test_lower_precision_is_left_to_torch():
     before = torch.backends.mkldnn.matmul.fp32_precision
-    assert module.full_precision()
+    assert module.float32_is_exact()
     try:
         torch.set_float32_matmul_precision("medium")
-        assert not module.full_precision()
+        assert not module.float32_is_exact()
     finally:
         torch.set_float32_matmul_precision("highest")
         torch.backends.mkldnn.matmul.fp32_precision = before
@@ -174,6 +174,6 @@ def test_the_models_use_it(convolves):
     assert len(convolves) == len(layers) + 1  # and the position embedding's projection
     convolves.clear()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "HALVED_MKL", False)
+        patch.setattr(module, "MKL_USES_HALF_VECTORS", False)
         torch.testing.assert_close(model(images), ours)
     assert not convolves

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from convinit.kernels.layout import split_heads, split_packed
+from convinit.kernels.tensor_views import split_heads, split_packed
 from convinit.nn.attention import ConvInitAttention
 from convinit.ops import map_op, native, positional_op
 from convinit.ops.positional_attention import (

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from convinit.kernels.layout import split_heads
+from convinit.kernels.tensor_views import split_heads
 from convinit.ops import map_op, native
 from convinit.ops import shared_attention as module
 from convinit.ops.shared_attention import shared_attention, shared_attention_reference
@@ -246,7 +246,7 @@ def test_auto_is_native_where_it_measured_faster(monkeypatch):
     monkeypatch.setattr(native, "_VECTORS", True)
     monkeypatch.setattr(native, "_AMX", False)
     monkeypatch.setattr(native, "_WORTHWHILE", 64)
-    monkeypatch.setattr(native, "HALVED_MKL", True)
+    monkeypatch.setattr(native, "MKL_USES_HALF_VECTORS", True)
 
     def takes(dtype=torch.float32, size=4, **options):
         taken.clear()
@@ -258,11 +258,11 @@ def test_auto_is_native_where_it_measured_faster(monkeypatch):
     assert not takes(size=2) and not takes(torch.bfloat16) and not takes(torch.float64)
     assert not takes(backend="sdpa") and not takes(backend="eager")
     with monkeypatch.context() as patch:
-        patch.setattr(native, "full_precision", lambda: False)
+        patch.setattr(native, "float32_is_exact", lambda: False)
         assert not takes() and takes(torch.float16)
     monkeypatch.setattr(native, "_AMX", True)
     assert takes() and not takes(torch.float16)
-    monkeypatch.setattr(native, "HALVED_MKL", False)
+    monkeypatch.setattr(native, "MKL_USES_HALF_VECTORS", False)
     assert not takes() and takes(backend="native")
 
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from convinit.ops.products import HALVED_MKL, full_precision
+from convinit.ops.cpu_products import MKL_USES_HALF_VECTORS, float32_is_exact
 from convinit.ops.transforms import exporting
 
 __all__ = ["Linear", "linear"]
@@ -59,7 +59,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def _prefers_convolution(x: Tensor, weight: Tensor) -> bool:
     return (
-        HALVED_MKL
+        MKL_USES_HALF_VECTORS
         and type(x) is Tensor
         and type(weight) in (Tensor, nn.Parameter)
         and x.device.type == "cpu"
@@ -72,7 +72,7 @@ def _prefers_convolution(x: Tensor, weight: Tensor) -> bool:
         and not torch._C._are_functorch_transforms_active()
         # Not asked in exports, whose batch may be any.
         and _worthwhile(x.numel() // max(x.shape[-1], 1), *weight.shape)
-        and full_precision()
+        and float32_is_exact()
         # torch.compile cannot trace the last question.
         and (torch.compiler.is_compiling() or torch.get_num_threads() > 1)
     )

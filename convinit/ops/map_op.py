@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from convinit.kernels.layout import split_heads
+from convinit.kernels.tensor_views import split_heads
 from convinit.ops import native
 from convinit.ops.backends import autocast
 from convinit.ops.op import Op

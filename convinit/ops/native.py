@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from convinit import _library  # noqa: F401  registers torch.ops.convinit
-from convinit.kernels.layout import image_gradient
-from convinit.ops.products import HALVED_MKL, full_precision
+from convinit.kernels.tensor_views import image_gradient
+from convinit.ops.cpu_products import MKL_USES_HALF_VECTORS, float32_is_exact
 from convinit.ops.transforms import exporting, transforms_active
 
 __all__ = [
@@ -53,10 +53,12 @@ def prefers_native(op: str, x: Tensor) -> bool:
     forward-mode AD, which ours do not know.
     """
     dtype = _dtype(x)
-    if op == "shared_attention":
-        faster = (HALVED_MKL and full_precision()) if dtype == torch.float32 else dtype == torch.float16
-    else:
+    if op != "shared_attention":
         faster = dtype in _DTYPES
+    elif dtype == torch.float32:
+        faster = MKL_USES_HALF_VECTORS and float32_is_exact()
+    else:
+        faster = dtype == torch.float16
     return (
         x.device.type == "cpu"
         and _VECTORS

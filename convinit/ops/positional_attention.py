@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from convinit._checks import check_int, check_probability, check_real, check_same_device, check_tensor
-from convinit.kernels.layout import split_packed
+from convinit.kernels.tensor_views import split_packed
 from convinit.ops import backends, native
 from convinit.ops.positional_op import fused_packed_attention, fused_positional_attention
 from convinit.ops.transforms import transforms_active

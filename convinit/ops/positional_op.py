@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from convinit.kernels.layout import image_gradient, split_packed
+from convinit.kernels.tensor_views import image_gradient, split_packed
 from convinit.ops import native
 from convinit.ops.backends import autocast
 from convinit.ops.op import Op

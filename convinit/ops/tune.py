@@ -17,7 +17,7 @@ from torch import Tensor
 from convinit._timing import Outcome, WrongResultError, first_line, measure, try_out, without_gc
 from convinit.kernels import configs, tuned
 from convinit.kernels.configs import Config
-from convinit.kernels.layout import split_packed
+from convinit.kernels.tensor_views import split_packed
 from convinit.kernels.tuned import Launch, Problem
 from convinit.ops import verify
 from convinit.ops.backends import HAS_TRITON

@@ -1,7 +1,7 @@
 """What the machine code of every kernel is like at its committed configurations, without a GPU.
 
-    python -m convinit.kernels.report                  # all generations
-    python -m convinit.kernels.report --generation 90
+    python -m convinit.kernels.resources                  # all generations
+    python -m convinit.kernels.resources --generation 90
 
 Each kernel is compiled as the launch of a full problem compiles it: both position terms, all gradients, and
 the largest r and N of its entry.

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-__all__ = ["HALVED_MKL", "full_precision"]
+__all__ = ["MKL_USES_HALF_VECTORS", "float32_is_exact"]
 
 
-def _has_halved_mkl() -> bool:
+def _mkl_uses_half_vectors() -> bool:
     """Whether this CPU multiplies vectors of 512 bits at once of which MKL uses 256.
 
     MKL does so on AMD's CPUs. Of these Zen 5, family 26, multiplies so, in servers and desktops; older ones
@@ -34,10 +34,11 @@ def _has_halved_mkl() -> bool:
     )
 
 
-HALVED_MKL = _has_halved_mkl()  # asked once, for torch.compile does not trace through the questions
+# Asked once, for torch.compile does not trace through the questions.
+MKL_USES_HALF_VECTORS = _mkl_uses_half_vectors()
 
 
-def full_precision() -> bool:
+def float32_is_exact() -> bool:
     """Whether float32 products are to be float32 throughout, and oneDNN may make them.
 
     torch.compile cannot trace the questions; its graphs take the answer to be yes.

@@ -46,13 +46,13 @@ def test_biases_make_the_impulse_and_the_report_is_true(generator, layout, pairs
     offsets = torch.cat([sample_offsets(5, 5, generator=generator), torch.tensor([[-3, 4]])])
     bq, bk = biases(6)
     fit = init.rotary_impulse_qk_(
-        bq, bk, angles, offsets, grid, scale=0.125, peak=0.8, layout=layout, generator=generator
+        bq, bk, angles, offsets, grid, scale=0.125, peak=0.8, pairs=layout, generator=generator
     )
     attention = attention_by_matrices(bq, bk, angles, 0.125, layout)
     torch.testing.assert_close(fit.attention_map(), attention, rtol=1e-4, atol=1e-7)
-    figures = map_metrics(attention, fit.targets)
+    metrics = map_metrics(attention, fit.targets)
     torch.testing.assert_close(
-        torch.stack([fit.mse, fit.peak, fit.hit_rate]), torch.stack(figures), rtol=1e-4, atol=1e-7
+        torch.stack([fit.mse, fit.peak, fit.hit_rate]), torch.stack(metrics), rtol=1e-4, atol=1e-7
     )
     assert (fit.peak - 0.8).abs().max() < 1e-3 and (fit.hit_rate == 1).all()
     assert (bq[:, 2 * pairs :] == 0).all() and (bk[:, 2 * pairs :] == 0).all()
@@ -194,7 +194,7 @@ def test_out_of_reach_warns():
         ({"offsets": torch.zeros(3, 2).long()}, ValueError, r"offsets must be \[2, 2\]"),
         ({"offsets": torch.tensor([[0, 0], [14, 0]])}, ValueError, "leave some target"),
         ({"grid_size": (7, 28)}, ValueError, "angles must be linear"),
-        ({"layout": "quarter"}, ValueError, "layout must be one of interleaved, half"),
+        ({"pairs": "quarter"}, ValueError, "pairs must be one of interleaved, half"),
         ({"peak": 0.5, "weight_norm": 1.0}, ValueError, "not both"),
         ({"scale": -1.0}, ValueError, "scale must be positive"),
     ],
@@ -218,7 +218,7 @@ def test_angles_of_a_table():
     interleaved = angles.repeat_interleave(2, dim=-1)
     halves = torch.cat([angles, angles], dim=-1)
     for table, layout in ((interleaved, "interleaved"), (halves, "half")):
-        found = init.rotary_angles(table.sin(), table.cos(), layout=layout)
+        found = init.rotary_angles(table.sin(), table.cos(), pairs=layout)
         torch.testing.assert_close(found.float(), angles)
     with pytest.raises(ValueError, match="try 'half'"):
         init.rotary_angles(halves.sin(), halves.cos())
@@ -253,11 +253,11 @@ def test_timms_rotation_of_the_biases_gives_the_reported_map(name, generator):
         pytest.skip(f"this timm has no {name} embedding")
     half = name in ("DINOv3", "multimodal")
     layout = "half" if half else "interleaved"
-    angles = init.rotary_angles(*table.chunk(2, dim=-1), layout=layout)
+    angles = init.rotary_angles(*table.chunk(2, dim=-1), pairs=layout)
     bq, bk = biases(4)
     offsets = torch.tensor([[0, 1], [-2, 1], [1, 0], [0, 0]])
     fit = init.rotary_impulse_qk_(
-        bq, bk, angles, offsets, (14, 10), scale=0.125, layout=layout, generator=generator
+        bq, bk, angles, offsets, (14, 10), scale=0.125, pairs=layout, generator=generator
     )
 
     from timm.layers import apply_rot_embed_cat
@@ -275,11 +275,11 @@ def test_transformers_dinov3_rotation_gives_the_reported_map(generator):
     dinov3 = pytest.importorskip("transformers.models.dinov3_vit.modeling_dinov3_vit", exc_type=ImportError)
     config = dinov3.DINOv3ViTConfig(hidden_size=256, num_attention_heads=4, patch_size=16, image_size=224)
     cos, sin = dinov3.DINOv3ViTRopePositionEmbedding(config).eval()(torch.zeros(1, 3, 14 * 16, 10 * 16))
-    angles = init.rotary_angles(sin, cos, layout="half")
+    angles = init.rotary_angles(sin, cos, pairs="half")
     bq, bk = biases(4)
     offsets = torch.tensor([[0, 1], [-2, 1], [1, 0], [0, 0]])
     fit = init.rotary_impulse_qk_(
-        bq, bk, angles, offsets, (14, 10), scale=0.125, layout="half", generator=generator
+        bq, bk, angles, offsets, (14, 10), scale=0.125, pairs="half", generator=generator
     )
     with_prefix = [b[None, :, None].expand(1, 4, 145, 64) for b in (bq, bk)]  # class token and four registers
     q, k = dinov3.apply_rotary_pos_emb(*with_prefix, cos, sin)

@@ -109,7 +109,7 @@ class RotaryLayout(Layout):
             scale=attentions[0].scale,
             peak=request.target_peak,
             weight_norm=request.weight_norm,
-            layout=attentions[0].pairs,
+            pairs=attentions[0].pairs,
             generator=request.generator,
         )
         if request.method == "norm_matched":
@@ -194,7 +194,7 @@ def _eva_angles(rope: Any, grid_size: tuple[int, int], layer: int | None, pairs:
         cached = getattr(rope, "feat_shape", None) is not None
         table = rope.get_embed() if cached else rope.get_embed(shape=grid_size)
     table = table.detach().cpu() if layer is None else table[layer].detach().cpu()
-    return init_.rotary_angles(*table.chunk(2, dim=-1), layout=pairs)  # sines, then cosines
+    return init_.rotary_angles(*table.chunk(2, dim=-1), pairs=pairs)  # sines, then cosines
 
 
 def _dinov3(module: Any, name: str) -> Layout:
@@ -225,7 +225,7 @@ def _dinov3(module: Any, name: str) -> Layout:
 def _dinov3_angles(rope: Any, image: tuple[int, int]) -> Tensor:
     with _evaluating(rope):
         cos, sin = rope(torch.zeros(1, 1, *image, device=rope.inv_freq.device))
-    return init_.rotary_angles(sin.cpu(), cos.cpu(), layout="half")
+    return init_.rotary_angles(sin.cpu(), cos.cpu(), pairs="half")
 
 
 @contextmanager

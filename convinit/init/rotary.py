@@ -21,7 +21,7 @@ from convinit.fit.result import MapFit, map_metrics, norms_of, warn_if_missed
 from convinit.fit.rotary import LARGEST_TOTAL, RotaryImpulse, best_for_peak, best_for_total
 from convinit.init._shared import first_of_each, rand, rounded
 
-LAYOUTS = ("interleaved", "half")
+PAIRS = ("interleaved", "half")
 _LINEARITY_TOLERANCE = 1e-2  # rad; half-precision tables of sines pass
 
 
@@ -35,18 +35,18 @@ class RotaryFit(MapFit):
         weight_norm: [B] float64, √(‖bq‖ · ‖bk‖).
         angles: [N, m] or [B, N, m], as given.
         scale: the softmax temperature.
-        layout: "interleaved" or "half".
+        pairs: "interleaved" or "half".
     """
 
     bq: Tensor
     bk: Tensor
     angles: Tensor
     scale: float
-    layout: str
+    pairs: str
 
     def attention_map(self) -> Tensor:
         """The softmax maps of the biases alone, [B, N, N] float64."""
-        q, k = (_as_pairs(b, self.angles.shape[-1], self.layout) for b in (self.bq, self.bk))
+        q, k = (_as_pairs(b, self.angles.shape[-1], self.pairs) for b in (self.bq, self.bk))
         return _attention(q, k, self.angles.to(self.bq.device, torch.float64), self.scale)
 
     def _details(self) -> str:
@@ -64,7 +64,7 @@ def rotary_impulse_qk_(
     scale: float,
     peak: float | None = None,
     weight_norm: float | Tensor | None = None,
-    layout: str = "interleaved",
+    pairs: str = "interleaved",
     generator: torch.Generator | None = None,
 ) -> RotaryFit:
     """Set query and key biases so that rotary attention starts as each head's impulse convolution.
@@ -89,7 +89,7 @@ def rotary_impulse_qk_(
         peak: the wanted mean attention on the target, in (0, 1), at the smallest norm that gives it. If
             neither is given, that of :func:`convinit.fit_qk`.
         weight_norm: instead of `peak`, √(‖bq‖ · ‖bk‖) of every head, or a tensor [heads].
-        layout: which entries make pair j of m: "interleaved": 2j and 2j + 1; "half": j and j + m.
+        pairs: which entries make pair j of m: "interleaved": 2j and 2j + 1; "half": j and j + m.
         generator: CPU generator of the phases.
 
     Returns:
@@ -109,8 +109,8 @@ def rotary_impulse_qk_(
     """
     start = time.perf_counter()
     height, width = check_grid_size(grid_size)
-    _check_biases(bq, bk, angles, height * width, layout)
-    heads, pairs = bq.shape[0], angles.shape[-1]
+    _check_biases(bq, bk, angles, height * width, pairs)
+    heads, count = bq.shape[0], angles.shape[-1]
     offsets, targets = impulses(offsets, (height, width))
     if len(offsets) != heads:
         raise ValueError(
@@ -118,7 +118,7 @@ def rotary_impulse_qk_(
         )
     scale = check_number("scale", scale)
     norms, peak = check_goal(weight_norm, peak, heads)
-    phases = 2 * math.pi * rand((heads, pairs), generator).double()
+    phases = 2 * math.pi * rand((heads, count), generator).double()
     offsets, targets, turns = offsets.cpu(), targets.cpu(), angles.detach().to("cpu", torch.float64)
     steps = _steps(turns, height, width).expand(heads, -1, -1)
     amplitudes, problem_of_head = _amplitudes(steps, offsets, (height, width), scale, norms, peak)
@@ -126,19 +126,19 @@ def rotary_impulse_qk_(
     of_offset = (offsets.double()[:, None] @ steps)[:, 0]
     k = q * torch.polar(torch.ones_like(of_offset), -of_offset)
     new_bq, new_bk = (
-        rounded(name, bias, _entries(values, bias.shape, layout)).cpu() if not bias.is_meta
-        else _entries(values, bias.shape, layout)
+        rounded(name, bias, _entries(values, bias.shape, pairs)).cpu() if not bias.is_meta
+        else _entries(values, bias.shape, pairs)
         for name, bias, values in (("bq", bq, q), ("bk", bk, k))
     )  # fmt: skip
-    q, k = (_as_pairs(b, pairs, layout) for b in (new_bq, new_bk))
-    figures = steps.new_empty(3, heads)
+    q, k = (_as_pairs(b, count, pairs) for b in (new_bq, new_bk))
+    metrics = steps.new_empty(3, heads)
     for head in range(heads):
         of_head = turns if turns.dim() == 2 else turns[head]
         attention = _attention(q[head, None], k[head, None], of_head, scale)
-        figures[:, head] = torch.cat(map_metrics(attention, targets[head, None]))
-    if not figures.isfinite().all():
+        metrics[:, head] = torch.cat(map_metrics(attention, targets[head, None]))
+    if not metrics.isfinite().all():
         raise ValueError(f"weight_norm = {came(weight_norm)} makes logits beyond the range of numbers")
-    mse, reached, hit_rate = figures
+    mse, reached, hit_rate = metrics
     if peak is not None:
         remedy = f"These angles allow no sharper map within logits of {LARGEST_TOTAL:g}; ask for less."
         warn_if_missed(peak, reached, remedy, stacklevel=3)
@@ -148,25 +148,25 @@ def rotary_impulse_qk_(
     return RotaryFit(
         bq=bq.clone(), bk=bk.clone(), mse=mse, peak=reached, hit_rate=hit_rate,
         weight_norm=norms_of(new_bq).sqrt() * norms_of(new_bk).sqrt(), targets=targets.to(device),
-        offsets=offsets.to(device), angles=angles.detach(), scale=scale, layout=layout,
+        offsets=offsets.to(device), angles=angles.detach(), scale=scale, pairs=pairs,
         seconds=time.perf_counter() - start,
     )  # fmt: skip
 
 
-def rotary_angles(sin: Tensor, cos: Tensor, *, layout: str = "interleaved") -> Tensor:
+def rotary_angles(sin: Tensor, cos: Tensor, *, pairs: str = "interleaved") -> Tensor:
     """The angles of a table of sines and cosines, as models keep it for all entries of a head.
 
     angles = atan2(sin, cos), once for each pair.
 
     Args:
         sin, cos: [..., N, 2m]; timm's embeddings are torch.cat([sin, cos], dim=-1).
-        layout: "interleaved" or "half", as the model pairs its entries.
+        pairs: "interleaved" or "half", as the model pairs its entries.
 
     Returns:
         angles [..., N, m] float64, in (−π, π].
 
     Raises:
-        ValueError: shapes differ, or the two entries of a pair do, which is so under the wrong layout.
+        ValueError: shapes differ, or the two entries of a pair do, which is so with the wrong `pairs`.
     """
     for name, table in (("sin", sin), ("cos", cos)):
         check_tensor(name, table, "[..., N, 2m]", values=True)
@@ -174,19 +174,18 @@ def rotary_angles(sin: Tensor, cos: Tensor, *, layout: str = "interleaved") -> T
         raise ValueError(
             f"sin and cos must both be [..., N, 2m], got {list(sin.shape)} and {list(cos.shape)}"
         )
-    _check_layout(layout)
+    _check_pairs(pairs)
     both = torch.atan2(sin.detach().double(), cos.detach().double())
-    first, second = _split(both, layout)
+    first, second = _split(both, pairs)
     if not torch.equal(first, second):
-        other = LAYOUTS[1 - LAYOUTS.index(layout)]
-        raise ValueError(f"layout {layout!r} pairs entries of different angles; try {other!r}")
+        other = PAIRS[1 - PAIRS.index(pairs)]
+        raise ValueError(f"pairs = {pairs!r} joins entries of different angles; try {other!r}")
     return first
 
 
 def _steps(turns: Tensor, height: int, width: int) -> Tensor:
     """θ [1 or heads, 2, m] in (−π, π]: by how much the angles grow from row to row and column to column."""
-    pairs = turns.shape[-1]
-    at = torch.polar(torch.ones_like(turns), turns).view(-1, height, width, pairs)
+    at = torch.polar(torch.ones_like(turns), turns).view(-1, height, width, turns.shape[-1])
     down = (at[:, 1:] * at[:, :-1].conj()).sum(dim=(1, 2)).angle()
     right = (at[:, :, 1:] * at[:, :, :-1].conj()).sum(dim=(1, 2)).angle()
     y, x = torch.arange(height, device="cpu")[:, None, None], torch.arange(width, device="cpu")[:, None]
@@ -238,30 +237,30 @@ def _attention(q: Tensor, k: Tensor, angles: Tensor, scale: float) -> Tensor:
     return torch.softmax(scale * q @ k.mT, dim=-1)
 
 
-def _split(entries: Tensor, layout: str) -> Sequence[Tensor]:
+def _split(entries: Tensor, pairs: str) -> Sequence[Tensor]:
     """The first and the second entries of the pairs, as views: [..., 2m] -> two [..., m]."""
-    return entries.unflatten(-1, (-1, 2)).unbind(-1) if layout == "interleaved" else entries.chunk(2, dim=-1)
+    return entries.unflatten(-1, (-1, 2)).unbind(-1) if pairs == "interleaved" else entries.chunk(2, dim=-1)
 
 
-def _as_pairs(bias: Tensor, pairs: int, layout: str) -> Tensor:
-    return torch.complex(*_split(bias[:, : 2 * pairs].double(), layout))
+def _as_pairs(bias: Tensor, count: int, pairs: str) -> Tensor:
+    return torch.complex(*_split(bias[:, : 2 * count].double(), pairs))
 
 
-def _entries(values: Tensor, shape: torch.Size, layout: str) -> Tensor:
+def _entries(values: Tensor, shape: torch.Size, pairs: str) -> Tensor:
     """Complex values [heads, m] as the first 2m entries of biases [heads, r] float64, the rest zero."""
     new = torch.zeros(shape, dtype=torch.float64, device="cpu")
-    first, second = _split(new[:, : 2 * values.shape[1]], layout)
+    first, second = _split(new[:, : 2 * values.shape[1]], pairs)
     first.copy_(values.real)
     second.copy_(values.imag)
     return new
 
 
-def _check_layout(layout: str) -> None:
-    check_choice("layout", layout, LAYOUTS)
+def _check_pairs(pairs: str) -> None:
+    check_choice("pairs", pairs, PAIRS)
 
 
-def _check_biases(bq: Tensor, bk: Tensor, angles: Tensor, tokens: int, layout: str) -> None:
-    _check_layout(layout)
+def _check_biases(bq: Tensor, bk: Tensor, angles: Tensor, tokens: int, pairs: str) -> None:
+    _check_pairs(pairs)
     for name, tensor in (("bq", bq), ("bk", bk)):
         check_tensor(name, tensor, "[heads, r]", dims=2)
     check_tensor("angles", angles, f"[{tokens}, m] or [heads, {tokens}, m]", values=True)

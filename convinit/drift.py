@@ -10,7 +10,7 @@ from torch import Tensor
 
 from convinit._checks import check_int
 from convinit.adapters import InitReport
-from convinit.records import MEASURES, DriftHistory, measured, no_figures
+from convinit.records import MEASURES, DriftHistory, measured, no_metrics
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -133,10 +133,10 @@ class DriftMonitor:
         new = {name: torch.full((len(maps), heads), torch.nan, device="cpu") for name in MEASURES}
         for i, (now, start) in enumerate(zip(self._patches(maps), self._start, strict=True)):
             targets = self._report.records[i].targets
-            figures = no_figures(len(now)) if targets is None else measured(maps[i], targets)
-            figures["distance"] = (now.float() - start.float()).abs().sum(dim=2).mean(dim=1) / 2
+            metrics = no_metrics(len(now)) if targets is None else measured(maps[i], targets)
+            metrics["distance"] = (now.float() - start.float()).abs().sum(dim=2).mean(dim=1) / 2
             for name in MEASURES:
-                new[name][i, : len(now)] = figures[name]
+                new[name][i, : len(now)] = metrics[name]
         for name in MEASURES:
             self._records[name].append(new[name])
         self._steps.append(self._step)

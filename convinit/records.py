@@ -63,8 +63,8 @@ def measured(maps: Tensor, targets: Tensor) -> dict[str, Tensor]:
     }
 
 
-def no_figures(num_heads: int) -> dict[str, Tensor]:
-    """Those figures of heads that have no target."""
+def no_metrics(num_heads: int) -> dict[str, Tensor]:
+    """Those metrics of heads that have no target."""
     nothing = torch.full((num_heads,), torch.nan, dtype=torch.float64, device="cpu")
     return {"mse": nothing, "peak": nothing, "hit_rate": nothing, "prefix": nothing}
 

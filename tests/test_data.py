@@ -26,7 +26,7 @@ from convinit.train import (
     train_loader,
 )
 from convinit.train.data import split_indices
-from convinit.train.data.augment import _to_pil, fit
+from convinit.train.data.augment import _to_pil, resize_and_crop
 from convinit.train.data.draws import derived_seed, permutation
 from convinit.train.data.images import decode, read_image
 
@@ -810,11 +810,12 @@ def test_flip_and_crop_move_pixels_only():
 @needs_torchvision
 def test_resizing_covers_and_cuts_in_the_middle():
     image = torch.arange(12, dtype=torch.uint8).view(1, 2, 6)
-    assert torch.equal(fit(image, (2, 2)), image[..., 2:4])
-    assert fit(image, (7, 5)).shape == (1, 7, 5)
-    assert fit(image, (2, 6)) is image
+    assert torch.equal(resize_and_crop(image, (2, 2)), image[..., 2:4])
+    assert resize_and_crop(image, (7, 5)).shape == (1, 7, 5)
+    assert resize_and_crop(image, (2, 6)) is image
     # A share of 1/2 is kept: the image is made twice as large first, and cut in the middle.
-    assert fit(image, (2, 6), 0.5).shape == (1, 2, 6) and not torch.equal(fit(image, (2, 6), 0.5), image)
+    half = resize_and_crop(image, (2, 6), 0.5)
+    assert half.shape == (1, 2, 6) and not torch.equal(half, image)
     data = load_data("digits", crop_pct=0.5)
     middle = Augmented(data.test, augmentation("none", data))[0][0]
     assert not torch.equal(middle, augmentation("none", load_data("digits"))(data.test[0][0]))

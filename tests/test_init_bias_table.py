@@ -29,9 +29,9 @@ def test_impulse_table_makes_the_impulse_and_the_report_is_true(goal):
     table = torch.full((7 * 11, 5), torch.nan)
     fit = init.impulse_bias_table_(table, OFFSETS, WINDOW, **goal)
     assert ((table != 0).sum(dim=0) == 1).all()
-    figures = map_metrics(bias_by_hand(table.double(), WINDOW).softmax(dim=-1), fit.targets)
+    metrics = map_metrics(bias_by_hand(table.double(), WINDOW).softmax(dim=-1), fit.targets)
     torch.testing.assert_close(
-        torch.stack([fit.mse, fit.peak, fit.hit_rate]), torch.stack(figures), rtol=1e-5, atol=0
+        torch.stack([fit.mse, fit.peak, fit.hit_rate]), torch.stack(metrics), rtol=1e-5, atol=0
     )
     expected = math.exp(3) / (math.exp(3) + 23) if "value" in goal else goal.get("peak", 0.7)
     torch.testing.assert_close(fit.peak, torch.full((5,), expected).double())

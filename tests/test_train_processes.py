@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from training import context, final_tensors, records, small
 
-from convinit.train import checkpoint as files
+from convinit.train import checkpoint
 from convinit.train.config import Config
 from convinit.train.config_files import resolve, to_toml
 from convinit.train.engine import Engine
@@ -123,7 +123,7 @@ def test_two_processes_stop_together_and_one_goes_on(tmp_path):
 
     codes, said = on_two_processes(config, tmp_path, stop_one)
     assert codes == [143, 143], said
-    (saved,) = files.checkpoints(tmp_path / "two")
+    (saved,) = checkpoint.checkpoints(tmp_path / "two")
 
     class Look(Watcher):
         def begins(self, engine: Engine) -> None:
@@ -154,7 +154,7 @@ def test_the_command_stops_when_told(signum, code, name, tmp_path):
     os.kill(process.pid, signum)
     process.join(60)
     assert process.exitcode == code, said.read_text()
-    (saved,) = files.checkpoints(tmp_path / "o")
+    (saved,) = checkpoint.checkpoints(tmp_path / "o")
     expected = (
         f"stopped by {name}; o/{saved.name} is saved. To go on: convinit train --config config.toml --out o"
     )

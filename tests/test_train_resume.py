@@ -15,8 +15,7 @@ import pytest
 import safetensors.torch
 from training import assert_same_run, context, final_tensors, kill, records, small
 
-from convinit.train import checkpoint as files
-from convinit.train import engine
+from convinit.train import checkpoint, engine
 from convinit.train.run import RunInterrupted, Watcher, run_training
 
 
@@ -70,13 +69,13 @@ def child(out: Path, moment: str) -> None:
     elif moment == "after the test":
         watcher = KillAtEpoch()
     elif moment == "in a write":
-        files.save_file = half_a_file
+        checkpoint.save_file = half_a_file
     elif moment == "before the rename":
-        files.os.rename = killed_before(os.rename, 2)
+        checkpoint.os.rename = killed_before(os.rename, 2)
     elif moment == "before an old one goes":
-        files.discard = killed_before(files.discard, 1)
+        checkpoint.discard = killed_before(checkpoint.discard, 1)
     elif moment == "while an old one goes":
-        files.shutil.rmtree = killed_before(shutil.rmtree, 1)
+        checkpoint.shutil.rmtree = killed_before(shutil.rmtree, 1)
     run_training(small(run__threads=1), out, watcher=watcher)
 
 
@@ -116,10 +115,10 @@ def uninterrupted(tmp_path_factory) -> Path:
 )
 def test_kill_9_and_resume_gives_the_same_weights(moment, left, uninterrupted, tmp_path):
     assert exit_code(tmp_path, moment) == -signal.SIGKILL
-    assert len(files.checkpoints(tmp_path)) == left
+    assert len(checkpoint.checkpoints(tmp_path)) == left
     assert exit_code(tmp_path) == 0
     assert_same_run(tmp_path, uninterrupted)
-    assert len(files.checkpoints(tmp_path)) == 2
+    assert len(checkpoint.checkpoints(tmp_path)) == 2
     assert not list(tmp_path.glob(".unfinished*"))
 
 
@@ -128,8 +127,10 @@ def test_kill_9_from_outside_again_and_again(uninterrupted, tmp_path):
     for _ in range(4):
         process = started(tmp_path, "never")
         deadline = time.monotonic() + 60
-        before = files.checkpoints(tmp_path)
-        while process.is_alive() and files.checkpoints(tmp_path) == before and time.monotonic() < deadline:
+        before = checkpoint.checkpoints(tmp_path)
+        while (
+            process.is_alive() and checkpoint.checkpoints(tmp_path) == before and time.monotonic() < deadline
+        ):
             time.sleep(0.002)
         time.sleep(clock.uniform(0, 0.03))
         process.kill()
@@ -161,7 +162,7 @@ def test_signals_finish_the_step_and_save(tmp_path):
     for watcher, step in stops:
         with pytest.raises(RunInterrupted) as stopped:
             run_training(small(), out, watcher=watcher)
-        assert stopped.value.checkpoint == out / f"step-{step:06d}" == files.checkpoints(out)[-1]
+        assert stopped.value.checkpoint == out / f"step-{step:06d}" == checkpoint.checkpoints(out)[-1]
     assert stopped.value.signum == signal.SIGINT
     assert signal.getsignal(signal.SIGTERM) is before
     assert run_training(small(), out).steps == 4
@@ -191,7 +192,7 @@ def test_only_the_same_run_is_resumed(tmp_path):
 
 
 def test_one_process_at_a_time(tmp_path):
-    with files.locked(tmp_path), pytest.raises(ValueError, match="another process is training into"):
+    with checkpoint.locked(tmp_path), pytest.raises(ValueError, match="another process is training into"):
         run_training(small(), tmp_path)
 
 
@@ -239,7 +240,7 @@ def test_checkpoints_are_ordered_by_number(tmp_path):
     for step in (999_999, 1_000_000):
         (tmp_path / f"step-{step}").mkdir()
     with pytest.raises(ValueError, match="go on from step-999999"):
-        files.read_progress(tmp_path / "step-1000000")
+        checkpoint.read_progress(tmp_path / "step-1000000")
 
 
 def test_sums_are_those_of_sha256sum(tmp_path):

@@ -17,7 +17,7 @@ from torch import nn
 from training import SMALL, final_tensors, records, small
 
 from convinit.serve.trained import load_trained
-from convinit.train import checkpoint as files
+from convinit.train import checkpoint
 from convinit.train import run as driver
 from convinit.train.build import build_model
 from convinit.train.config_files import resolve
@@ -136,7 +136,7 @@ def test_compiled_is_eager_to_rounding(tmp_path):
 def test_whole_epochs_between_tests_and_checkpoints(tmp_path):
     changes = {"run.checkpoint_steps": "none", "run.checkpoint_epochs": 2, "run.eval_every": 2, "run.keep": 9}
     run_training(resolve("quick", given=SMALL | changes), tmp_path)
-    assert [path.name for path in files.checkpoints(tmp_path)] == ["step-000008", "step-000012"]
+    assert [path.name for path in checkpoint.checkpoints(tmp_path)] == ["step-000008", "step-000012"]
     tested = [("top1" in record, "ema_top5" in record) for record in records(tmp_path) if "top1" in record or
               record["kind"] == "epoch"]  # fmt: skip
     assert tested == [(False, False), (True, True), (True, True)]
@@ -169,7 +169,7 @@ def test_epochs_are_validated_and_the_test_images_are_met_once(tmp_path):
         ".safetensors",
         ".toml",
     ]
-    engine.inner.load_state_dict(files.read_tensors(tmp_path / "best", "model"))
+    engine.inner.load_state_dict(checkpoint.read_tensors(tmp_path / "best", "model"))
     assert engine.evaluate(val=True)["val_top1"] == epochs[-1]["best_val_top1"]
     assert engine.evaluate()["top1"] == epochs[-1]["top1_of_best"]
     assert load_trained(tmp_path / "best").network is not None
@@ -188,14 +188,14 @@ def test_the_best_weights_are_of_an_earlier_epoch(tmp_path, monkeypatch):
     class Seen(Watcher):
         def recorded(self, record):
             if record["kind"] == "epoch":
-                seen.append(files.read_tensors(tmp_path / "best", "model"))
+                seen.append(checkpoint.read_tensors(tmp_path / "best", "model"))
 
     figures = run_training(small(data__val_fraction=0.3), tmp_path, watcher=Seen()).figures
     first, second, last = seen
     assert any(not torch.equal(second[name], each) for name, each in first.items())
     assert all(torch.equal(last[name], each) for name, each in second.items())
     assert figures["best_val_top1"] == 0.6
-    final = files.read_tensors(files.checkpoints(tmp_path)[-1], "model")
+    final = checkpoint.read_tensors(checkpoint.checkpoints(tmp_path)[-1], "model")
     assert any(not torch.equal(last[name], each) for name, each in final.items())
     monkeypatch.setattr(Engine, "evaluate", evaluate)
     config = small(data__val_fraction=0.3)
@@ -219,10 +219,10 @@ def test_best_weights_that_somebody_removed_do_not_end_a_run(tmp_path):
 
 def test_a_kill_between_two_renames_leaves_the_best_weights(tmp_path):
     run_training(small(data__val_fraction=0.3), tmp_path)
-    kept = files.read_tensors(tmp_path / "best", "model")
+    kept = checkpoint.read_tensors(tmp_path / "best", "model")
     (tmp_path / "best").rename(tmp_path / ".unfinished-old-best")
-    files.clean(tmp_path)
-    for name, each in files.read_tensors(tmp_path / "best", "model").items():
+    checkpoint.clean(tmp_path)
+    for name, each in checkpoint.read_tensors(tmp_path / "best", "model").items():
         assert torch.equal(each, kept[name])
 
 
@@ -246,7 +246,7 @@ def test_a_finished_run_goes_on_for_longer(schedule, tmp_path):
 
 def test_the_clock_asks_for_checkpoints(tmp_path):
     run_training(small(run__checkpoint_steps="none", run__checkpoint_minutes=1e-9, run__keep=99), tmp_path)
-    assert len(files.checkpoints(tmp_path)) == 12
+    assert len(checkpoint.checkpoints(tmp_path)) == 12
 
 
 # --- what goes wrong ----------------------------------------------------------------------------------------
@@ -282,7 +282,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path, monkeypatch):
     monkeypatch.setattr(Engine, "step", poisoned)
     with pytest.raises(FloatingPointError, match="NaN or infinite by step 2 .*no checkpoint had been made"):
         run_training(small(), tmp_path)
-    assert files.checkpoints(tmp_path) == []
+    assert checkpoint.checkpoints(tmp_path) == []
 
 
 def test_a_disk_that_is_full_while_writing(tmp_path):
@@ -296,7 +296,7 @@ def test_a_disk_that_is_full_while_writing(tmp_path):
         with pytest.raises(
             OSError, match="step-000009 could not be written: .*step-000004 is intact. Make room"
         ):
-            files.save(tmp_path, 9, big, {}, "", keep=1)
+            checkpoint.save(tmp_path, 9, big, {}, "", keep=1)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert not list(tmp_path.glob(".unfinished*"))
@@ -304,8 +304,8 @@ def test_a_disk_that_is_full_while_writing(tmp_path):
 
 
 def test_room_is_looked_for_before_the_first_step(tmp_path, monkeypatch):
-    usage = files.shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: usage._replace(free=100_000))
+    usage = checkpoint.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: usage._replace(free=100_000))
     monkeypatch.setattr(Engine, "step", lambda *_: pytest.fail("a step was made"))
     with pytest.raises(OSError, match="has 0.1 MB free, but 3 more checkpoints of .* MB need .*run.keep"):
         run_training(small(), tmp_path)
@@ -318,14 +318,14 @@ def test_room_is_looked_for_before_the_first_step(tmp_path, monkeypatch):
 def test_the_estimate_of_a_checkpoint_is_its_size(tmp_path):
     config = small(recipe__epochs=1)
     run_training(config, tmp_path)
-    size = sum(path.stat().st_size for path in files.checkpoints(tmp_path)[-1].iterdir())
+    size = sum(path.stat().st_size for path in checkpoint.checkpoints(tmp_path)[-1].iterdir())
     estimate = Engine(config, make_accelerator(config)).checkpoint_bytes()
     assert size <= estimate < size + 100_000
 
 
 def test_no_pickle_is_read_or_written(tmp_path):
     run_training(small(recipe__epochs=1), tmp_path)
-    names = {path.name for path in files.checkpoints(tmp_path)[-1].iterdir()}
+    names = {path.name for path in checkpoint.checkpoints(tmp_path)[-1].iterdir()}
     assert names == {
         "model.safetensors", "ema.safetensors", "optimizer.safetensors", "config.toml", "progress.json",
         "SHA256SUMS",

@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from convinit.adapters import (
+    convinit_vit,
     mixer,
-    own,
     rotary,
     swin,
     timm_vit,
@@ -28,7 +28,7 @@ Adapter = Callable[[nn.Module, str], Layout | None]
 
 # Whole models; the first that knows a module has it, and what is inside is not looked at again.
 MODELS: tuple[Adapter, ...] = (
-    own.layout,
+    convinit_vit.layout,
     timm_vit.layout,
     torchvision.layout,
     transformers_vit.layout,

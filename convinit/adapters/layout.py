@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from convinit import init as init_
-from convinit.records import LayerRecord, measured, no_figures
+from convinit.records import LayerRecord, measured, no_metrics
 
 if TYPE_CHECKING:
     from convinit.adapters.request import Request
@@ -328,12 +328,12 @@ class Layout(ABC):
         weight_norm: Tensor,
         note: str | None,
     ) -> LayerRecord:
-        """The figures of a layer as it is now; without targets [heads, N] there are none but the norm."""
+        """The metrics of a layer as it is now; without targets [heads, N] there are none but the norm."""
         heads = len(weight_norm)
-        figures = no_figures(heads) if targets is None else measured(self.position_maps(layer), targets)
+        metrics = no_metrics(heads) if targets is None else measured(self.position_maps(layer), targets)
         offsets = None if targets is None else offsets
         name = self.attentions[layer].name
-        record = LayerRecord(layer, name, offsets, targets, **figures, weight_norm=weight_norm)  # type: ignore[arg-type]
+        record = LayerRecord(layer, name, offsets, targets, **metrics, weight_norm=weight_norm)  # type: ignore[arg-type]
         record.note = note or ""
         return record
 

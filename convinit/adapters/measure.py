@@ -167,9 +167,9 @@ def measure_on_images_(report: InitReport, model: nn.Module, images: Any) -> Ini
                 f"{layout.num_tokens(layer)} (images of another size, or tokens dropped or masked)"
             )
             return
-        figures = [measured(one, targets) for one in maps]
-        record.peak_on_images = torch.stack([each["peak"] for each in figures]).mean(dim=0)
-        record.prefix_on_images = torch.stack([each["prefix"] for each in figures]).mean(dim=0)
+        metrics = [measured(one, targets) for one in maps]
+        record.peak_on_images = torch.stack([each["peak"] for each in metrics]).mean(dim=0)
+        record.prefix_on_images = torch.stack([each["prefix"] for each in metrics]).mean(dim=0)
 
     on_images(report, model, images, use)
     report.notes += sorted(notes)

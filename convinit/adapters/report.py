@@ -60,7 +60,7 @@ class InitReport:
         return [layout.grid_of(i) for layout, i in self.places]
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """One dictionary a head: layer, name, head, dy, dx and the figures as Python numbers."""
+        """One dictionary a head: layer, name, head, dy, dx and the metrics as Python numbers."""
         for record in self.records:
             for head in range(len(record.weight_norm)):
                 dy, dx = (None, None) if record.offsets is None else record.offsets[head].tolist()

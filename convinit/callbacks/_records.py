@@ -19,7 +19,7 @@ def keep_report(report: InitReport, folder: str | Path | None) -> None:
         (Path(folder) / "init_report.json").write_text(report.to_json(), encoding="utf-8")
 
 
-def figures(monitor: DriftMonitor) -> dict[str, float]:
+def metrics(monitor: DriftMonitor) -> dict[str, float]:
     """ "drift/peak" and so on of the last record, mean over all heads; what no head has is left out."""
     history = monitor.history
     means = {f"drift/{name}": getattr(history, name)[-1].nanmean().item() for name in MEASURES}

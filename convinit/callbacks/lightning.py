@@ -7,7 +7,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from convinit.adapters import InitReport
-from convinit.callbacks._records import count_from, figures, keep_report
+from convinit.callbacks._records import count_from, keep_report, metrics
 from convinit.drift import DriftMonitor
 
 
@@ -28,7 +28,7 @@ class DriftCallback(Callback):
         every: optimiser steps between two records; the start and the end are recorded, too.
 
     Attributes:
-        monitor: the :class:`convinit.DriftMonitor`, with every head's figures.
+        monitor: the :class:`convinit.DriftMonitor`, with every head's metrics.
 
     Raises:
         TypeError, ValueError: as `DriftMonitor`.
@@ -70,4 +70,4 @@ class DriftCallback(Callback):
 
     def _log(self, trainer: Trainer) -> None:
         for logger in trainer.loggers:
-            logger.log_metrics(figures(self.monitor), step=trainer.global_step)
+            logger.log_metrics(metrics(self.monitor), step=trainer.global_step)

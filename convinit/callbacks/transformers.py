@@ -10,7 +10,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from convinit.adapters import InitReport
-from convinit.callbacks._records import count_from, figures, keep_report
+from convinit.callbacks._records import count_from, keep_report, metrics
 from convinit.drift import DriftMonitor
 
 _STATE = "drift.pt"  # in each checkpoint
@@ -36,7 +36,7 @@ class DriftCallback(TrainerCallback):
         every: optimiser steps between two records; the start and the end are recorded, too.
 
     Attributes:
-        monitor: the :class:`convinit.DriftMonitor`, with every head's figures.
+        monitor: the :class:`convinit.DriftMonitor`, with every head's metrics.
 
     Raises:
         TypeError, ValueError: as `DriftMonitor`.
@@ -79,7 +79,7 @@ class DriftCallback(TrainerCallback):
 
     def _log(self, control: TrainerControl) -> None:
         wanted = control.should_log
-        self._trainer.log(figures(self.monitor))
+        self._trainer.log(metrics(self.monitor))
         control.should_log = wanted  # logging ends the wish to, but the loss of this step is still to come
 
 

@@ -297,7 +297,7 @@ def _write(
     picture = out / "filters.png"
     figure.savefig(picture, dpi=120)
     return [
-        (weights, "wq, wk [layers, heads, D, r], offsets, figures, pos_embed"),
-        (record, "settings and figures of every head"),
+        (weights, "wq, wk [layers, heads, D, r], offsets, metrics, pos_embed"),
+        (record, "settings and metrics of every head"),
         (picture, "the filter of every head"),
     ]

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 import convinit
-from convinit.train.config import VIT_INITS, check_choice
+from convinit.train.config import VIT_INITS, check_choice_or_family
 from convinit.train.config_files import name_and_value
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def plot(
             "give --model with a name of timm, --fitted with a folder of convinit fit, or --run with one of "
             "convinit train"
         )
-    check_choice("init", init, VIT_INITS)  # before PyTorch and timm are loaded
+    check_choice_or_family("init", init, VIT_INITS)  # before PyTorch and timm are loaded
     console = Console()
     if run is not None:
         others: dict[str, tuple[Any, Any]] = {  # and their defaults

@@ -1,4 +1,4 @@
-"""`fit_qk` and `fit_targets`: checks, the choice of solver, and the result's figures."""
+"""`fit_qk` and `fit_targets`: checks, the choice of solver, and the result's metrics."""
 
 from __future__ import annotations
 
@@ -262,7 +262,7 @@ def _times_two_to(exponent: int, x: Tensor) -> Tensor:
 def _rounded(
     wq: Tensor, wk: Tensor, P: Tensor, targets: Tensor, scale: float, solver: Solver
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """The weights in the dtype of P, and their figures; ValueError if that dtype does not hold them."""
+    """The weights in the dtype of P, and their metrics; ValueError if that dtype does not hold them."""
     rounded = [w.to(P.dtype) for w in (wq, wk)]
     norms_before = [norms_of(w) for w in (wq, wk)]
     if not all(norms.isfinite().all() for norms in norms_before):
@@ -280,7 +280,7 @@ def _rounded(
             )
     wq, wk = rounded
     metrics = _measure(wq, wk, P, targets, scale)
-    if not all(figures.isfinite().all() for figures in metrics.values()):
+    if not all(values.isfinite().all() for values in metrics.values()):
         raise ValueError(
             f"scale = {scale:.3g} and weight_norm up to {metrics['weight_norm'].max():.3g} make logits "
             "beyond the range of numbers: give smaller ones"
@@ -289,7 +289,7 @@ def _rounded(
 
 
 def _measure(wq: Tensor, wk: Tensor, P: Tensor, targets: Tensor, scale: float) -> dict[str, Tensor]:
-    """The figures of given weights in float64, head by head: N² entries each are enough to hold."""
+    """The metrics of given weights in float64, head by head: N² entries each are enough to hold."""
     P, heads = P.double(), zip(*(x.split(1) for x in (wq, wk, targets)), strict=True)
     rows = [map_metrics(attention_maps(q.double(), k.double(), P, scale), target) for q, k, target in heads]
     mse, peak, hit_rate = (

@@ -1,4 +1,4 @@
-"""What a fit returns, and the figures by which attention maps are judged."""
+"""What a fit returns, and the metrics by which attention maps are judged."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ class MapFit:
         return "\n".join(lines)
 
     def _details(self) -> str:
-        """What __repr__ says beside the figures."""
+        """What __repr__ says beside the metrics."""
         return f"N={self.targets.shape[1]}"
 
     def __repr__(self) -> str:

@@ -102,13 +102,13 @@ def impulse_bias_table_(
     table.zero_()[cell.to(table.device), torch.arange(heads, device=table.device)] = value
 
     distinct, kind = torch.unique(offsets.cpu(), dim=0, return_inverse=True)
-    figures = torch.empty(3, len(distinct), dtype=torch.float64, device="cpu")
+    metrics = torch.empty(3, len(distinct), dtype=torch.float64, device="cpu")
     for k, head in enumerate(first_of_each(kind, len(distinct))):
         target = targets[head].cpu()
         bias = torch.zeros(1, tokens, tokens, dtype=torch.float64, device="cpu")
         bias[0, target >= 0, target[target >= 0]] = value
-        figures[:, k] = torch.cat(map_metrics(bias.softmax(dim=-1), target[None]))
-    mse, reached, hit_rate = figures[:, kind]
+        metrics[:, k] = torch.cat(map_metrics(bias.softmax(dim=-1), target[None]))
+    mse, reached, hit_rate = metrics[:, kind]
     return BiasTableFit(
         mse=mse, peak=reached, hit_rate=hit_rate, weight_norm=torch.full_like(mse, value),
         targets=targets.to(table.device), offsets=offsets.to(table.device), bias_table=table.clone(),

@@ -15,7 +15,7 @@ from convinit._checks import check_int
 from convinit._optional import require
 from convinit._progress import progress
 from convinit.serve.trained import ImageSpec, TrainedModel
-from convinit.train.data.augment import fit, normalise
+from convinit.train.data.augment import normalise, resize_and_crop
 from convinit.train.data.images import decode, image_paths
 
 __all__ = ["Prediction", "Unreadable", "image_files", "predict", "read_batch"]
@@ -198,7 +198,7 @@ def _read(path: str, spec: ImageSpec) -> Tensor | str:
             return error.strerror
         return f"cannot be decoded as an image ({str(error) or type(error).__name__})"
     mean, std = (torch.tensor(each, dtype=torch.float32).view(-1, 1, 1) for each in (spec.mean, spec.std))
-    return normalise(fit(image, spec.image_size, spec.crop_pct), mean, std)
+    return normalise(resize_and_crop(image, spec.image_size, spec.crop_pct), mean, std)
 
 
 def _check_paths(name: str, paths: Sequence[str | Path]) -> None:

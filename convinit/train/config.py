@@ -530,7 +530,7 @@ def _checked(name: str, value: Any, kind: tuple[type, bool], each: dataclasses.F
         raise ValueError(f"{name} must be finite, got {value}")
     limits = each.metadata
     if limits["choices"]:
-        check_choice(name, value, limits["choices"], limits["families"], limits["hint"])
+        check_choice_or_family(name, value, limits["choices"], limits["families"], limits["hint"])
     bounds = (
         ("low", "at least", lambda limit: value >= limit),
         ("above", "above", lambda limit: value > limit),
@@ -544,7 +544,7 @@ def _checked(name: str, value: Any, kind: tuple[type, bool], each: dataclasses.F
     return value
 
 
-def check_choice(
+def check_choice_or_family(
     name: str, value: str, choices: Sequence[str], families: Sequence[str] = (), hint: str = ""
 ) -> None:
     """ValueError, with the nearest one or else a hint, where a value is no choice and of no family."""

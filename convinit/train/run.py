@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from convinit.train import checkpoint as files
+from convinit.train import checkpoint
 from convinit.train.config import Config
 from convinit.train.config_files import read_toml, to_toml
 from convinit.train.engine import Engine, Plan, make_accelerator
@@ -125,9 +125,9 @@ def run_training(
     main = accelerator.is_main_process
     with contextlib.ExitStack() as stack:
         if main:
-            files.check_room(out, 0, config.run.keep)
-            stack.enter_context(files.locked(out))
-            files.clean(out)
+            checkpoint.check_room(out, 0, config.run.keep)
+            stack.enter_context(checkpoint.locked(out))
+            checkpoint.clean(out)
             if not (resume or overwrite):
                 _refuse_run(out)
         accelerator.wait_for_everyone()
@@ -136,7 +136,7 @@ def run_training(
         if main:
             if overwrite:  # only now that data and model are known to be good
                 _remove_run(out)
-            files.check_room(out, engine.checkpoint_bytes(), config.run.keep)
+            checkpoint.check_room(out, engine.checkpoint_bytes(), config.run.keep)
         # What a watcher does at the end is no part of the run: Ctrl-C ends it at once.
         with StopRequest() as stop:
             drive = _Drive(engine, out, config_text, stop, watcher or Watcher(), start)
@@ -216,7 +216,7 @@ class _Drive:
         self.figures: dict[str, Any] = {}
         self.records: Records | None = None
         if self.main:
-            length = 0 if start is None else files.read_progress(start)["metrics_bytes"]
+            length = 0 if start is None else checkpoint.read_progress(start)["metrics_bytes"]
             self.records = Records(out / METRICS, length)
 
     def close(self) -> None:
@@ -238,7 +238,7 @@ class _Drive:
         except FloatingPointError as error:
             kept = "no checkpoint had been made" if self.last_saved is None else f"{self.last_saved} is kept"
             raise FloatingPointError(f"{error}; {kept}") from error
-        last = files.checkpoints(self.out)[-1]
+        last = checkpoint.checkpoints(self.out)[-1]
         if not self.figures and self.main:  # finished before
             tested = [each for each in read_records(self.out / METRICS) if each.get("kind") == "epoch"]
             if not tested:
@@ -284,7 +284,9 @@ class _Drive:
             if last or not validates:
                 record |= self._evaluate(val=False)
             measured = "val_top1" if validates else "top1"
-            better = record[measured] > progress.best or (validates and not (self.out / files.BEST).exists())
+            better = record[measured] > progress.best or (
+                validates and not (self.out / checkpoint.BEST).exists()
+            )
             progress.best = record[measured] if better else progress.best
             record[f"best_{measured}"] = progress.best
             if validates and last:
@@ -312,7 +314,7 @@ class _Drive:
         """Keeps the weights that do best on validation images, beside the checkpoints."""
         if self.main:
             tensors, state = self.engine.state()
-            files.save_best(self.out, {"model": tensors["model"]}, state, self.config_text)
+            checkpoint.save_best(self.out, {"model": tensors["model"]}, state, self.config_text)
         else:
             self.engine.collect()
         self.accelerator.wait_for_everyone()
@@ -321,7 +323,7 @@ class _Drive:
         """Test accuracy of those weights."""
         inner = self.engine.inner
         last = {name: each.clone() for name, each in inner.state_dict().items()}
-        inner.load_state_dict(files.read_tensors(self.out / files.BEST, "model"))
+        inner.load_state_dict(checkpoint.read_tensors(self.out / checkpoint.BEST, "model"))
         figures = self._evaluate(val=False)
         inner.load_state_dict(last)
         return figures["top1"]
@@ -351,7 +353,9 @@ class _Drive:
         if self.main:
             assert self.records is not None
             state["metrics_bytes"] = self.records.sync()
-            path = files.save(self.out, step, tensors, state, self.config_text, keep=self.run_config.keep)
+            path = checkpoint.save(
+                self.out, step, tensors, state, self.config_text, keep=self.run_config.keep
+            )
             self.watcher.saved(path)
         self.accelerator.wait_for_everyone()
         self.last_saved = self.out / f"step-{step:06d}"
@@ -413,7 +417,7 @@ def _tracker(name: str) -> str | None:
 
 def _refuse_run(out: Path) -> None:
     """ValueError where the folder holds a run."""
-    if files.checkpoints(out) or (out / METRICS).exists():
+    if checkpoint.checkpoints(out) or (out / METRICS).exists():
         raise ValueError(
             f"{out} holds a run, and none shall be gone on with: choose another folder, or remove "
             "that run with --overwrite"
@@ -421,19 +425,19 @@ def _refuse_run(out: Path) -> None:
 
 
 def _remove_run(out: Path) -> None:
-    for path in files.checkpoints(out):
-        files.discard(path)
-    shutil.rmtree(out / files.BEST, ignore_errors=True)
+    for path in checkpoint.checkpoints(out):
+        checkpoint.discard(path)
+    shutil.rmtree(out / checkpoint.BEST, ignore_errors=True)
     (out / METRICS).unlink(missing_ok=True)
     shutil.rmtree(out / TENSORBOARD, ignore_errors=True)
 
 
 def _latest(config: Config, out: Path) -> Path | None:
     """The checkpoint to go on from; ValueError where it is of another config."""
-    found = files.checkpoints(out)
+    found = checkpoint.checkpoints(out)
     if not found:
         return None
-    files.read_progress(found[-1])
+    checkpoint.read_progress(found[-1])
     theirs = Config.of(read_toml(found[-1] / "config.toml"))
     if config.recipe.epochs > theirs.recipe.epochs:  # it goes on for longer
         theirs = replace(theirs, recipe=replace(theirs.recipe, epochs=config.recipe.epochs))

@@ -1,4 +1,4 @@
-"""Pictures of attention and of training, as matplotlib figures (extra `train`).
+"""Pictures of attention and of training, as matplotlib figures (extra `demo`).
 
 Every function returns a `matplotlib.figure.Figure` that belongs to nobody: no window, no pyplot state, so it
 works on any machine. Save it with `figure.savefig("maps.png", dpi=150)`.

@@ -29,8 +29,8 @@ LINES = (
 
 def new_figure(width: float, height: float) -> Figure:
     """An empty figure; sizes in inches."""
-    figures = require("matplotlib.figure", "a figure", "'convinit[demo]'")
-    return figures.Figure(figsize=(width, height), facecolor="white")
+    module = require("matplotlib.figure", "a figure", "'convinit[demo]'")
+    return module.Figure(figsize=(width, height), facecolor="white")
 
 
 def add_title(figure: Figure, title: str | None) -> None:

@@ -43,13 +43,13 @@ class Augmentation:
         normalised = partial(normalise, mean=_per_channel(data.mean), std=_per_channel(data.std))
         steps: list[Callable[[Any], Any]]
         if name == "none":
-            steps = [partial(fit, size=size, crop_pct=data.crop_pct), normalised]
+            steps = [partial(resize_and_crop, size=size, crop_pct=data.crop_pct), normalised]
         elif name == "timm":
             steps = [_to_pil, _timm_transform(data, options)]
         else:
             v2 = require("torchvision.transforms.v2", "augmentation")
             if name == "flip-crop":
-                steps = [partial(fit, size=size), v2.RandomCrop(size, padding=4)]
+                steps = [partial(resize_and_crop, size=size), v2.RandomCrop(size, padding=4)]
                 steps += [v2.RandomHorizontalFlip()] * (data.name not in _NOT_MIRRORED)
             else:
                 steps = [v2.RandAugment(2, 14), v2.RandomHorizontalFlip(), v2.RandomResizedCrop(size)]
@@ -131,7 +131,7 @@ def _to_pil(image: Any) -> Any:
     return require("torchvision.transforms.v2", "augmentation").functional.to_pil_image(image)
 
 
-def fit(image: Any, size: tuple[int, int], crop_pct: float = 1.0) -> Any:
+def resize_and_crop(image: Any, size: tuple[int, int], crop_pct: float = 1.0) -> Any:
     """A PIL image or tensor [..., H, W], scaled to cover size / crop_pct and cut to `size` in the middle."""
     height, width = image.shape[-2:] if isinstance(image, Tensor) else (image.height, image.width)
     if (height, width) == size and crop_pct == 1:

@@ -14,7 +14,13 @@ import torch
 
 from convinit._checks import check_int
 from convinit._files import cache_folder
-from convinit.train.config import DATA_FAMILIES, DATA_HINT, DATA_SETS, check_choice, check_statistics
+from convinit.train.config import (
+    DATA_FAMILIES,
+    DATA_HINT,
+    DATA_SETS,
+    check_choice_or_family,
+    check_statistics,
+)
 from convinit.train.data.fashion_mnist import MEAN, STD, USUAL, read_fashion_mnist
 from convinit.train.data.folders import read_folder, read_tiny_imagenet
 from convinit.train.data.hugging_face import read_hugging_face
@@ -148,7 +154,7 @@ def load_data(
 
     Source: the mean and std of CIFAR and SVHN are those of arXiv 2401.12511, of other photographs ImageNet's.
     """
-    check_choice("data.name", str(name), DATA_SETS, DATA_FAMILIES, DATA_HINT)
+    check_choice_or_family("data.name", str(name), DATA_SETS, DATA_FAMILIES, DATA_HINT)
     check_int("seed", seed, minimum=0)
     check_int("split_seed", split_seed, minimum=0)
     size, crop_pct = _check_size(image_size), check_fraction("crop_pct", crop_pct)

@@ -25,7 +25,7 @@ from convinit.records import LayerRecord
 
 
 @dataclass(eq=False)
-class OwnAttention(SelfAttention):
+class ConvInitSelfAttention(SelfAttention):
     """A ConvInitAttention. Model III has no W_q and W_k: Q = P W_q and K = P W_k are its parameters."""
 
     reads: ConvInitAttention
@@ -69,7 +69,7 @@ class OwnAttention(SelfAttention):
 
 
 @dataclass(eq=False)
-class OwnLayout(AdditiveLayout):
+class ConvInitLayout(AdditiveLayout):
     """P is a constant that the model makes itself; the mix with the content is its `alpha`."""
 
     takes_alpha = True
@@ -119,7 +119,7 @@ def layout(module: nn.Module, name: str) -> Layout | None:
         return _simple_vit(module, name)
     if not isinstance(module, ConvInitAttention):
         return None
-    return OwnLayout(
+    return ConvInitLayout(
         name, module, module.grid_size, [_attention(module, name)], position=Slot(module.pos_embed)
     )
 
@@ -133,7 +133,7 @@ def _simple_vit(model: SimpleViT, name: str) -> Layout | None:
         for i, block in enumerate(model.blocks)
     ]
     position = Slot(model.pos_embed if writers else model.blocks[0].attn.pos_embed)
-    layout = OwnLayout(name, model, model.grid_size, attentions, position=position)
+    layout = ConvInitLayout(name, model, model.grid_size, attentions, position=position)
     if writers:
         layout.content = model.patch_embed
         layout.writers = [Linear.of(writer) for writer in writers]
@@ -142,7 +142,7 @@ def _simple_vit(model: SimpleViT, name: str) -> Layout | None:
     return layout
 
 
-def _attention(module: ConvInitAttention, name: str, norm: nn.Module | None = None) -> OwnAttention:
+def _attention(module: ConvInitAttention, name: str, norm: nn.Module | None = None) -> ConvInitSelfAttention:
     inner = module.num_heads * module.head_dim
     value = None if module.v is None else Linear.of(module.v)
     if module.variant == "III":
@@ -154,4 +154,4 @@ def _attention(module: ConvInitAttention, name: str, norm: nn.Module | None = No
         query, key = (Linear.of(module.qk, slice(i * inner, (i + 1) * inner)) for i in range(2))
     output = Linear.of(module.proj) if isinstance(module.proj, nn.Linear) else None
     sizes = (module.num_heads, module.head_dim, module.scale)
-    return OwnAttention(name, module, *sizes, query, key, value, output, norm)
+    return ConvInitSelfAttention(name, module, *sizes, query, key, value, output, norm)

@@ -238,9 +238,13 @@ def test_files_that_hold_code_are_not_run(tmp_path):
             ["plot", "--fitted", "nothing"],
             "folder of convinit fit --out, got 'nothing' without weights.safetensors",
         ),
-        (["plot", "--fitted", "nothing", "--option", "depth=2"], "do not belong to --fitted"),
         (["demo", "--seeds", "0"], "--seeds must be at least 1, got 0"),
         (["demo", "--jobs", "0"], "--jobs must be at least 1, got 0"),
+        (
+            ["plot", "--fitted", "nothing", "--option", "depth=2", "--init", "mimetic", "--seed", "1"],
+            "--option, --init, --seed must not be given with --fitted, which draws weights as they are",
+        ),
+        (["plot", "--fitted", "nothing", "--images", "a.png"], "--images must not be given with --fitted"),
     ],
 )
 def test_errors_are_one_line_and_code_2(arguments, message, tmp_path, monkeypatch):

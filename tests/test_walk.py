@@ -171,7 +171,7 @@ def test_what_a_run_cannot_be_drawn_with_is_refused(tmp_path, monkeypatch):
     for line, answer in (
         (
             "plot --run vit --radius 1 --seed 3 --out x",
-            "--radius, --seed, --out must not be given with --run",
+            "--seed, --radius, --out must not be given with --run",
         ),
         (f"plot --run mixer --images {images}", "its ConvMixer has no attention"),
     ):

@@ -112,16 +112,22 @@ def plot(
         )
     check_choice_or_family("init", init, VIT_INITS)  # before PyTorch and timm are loaded
     console = Console()
-    if run is not None:
+    if model is None:
         others: dict[str, tuple[Any, Any]] = {  # and their defaults
             "before": (before, None), "after": (after, None), "option": (option, None),
-            "radius": (radius, None), "kernel-size": (kernel_size, None), "peak": (peak, None),
+            "kernel-size": (kernel_size, None), "peak": (peak, None),
             "pos-embed-gain": (pos_embed_gain, None), "init": (init, "impulse"), "fit": (fit, "newton"),
-            "seed": (seed, 0), "out": (out, OUT),
+            "seed": (seed, 0),
         }  # fmt: skip
+        if run is None:
+            others["images"], why = (images, None), "--fitted, which draws weights as they are"
+        else:
+            others |= {"radius": (radius, None), "out": (out, OUT)}
+            why = "--run, whose folder says all of that"
         given = ", ".join(f"--{name}" for name, (value, default) in others.items() if value != default)
         if given:
-            raise ValueError(f"{given} must not be given with --run, whose folder says all of that")
+            raise ValueError(f"{given} must not be given with {why}")
+    if run is not None:
         from convinit.serve import draw_run, load_trained, read_batch
 
         batch = None if images is None else read_batch(images, load_trained(run).images)
@@ -136,8 +142,6 @@ def plot(
     out.mkdir(parents=True, exist_ok=True)
     summary = ""
     if fitted is not None:
-        if before or after or option or images:
-            raise ValueError("before, after, option and images do not belong to --fitted")
         figures = _of_fit(fitted, radius)
     else:
         network = _create(str(model), option or [], seed)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from convinit.cli.train import _fields
 from convinit.train.build import build_model
 from convinit.train.config import SECTIONS, Config, DataConfig, ModelConfig, RecipeConfig, default_of, kind_of
 from convinit.train.config_files import PRESETS, parse, read_toml, resolve, to_toml
@@ -210,10 +211,12 @@ def test_only_what_changes_the_weights_hinders_a_resumption():
     assert other.differing(config) == ["recipe.lr: 0.1, not 0.001", "run.seed: 1, not 0"]
 
 
-def test_every_field_has_help_and_a_flag_of_its_own():
+def test_every_field_has_help_and_every_option_a_flag_of_its_own():
     fields = [(section, each) for section in SECTIONS.values() for each in dataclasses.fields(section)]
-    flags = [each.metadata["flag"] or each.name.replace("_", "-") for _, each in fields]
+    options = [each for _, _, each in _fields()]
+    flags = [each.metadata["flag"] or each.name.replace("_", "-") for each in options]
     assert len(set(flags)) == len(flags)
+    assert not [each.name for _, each in fields if each.metadata["flag"] and each not in options]
     for section, each in fields:
         assert each.metadata["help"].endswith(".")
         kind, optional = kind_of(section, each.name)

@@ -43,7 +43,7 @@ def option(
     Args:
         default: its value, or a type for a mutable one.
         help: one line; what it is, with its unit.
-        flag: of the command line; None means the field's name.
+        flag: of `convinit train`, if it has one that is not the field's name.
         choices: the values that it may have; beside them
         families: those that begin so, with a name of their own behind it.
         hint: the end of a message where a value is near to none of them.
@@ -231,7 +231,7 @@ class DataConfig(_Section):
     download: bool = option(False, "Fetch the data set if it is not there.", fixed=False)
     options: dict[str, Any] = option(
         dict, "NAME=VALUE for torchvision's class, such as split=letters, or for datasets.load_dataset, such "
-        "as name=SUBSET; may be repeated.", flag="data-option",
+        "as name=SUBSET; may be repeated.",
     )  # fmt: skip
     mean: tuple[float, ...] | None = option(
         None, "Mean of each channel, of pixels in 0 to 1: one number for grey, three for RGB.", low=0, high=1,
@@ -254,16 +254,13 @@ class DataConfig(_Section):
         below=1,
         unset="no validation",
     )
-    seed: int = option(
-        0, "Of the choice of those images; the same for all runs.", low=0, high=2**63 - 1, flag="data-seed"
-    )
+    seed: int = option(0, "Of the choice of those images; the same for all runs.", low=0, high=2**63 - 1)
     augment: str = option(
         "none", "Augmentation of the training images; paper: RandAugment(2, 14), flip, random resized crop; "
         "timm: timm.data.create_transform.", choices=("none", "flip-crop", "paper", "timm"),
     )  # fmt: skip
     augment_options: dict[str, Any] = option(
         dict, "NAME=VALUE for create_transform, such as auto_augment=rand-m9-mstd0.5-inc1; may be repeated.",
-        flag="augment-option",
     )  # fmt: skip
     image_size: int | None = option(
         None, "Pixels on a side that images are resized to.", low=1, unset="as stored"

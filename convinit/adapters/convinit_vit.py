@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from convinit.adapters.additive import AdditiveLayout
-from convinit.adapters.calibrate import Plan, Seen
+from convinit.adapters.calibrate import Plan
 from convinit.adapters.layout import Layout, Linear, SelfAttention, Slot, packed_qkv
 from convinit.adapters.request import Request
 from convinit.adapters.types import child_name
@@ -94,20 +94,14 @@ class ConvInitLayout(AdditiveLayout):
         pass
 
     def _record(
-        self,
-        i: int,
-        attention: SelfAttention,
-        plan: Plan | None,
-        seen: Seen | None,
-        request: Request,
-        notes: Any,
+        self, i: int, attention: SelfAttention, plan: Plan | None, seen: Any, request: Request, *notes: Any
     ) -> LayerRecord:
         if plan is None and request.method == "default":  # left as it is; the layer keeps its offsets
             layer: Any = attention.reads
             offsets, padding_mode = layer.offsets.cpu(), layer.init_options.padding_mode
             targets = impulse_targets(offsets, self.grid_size, padding_mode=padding_mode)
             plan = Plan(attention.qk_weights(), targets, offsets)
-        return super()._record(i, attention, plan, seen, request, notes)
+        return super()._record(i, attention, plan, seen, request, *notes)
 
 
 def whole_pos_embed(module: ConvInitAttention) -> Tensor:

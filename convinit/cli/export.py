@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from convinit.train.config import near
+from convinit.train.config import check_choice_or_family, near
 
 _FORMATS = {".pt2": "torch-export", ".onnx": "onnx", "": "pretrained"}  # suffix → format
 
@@ -56,8 +56,7 @@ def export_command(
                 f"{out}{hint}"
             )
         format = _FORMATS.get(suffix, _FORMATS[""])
-    if format not in _FORMATS.values():
-        raise ValueError(f"--format must be one of {', '.join(_FORMATS.values())}, got {format!r}")
+    check_choice_or_family("--format", format, tuple(_FORMATS.values()))
     kind = format
     from convinit.serve import export, load_trained, save_trained
 

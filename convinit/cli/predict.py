@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from convinit._words import near
 from convinit.cli.errors import say
+from convinit.train.config import check_choice_or_family
 
 if TYPE_CHECKING:
     from convinit.serve import Prediction, Unreadable
@@ -60,8 +60,7 @@ def predict_command(
     """
     suffix = "" if out is None else out.suffix[1:].lower()
     kind = format or (suffix if suffix in _FORMATS else "table")
-    if kind not in _FORMATS:
-        raise ValueError(f"format must be one of {', '.join(_FORMATS)}, got {kind!r}{near(kind, _FORMATS)}")
+    check_choice_or_family("format", kind, _FORMATS)
     from convinit.serve import Prediction, image_files, load_trained, predict
 
     if out is not None:  # what would stop the writing shows before the work, not after it

@@ -15,8 +15,9 @@ import pytest
 import safetensors.torch
 from training import assert_same_run, context, final_tensors, kill, records, small
 
+from convinit.serve import draw_run
 from convinit.train import checkpoint, engine
-from convinit.train.run import RunInterrupted, Watcher, run_training
+from convinit.train.run import PICTURES, RunInterrupted, Watcher, run_training
 
 
 class KillAfter(Watcher):
@@ -226,7 +227,10 @@ def test_overwrite_keeps_the_old_run_until_the_new_one_can_start(tmp_path):
         bad = small(data__name="folder", data__root=str(tmp_path / "none"), data__train_count=None)
         run_training(bad, tmp_path, overwrite=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == before
+    drawn = draw_run(tmp_path)
+    assert {path.name for path in drawn} == {*PICTURES} and not {*PICTURES} & {*before}
     assert run_training(small(recipe__epochs=1, recipe__lr=0.02), tmp_path, overwrite=True).steps > 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == before  # the old run's pictures are gone, too
 
 
 def test_a_finished_run_without_its_records_says_so(tmp_path):

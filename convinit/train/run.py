@@ -24,6 +24,8 @@ from convinit.train.signals import StopRequest
 
 METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"  # where Accelerate puts its curves
+# What `convinit.serve.draw_run` makes of a run.
+PICTURES = ("curves.png", "filters.png", "drift.png", "init_report.txt", "init_report.json")
 
 
 class RunInterrupted(Exception):  # noqa: N818 (no error: it did as it was told)
@@ -428,7 +430,8 @@ def _remove_run(out: Path) -> None:
     for path in checkpoint.checkpoints(out):
         checkpoint.discard(path)
     shutil.rmtree(out / checkpoint.BEST, ignore_errors=True)
-    (out / METRICS).unlink(missing_ok=True)
+    for name in (METRICS, *PICTURES):
+        (out / name).unlink(missing_ok=True)
     shutil.rmtree(out / TENSORBOARD, ignore_errors=True)
 
 

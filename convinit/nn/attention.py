@@ -311,15 +311,15 @@ class ConvInitAttention(nn.Module):
 
     def _write_qk_(self, wq: Tensor, wk: Tensor) -> None:
         """Writes W_q and W_k, or Q and Kᵀ of Model III, and biases of 0."""
-        own_wq, own_wk = self._own_qk()
-        new_wq, new_wk = rounded("wq", own_wq, wq), rounded("wk", own_wk, wk)
-        own_wq.copy_(new_wq)
-        own_wk.copy_(new_wk)
+        layer_wq, layer_wk = self._layer_qk()
+        new_wq, new_wk = rounded("wq", layer_wq, wq), rounded("wk", layer_wk, wk)
+        layer_wq.copy_(new_wq)
+        layer_wk.copy_(new_wk)
         bias = self._qk_bias()
         if bias is not None:
             bias.zero_()
 
-    def _own_qk(self) -> tuple[Tensor, Tensor]:
+    def _layer_qk(self) -> tuple[Tensor, Tensor]:
         """What the layer has of queries and keys, as views: W_q and W_k [heads, D, r], or Q and Kᵀ."""
         return (self.q_map, self.k_map.mT) if self.variant == "III" else self.qk_weights()
 
@@ -345,7 +345,7 @@ class ConvInitAttention(nn.Module):
         bias = self._qk_bias()
         if bias is not None:
             bias.zero_()
-        wq, wk = self._own_qk()
+        wq, wk = self._layer_qk()
         options = self.init_options
         if options.method == "mimetic":
             init_.mimetic_qk_(wq, wk, distribution=options.distribution, generator=generator)
@@ -510,7 +510,7 @@ def reset_mixing_(
         for layer in layers[1:]:
             layer._fill_position()
             layer.offsets.copy_(first.offsets)
-            layer._write_qk_(*first._own_qk())
+            layer._write_qk_(*first._layer_qk())
         return
     for layer in layers:
         layer._fill_position()
@@ -521,8 +521,8 @@ def reset_mixing_(
     parts = options.deal([first.num_heads] * len(layers), first.kernel_size, generator)
     offsets = torch.cat(parts)
     if not options.fits:
-        for layer, own_offsets in zip(layers, parts, strict=True):
-            layer.offsets.copy_(own_offsets)
+        for layer, layer_offsets in zip(layers, parts, strict=True):
+            layer.offsets.copy_(layer_offsets)
             layer._draw_qk(generator)
         return
 
@@ -546,10 +546,10 @@ def reset_mixing_(
         generator=generator,
     )
     weights = (wq.split(first.num_heads), wk.split(first.num_heads), parts)
-    for layer, own_wq, own_wk, own_offsets in zip(layers, *weights, strict=True):
-        layer.offsets.copy_(own_offsets)
+    for layer, layer_wq, layer_wk, layer_offsets in zip(layers, *weights, strict=True):
+        layer.offsets.copy_(layer_offsets)
         write_ = layer._write_qk_ if free else layer.set_qk_
-        write_(own_wq, own_wk)
+        write_(layer_wq, layer_wk)
 
 
 def _head_dim(dim: int, num_heads: int, head_dim: int | None) -> int:

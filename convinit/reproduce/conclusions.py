@@ -22,10 +22,12 @@ def conclusions(report: Report) -> list[str]:
         "digits": "these very images",
         "fashion-mnist": "other training images of this set and of the digits",
     }.get(report.grid.data, "8×8 digits")
+    if "validation" in table.readings:
+        images = "such images of this set"
     chosen = f"The defaults of impulses (peak, α, window) were chosen on {images}"
     rivals = {row.label: row.against or table.ours for row in table.rows if row.label != table.ours}
     if table.rates:
-        found = [_paired(report, ours, rival, reading) for reading in ("accuracy", "shifted-2")
+        found = [_paired(report, ours, rival, reading) for reading in table.readings if reading in _PAIRED
                  for rival, ours in rivals.items()]  # fmt: skip
         found += [
             "The intervals are Student's over the seeds, whose training images differ; where they hold 0, no "
@@ -42,6 +44,9 @@ def conclusions(report: Report) -> list[str]:
             ]
     found.append(f"{chosen}; no row was tuned here. Nothing is shown about other data or longer training.")
     return [each for each in found if each]
+
+
+_PAIRED = ("accuracy", "validation", "shifted-2")
 
 
 def _marks(report: Report) -> str:

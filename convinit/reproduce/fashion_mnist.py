@@ -10,26 +10,27 @@ from convinit.reproduce import papers
 from convinit.reproduce.table import Choice, Settings, Table
 
 # Of 60,000 training images another 1,000 or 5,000 for each seed, 2,000 to validate on.
-_SETTINGS: Settings = {
+SETTINGS: Settings = {
     "data.val_fraction": 1 / 30, "recipe.weight_decay": 0.05, "recipe.clip": 1.0, "init.kernel_size": None,
     "recipe.precision": "bf16", "run.cpu": False, "run.eval_batch_size": 1000,
 }  # fmt: skip
 _SMALL_VIT: Settings = {
     "model.name": "vit_tiny_patch16_224", "model.options": {"embed_dim": 96, "depth": 6, "num_heads": 3},
 }  # fmt: skip
-_RATES = (5e-4, 1e-3, 2e-3)
+RATES = (5e-4, 1e-3, 2e-3)
 
 
-def _small_vit(label: str, method: str, control: bool = False, **init: Any) -> Choice:
+def small_vit(label: str, method: str, control: bool = False, **init: Any) -> Choice:
+    """A row of timm's ViT, narrowed; `init` are settings of the section init."""
     settings = {f"init.{key}": value for key, value in {"method": method, **init}.items()}
     return Choice(label, {**_SMALL_VIT, **settings}, control=control)
 
 
-_PLAIN_CALL = _small_vit("impulse (the plain call)", "impulse")
+_PLAIN_CALL = small_vit("impulse (the plain call)", "impulse")
 _CONTROLS = (
-    _small_vit("control: position embedding and values alone", "position_only", control=True),
-    _small_vit("control: scrambled", "scrambled", control=True),
-    _small_vit("control: norm-matched", "norm_matched", control=True),
+    small_vit("control: position embedding and values alone", "position_only", control=True),
+    small_vit("control: scrambled", "scrambled", control=True),
+    small_vit("control: norm-matched", "norm_matched", control=True),
 )
 _LEARNED_CONVMIXER = Choice(
     "ConvMixer, learned filters",
@@ -51,11 +52,11 @@ def _drop_in(data: str) -> Table:
         "timm's ViT on few images of Fashion-MNIST, from different initial weights",
         "What does one call of init_vit_ give, and which part of it?",
         "quick",
-        _SETTINGS,
+        SETTINGS,
         (
-            _small_vit("timm's own", "default", values="default"),
-            _small_vit("mimetic", "mimetic"),
-            _small_vit(
+            small_vit("timm's own", "default", values="default"),
+            small_vit("mimetic", "mimetic"),
+            small_vit(
                 "impulse, fit of 2505.19985, P × 18", "impulse", fit="svd", offsets="fixed",
                 pos_embed_gain=18.0, kernel_size=3,
             ),
@@ -74,7 +75,7 @@ def _drop_in(data: str) -> Table:
         "dots",
         readings=("accuracy", "shifted-1", "shifted-2", "shifted-4", "part-0.25", "epochs-to-60"),
         ours=_PLAIN_CALL.label,
-        rates=_RATES,
+        rates=RATES,
         note=f"A class token, width 96, 6 layers, 3 heads. {_NOTE}",
     )  # fmt: skip
 
@@ -85,11 +86,11 @@ def _window(data: str) -> Table:
         "Where the convolution matters: windows on 14 × 14 tokens of Fashion-MNIST",
         "Must heads look near, far, or anywhere, once the position embedding is in order?",
         "quick",
-        {**_SETTINGS, "model.patch_size": 2, "data.train_count": 1000, "recipe.epochs": 16},
+        {**SETTINGS, "model.patch_size": 2, "data.train_count": 1000, "recipe.epochs": 16},
         (
-            *(_small_vit(f"impulse, f = {f}", "impulse", kernel_size=f) for f in (1, 3, 5)),
+            *(small_vit(f"impulse, f = {f}", "impulse", kernel_size=f) for f in (1, 3, 5)),
             _PLAIN_CALL,
-            _small_vit("impulse, f = 13", "impulse", kernel_size=13),
+            small_vit("impulse, f = 13", "impulse", kernel_size=13),
             *_CONTROLS,
             _LEARNED_CONVMIXER,
         ),
@@ -98,7 +99,7 @@ def _window(data: str) -> Table:
         "shifts",
         readings=("accuracy", "shifted-1", "shifted-2", "shifted-4"),
         ours=_PLAIN_CALL.label,
-        rates=_RATES,
+        rates=RATES,
         note=f"The plain call draws from half the grid, f = 7. {_NOTE}",
     )
 
@@ -113,8 +114,8 @@ def _models(data: str) -> Table:
         own,
         title=f"{own.title}, on 14 × 14 tokens of Fashion-MNIST",
         preset="quick",
-        settings={**_SETTINGS, **papers.vit(small=False), **size},
-        rates=_RATES,
+        settings={**SETTINGS, **papers.vit(small=False), **size},
+        rates=RATES,
         note=f"Width 96, 6 layers, 3 heads. {_NOTE}",
     )
 

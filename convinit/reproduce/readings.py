@@ -9,6 +9,7 @@ Outcome = Mapping[str, Any]  # what `convinit.reproduce.cells.run_cell` returns
 
 _TITLES = {
     "accuracy": "test accuracy, %",
+    "validation": "accuracy on held-out training images, %",
     "shifted-1": "shifted by one pixel, %",
     "shifted-2": "shifted by two pixels, %",
     "shifted-4": "shifted by four pixels, %",
@@ -21,9 +22,10 @@ def title(reading: str, epochs: int) -> str:
     """What a reading is, with its unit.
 
     Args:
-        reading: "accuracy"; "shifted-1", "shifted-2" and "shifted-4", means over four directions; "part-X",
-            the accuracy after the share X of all epochs; "epochs-to-X", the first epoch with an accuracy of
-            X %; "start-peak" and "trained-peak". With validation images "part" and "epochs-to" are theirs.
+        reading: "accuracy", on test images; "validation", its like on validation images; "shifted-1",
+            "shifted-2" and "shifted-4", means over four directions; "part-X", the accuracy after the share X
+            of all epochs; "epochs-to-X", the first epoch with an accuracy of X %; "start-peak" and
+            "trained-peak". With validation images "part" and "epochs-to" are theirs.
         epochs: of the runs.
     """
     if reading.startswith("part-"):
@@ -38,8 +40,8 @@ def value(reading: str, outcome: Outcome) -> float | None:
     """A reading of a run, in % or epochs; None where the run does not have it, or failed."""
     if "failed" in outcome:
         return None
-    if reading == "accuracy":
-        return 100 * outcome["accuracy"]
+    if reading in ("accuracy", "validation"):
+        return 100 * outcome[reading]
     if reading.startswith("part-"):
         accuracies = {epoch: accuracy for epoch, accuracy in outcome["curve"]}
         share = accuracies.get(_epoch(reading, outcome["epochs"]))

@@ -9,6 +9,7 @@ from typing import Any
 from convinit._words import near
 from convinit.reproduce import fashion_mnist, papers
 from convinit.reproduce.demo import demo
+from convinit.reproduce.sweep import sweep
 from convinit.reproduce.table import Table
 
 DATA = ("digits", "fashion-mnist", "cifar10", "cifar100", "svhn", "tiny-imagenet")
@@ -17,8 +18,8 @@ DATA = ("digits", "fashion-mnist", "cifar10", "cifar100", "svhn", "tiny-imagenet
 def tables_of(data: str) -> Mapping[str, Callable[[str], Table]]:
     """The tables that there are for a data set, by name."""
     if data == "fashion-mnist":
-        return fashion_mnist.TABLES
-    return {"demo": demo, **papers.TABLES} if data == "digits" else papers.TABLES
+        return {**fashion_mnist.TABLES, "sweep": sweep}
+    return {"demo": demo, **papers.TABLES, "sweep": sweep} if data == "digits" else papers.TABLES
 
 
 def declared(name: str, data: str = "digits") -> Table:

@@ -89,8 +89,7 @@ class AdditiveLayout(Layout):
         )
         live = {i: attention for i, attention in chosen.items() if not attention.frozen}
         notes: dict[int, list[str | None]] = {i: [] for i in chosen}
-        with self.undone_on_error():
-            return self._init_(request, chosen, live, dealt, notes)
+        return self._init_(request, chosen, live, dealt, notes)
 
     def _init_(
         self,

@@ -41,19 +41,20 @@ def mimetic_svd(
         z = uniform(shape, math.sqrt(1 / dim), generator)
     z = z.double() if truncated else z
     matrix = noise * z + identity * torch.eye(dim, dtype=z.dtype, device="cpu")
-    if not (matrix.mT @ matrix).isfinite().all():
+    gram = matrix.mT @ matrix
+    if not gram.isfinite().all():
         raise ValueError(f"noise and identity must be smaller, got {noise} and {identity}")
-    return svd_by_eigh(matrix)
+    return svd_by_eigh(matrix, gram)
 
 
-def svd_by_eigh(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """An SVD of square matrices A [..., D, D] from the eigenvectors V of AᵀA, several times as fast.
+def svd_by_eigh(matrix: Tensor, gram: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """An SVD of square matrices A [..., D, D] from the eigenvectors V of gram = AᵀA, several times as fast.
 
     A = (A V / s) · s · Vᵀ holds to rounding whatever s is; but squaring costs half the digits, so small
     singular values are rough, in float32 from a thousandth of the largest. The largest entry of each row
     of Vᵀ is positive.
     """
-    squares, v = torch.linalg.eigh(matrix.mT @ matrix)
+    squares, v = torch.linalg.eigh(gram)
     squares, v = squares.flip(-1), v.flip(-1)
     limits = torch.finfo(squares.dtype)
     floor = (limits.eps * squares[..., :1]).clamp(min=limits.tiny)

@@ -25,6 +25,7 @@ from convinit.train import (
     test_loader,
     train_loader,
 )
+from convinit.train.config import Config
 from convinit.train.data import split_indices
 from convinit.train.data.augment import _to_pil, resize_and_crop
 from convinit.train.data.draws import derived_seed, permutation
@@ -861,6 +862,33 @@ def test_order_is_of_seed_and_epoch():
     assert orders(train_loader(Numbered(50), 8, seed=1, epoch=0)) != whole
     dropped = train_loader(Numbered(50), 8, seed=0, epoch=0, drop_last=True)
     assert orders(dropped) == whole[:6] and len(dropped) == 6
+
+
+@needs_torchvision
+def test_repeated_augmentation_is_timms():
+    """Images as often and as close to each other as timm's sampler gives them, augmented anew each time."""
+    samplers = pytest.importorskip("timm.data.distributed_sampler")
+    data = load_data("digits", train_count=40)
+    dataset = Augmented(data.train, augmentation("paper", data), seed=3, repeats=3)
+    assert len(dataset) == 40
+    with pytest.raises(IndexError):
+        dataset[120]
+    found = [image for image, _ in train_loader(dataset, 8, seed=0, epoch=1)]
+    found = torch.cat(found)
+    once = Augmented(data.train, augmentation("paper", data), seed=3)
+    once.set_epoch(1)
+    order = permutation(40, "order", 0, 1)
+    for place, image in enumerate(found):
+        same = torch.equal(image, once[int(order[place // 3])][0])
+        assert same == (place % 3 == 0)  # the others are drawn anew
+    sampler = samplers.RepeatAugSampler(
+        data.train, num_replicas=1, rank=0, num_repeats=3, selected_round=0, selected_ratio=1
+    )
+    theirs = [*sampler]
+    assert len(theirs) == len(found) and all(theirs[i] == theirs[i - i % 3] for i in range(40))
+    assert len({*theirs}) == len({*order[: -(-40 // 3)]})
+    with pytest.raises(ValueError, match="data.aug_repeats must be 1 without augmentation, got 3"):
+        Config.of({"data": {"aug_repeats": 3}})
 
 
 @pytest.mark.parametrize("world_size", [2, 4])

@@ -113,6 +113,14 @@ def test_untransposed_mimetic_values_are_the_published_baselines():
     assert spread[False] == pytest.approx([-0.40, 0.24, 0.28], abs=0.021)
 
 
+def test_norms_of_values_are_in_their_product():
+    """`impulseA_B_C` of arXiv 2505.19985 multiplies values and output layer by C."""
+    plain = init.mimetic_vo_(*torch.empty(2, 64, 64), generator=seeded())
+    larger = init.mimetic_vo_(*torch.empty(2, 64, 64), noise=0.4 * 9, identity=-0.4 * 9, generator=seeded())
+    for one, other in zip(plain, larger, strict=True):
+        torch.testing.assert_close(3 * one, other, rtol=1e-5, atol=1e-6)
+
+
 def test_mimetic_values_are_truncated_below_full_rank():
     full = torch.matmul(*init.mimetic_vo_(torch.empty(64, 64), torch.empty(64, 64), generator=seeded()))
     wv, wo = init.mimetic_vo_(torch.empty(64, 24), torch.empty(24, 64), generator=seeded())

@@ -81,15 +81,16 @@ def test_other_engines_are_refused(name, monkeypatch):
 def test_the_schedule_is_timms():
     """Warm-up in the place of the cosine's first epochs, as timm's scheduler at each step."""
     scheduler = pytest.importorskip("timm.scheduler")
-    recipe = RecipeConfig(lr=2e-3, epochs=30, warmup_epochs=5, warmup_lr=1e-6, min_lr=1e-5)
+    recipe = RecipeConfig(lr=2e-3, epochs=32, warmup_epochs=5, cooldown_epochs=2, warmup_lr=1e-6, min_lr=1e-5)
     weight = torch.nn.Parameter(torch.zeros(2))
     ours, theirs = (torch.optim.SGD([weight], lr=recipe.lr) for _ in range(2))
     schedule = make_schedule(ours, recipe, steps_per_epoch=4)
-    expected, _ = scheduler.create_scheduler_v2(
-        theirs, sched="cosine", num_epochs=30, warmup_epochs=5, warmup_lr=1e-6, min_lr=1e-5,
-        step_on_epochs=False, updates_per_epoch=4,
+    expected, epochs = scheduler.create_scheduler_v2(
+        theirs, sched="cosine", num_epochs=30, warmup_epochs=5, cooldown_epochs=2, warmup_lr=1e-6,
+        min_lr=1e-5, step_on_epochs=False, updates_per_epoch=4,
     )  # fmt: skip
-    for step in range(120):
+    assert epochs == recipe.epochs
+    for step in range(4 * epochs):
         assert ours.param_groups[0]["lr"] == pytest.approx(theirs.param_groups[0]["lr"], rel=1e-9), step
         ours.step()
         schedule.step()

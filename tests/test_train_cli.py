@@ -126,7 +126,7 @@ def test_dry_run(tmp_path, monkeypatch):
         (["--lr", "fast"], "error: --lr must be a number, got 'fast'"),
         (
             ["--preset", "quik"],
-            "error: --preset must be one of paper, 2404.01139, 2505.19985, quick, got 'quik'; did",
+            "error: --preset must be one of paper, 2404.01139, 2505.19985, 2505.19985-imagenet, quick, got 'quik'; did",
         ),
         (["--preset", "quick", "--heads", 3], "error: --dim must be divisible by --heads, got 64 and 3"),
         (["--preset", "quick", "--variant", "IV"], "error: --variant must be one of vanilla, I, II, III"),
@@ -143,6 +143,14 @@ def test_dry_run(tmp_path, monkeypatch):
         (
             ["--set", "recipe.warmup_epochs=300"],
             "error: recipe.warmup_epochs must be at most epochs = 200, got 300",
+        ),
+        (
+            ["--set", "recipe.warmup_epochs=5", "--set", "recipe.cooldown_epochs=196"],
+            "error: recipe.warmup_epochs must be at most epochs = 200 less cooldown_epochs = 196.0, got 5.0",
+        ),
+        (
+            ["--set", "recipe.cooldown_epochs=1", "--set", "recipe.schedule=constant"],
+            "error: recipe.cooldown_epochs must be 0 with schedule constant, got 1.0",
         ),
         (["--set", "recipe.warmup=5"], "it has epochs, batch_size"),
         (["--set", "warmup_epochs=5"], "error: --set must be SECTION.KEY=VALUE, such as recipe.epochs=50"),

@@ -66,6 +66,15 @@ def test_presets_are_the_recipes_of_the_authors():
     assert (recipe.warmup_epochs, recipe.warmup_lr, recipe.min_lr) == (50, 1e-6, 1e-6)
     assert (recipe.weight_decay, recipe.eps, recipe.clip) == (0.05, 1e-8, None)
     assert (recipe.mixup, recipe.cutmix, recipe.label_smoothing, recipe.ema) == (0.8, 1.0, 0.1, 0.9999)
+    imagenet = resolve("2505.19985-imagenet")
+    assert (imagenet.model.name, imagenet.model.options) == ("vit_base_patch16_224", config.model.options)
+    assert imagenet.init == config.init
+    assert (imagenet.data.name, imagenet.data.aug_repeats, imagenet.data.crop_pct) == ("folder", 3, 0.875)
+    assert imagenet.data.augment_options == {**options, "color_jitter": 0.3}
+    recipe = imagenet.recipe
+    assert (recipe.lr, recipe.batch_size, recipe.epochs, recipe.ema) == (5e-4 * 1024 / 512, 1024, 310, None)
+    assert (recipe.warmup_epochs, recipe.cooldown_epochs, recipe.min_lr) == (5, 10, 1e-5)
+    assert (recipe.weight_decay, recipe.mixup, recipe.cutmix, recipe.label_smoothing) == (0.05, 0.8, 1.0, 0.1)
     # Of another model the recipe and the images remain.
     assert resolve("2404.01139", given={"model.name": "simple_vit"}).init.fit == "newton"
 

@@ -262,6 +262,10 @@ class DataConfig(_Section):
     augment_options: dict[str, Any] = option(
         dict, "NAME=VALUE for create_transform, such as auto_augment=rand-m9-mstd0.5-inc1; may be repeated.",
     )  # fmt: skip
+    aug_repeats: int = option(
+        1, "Repeated augmentation: an epoch has an image so often in a row, augmented anew each time, and "
+        "as many images as ever, so only a part of the different ones.", low=1,
+    )  # fmt: skip
     image_size: int | None = option(
         None, "Pixels on a side that images are resized to.", low=1, unset="as stored"
     )
@@ -275,6 +279,10 @@ class DataConfig(_Section):
             raise ValueError(
                 f"give data.train_count or data.train_fraction, not both; got {self.train_count} and "
                 f"{self.train_fraction}"
+            )
+        if self.aug_repeats > 1 and self.augment == "none":
+            raise ValueError(
+                f"data.aug_repeats must be 1 without augmentation, got {self.aug_repeats}: set data.augment"
             )
         check_statistics(self.mean, self.std)
         if self.options and not self.name.startswith(DATA_FAMILIES):
@@ -319,6 +327,9 @@ class RecipeConfig(_Section):
     warmup_epochs: float = option(0.0, "Epochs in which the learning rate rises linearly.", low=0)
     warmup_lr: float = option(1e-6, "Learning rate at the start of the warm-up.", above=0)
     min_lr: float = option(0.0, "Learning rate at the end of the cosine.", low=0)
+    cooldown_epochs: float = option(
+        0.0, "The last of the epochs, behind the end of the cosine, at min_lr.", low=0
+    )
     clip: float | None = option(None, "Largest norm of the whole gradient.", above=0, unset="no limit")
     label_smoothing: float = option(0.0, "Label smoothing.", low=0, below=1)
     mixup: float = option(0.0, "Mixup: α of its Beta distribution; 0 is none. Needs torchvision.", low=0)
@@ -344,9 +355,18 @@ class RecipeConfig(_Section):
                 f"recipe.{cycled} must not be set with schedule one-cycle, which moves it between 0.85 and "
                 f"0.95, got {getattr(self, cycled)}"
             )
-        if self.warmup_epochs > self.epochs:
+        if self.cooldown_epochs and self.schedule != "cosine":
             raise ValueError(
-                f"recipe.warmup_epochs must be at most epochs = {self.epochs}, got {self.warmup_epochs}"
+                f"recipe.cooldown_epochs must be 0 with schedule {self.schedule}, got {self.cooldown_epochs}"
+            )
+        if self.cooldown_epochs >= self.epochs:
+            raise ValueError(
+                f"recipe.cooldown_epochs must be below epochs = {self.epochs}, got {self.cooldown_epochs}"
+            )
+        if self.warmup_epochs > self.epochs - self.cooldown_epochs:
+            less = f" less cooldown_epochs = {self.cooldown_epochs}" if self.cooldown_epochs else ""
+            raise ValueError(
+                f"recipe.warmup_epochs must be at most epochs = {self.epochs}{less}, got {self.warmup_epochs}"
             )
         for name in ("warmup_lr", "min_lr"):
             used = name == "min_lr" or self.warmup_epochs

@@ -140,7 +140,7 @@ class Engine:
         with accelerator.main_process_first():  # one process downloads
             self.data = _load(config, dataset)
         train_images = augmentation(config.data.augment, self.data, config.data.augment_options)
-        self.train_set = Augmented(self.data.train, train_images, seed)
+        self.train_set = Augmented(self.data.train, train_images, seed, config.data.aug_repeats)
         self.test_set = Augmented(self.data.test, augmentation("none", self.data))
         self.val_set = self.data.val and Augmented(self.data.val, augmentation("none", self.data))
         assert self.data.image_size is not None  # `augmentation` refuses None

@@ -50,13 +50,14 @@ def make_schedule(
 ) -> lr_scheduler.LRScheduler:
     """torch's schedules, to be stepped after every step of the optimiser.
 
-    Cosine to ``min_lr`` over all epochs, or constant; a linear warm-up from ``warmup_lr`` stands in the place
-    of its first epochs, as in timm. one-cycle has its own.
+    Cosine to ``min_lr`` over all epochs but those of the cooldown, which stay there, or constant; a linear
+    warm-up from ``warmup_lr`` stands in the place of the first epochs, as in timm. one-cycle has its own.
     """
     total = recipe.epochs * steps_per_epoch
     if recipe.schedule == "one-cycle":
         return lr_scheduler.OneCycleLR(optimizer, max_lr=recipe.lr, total_steps=total)
     warmup, lr = round(recipe.warmup_epochs * steps_per_epoch), recipe.lr
+    total -= round(recipe.cooldown_epochs * steps_per_epoch)
 
     def share(step: int) -> float:
         if step < warmup:

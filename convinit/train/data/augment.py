@@ -170,11 +170,14 @@ class Augmented(Dataset):
         transform: image → tensor. Its draws, if any, are from those generators; where it has an
             attribute `random` that is False, there are none.
         seed: at least 0.
+        repeats: of repeated augmentation. Index i + k·N, k < repeats, is image i of N as drawn another time.
     """
 
-    def __init__(self, dataset: Any, transform: Callable[[Any], Tensor], seed: int = 0) -> None:
+    def __init__(
+        self, dataset: Any, transform: Callable[[Any], Tensor], seed: int = 0, repeats: int = 1
+    ) -> None:
         self.dataset, self.transform, self.seed = dataset, transform, check_int("seed", seed, minimum=0)
-        self.epoch = 0
+        self.repeats, self.epoch = check_int("repeats", repeats), 0
 
     def set_epoch(self, epoch: int) -> None:
         """Sets the epoch, from 0, of the draws; `train_loader` does this itself."""
@@ -189,18 +192,19 @@ class Augmented(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        index = range(len(self))[index]
+        index = range(self.repeats * len(self))[index]
+        place = index % len(self)
         if not self.random:
-            image, label = self.dataset[index]
+            image, label = self.dataset[place]
             return self.transform(image), label
         with seeded("augment", self.seed, self.epoch, index):  # timm draws from all three generators
-            image, label = self.dataset[index]
+            image, label = self.dataset[place]
             return self.transform(image), label
 
     def batch(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Images [B, C, H, W] and labels [B]; by one indexing where in memory and nothing is drawn."""
         if isinstance(self.transform, Augmentation) and not self.random and hasattr(self.dataset, "batch"):
-            images, labels = self.dataset.batch(indices)
+            images, labels = self.dataset.batch([index % len(self) for index in indices])
             return self.transform(images), labels
         images, labels = default_collate([self[index] for index in indices])
         return images, labels

@@ -30,7 +30,8 @@ def train_loader(
     """A DataLoader of (images, labels) over one epoch, in a random order that (seed, epoch) alone decides.
 
     Batch i is the same images whatever the number of processes; each process gets its slice of it. An
-    `Augmented` data set draws as of this epoch.
+    `Augmented` data set draws as of this epoch. With its `repeats` above 1 an image is in the epoch so often
+    in a row, and the epoch has its length still, as with timm's RepeatAugSampler.
 
     Args:
         dataset: map-style, of (tensor, class index).
@@ -69,7 +70,9 @@ def train_loader(
     if hasattr(dataset, "set_epoch"):
         dataset = copy.copy(dataset)  # so that loaders of other epochs keep theirs
         dataset.set_epoch(epoch)
-    order = permutation(len(dataset), "order", seed, epoch)[:total]
+    repeats: int = getattr(dataset, "repeats", 1)
+    order = permutation(len(dataset), "order", seed, epoch)
+    order = (order[:, None] + len(dataset) * np.arange(repeats)).flatten()[:total]
     slices = _Slices(order, batch_size, start_batch, rank, world_size)
     return _loader(dataset, slices, num_workers, pin_memory)
 

@@ -126,7 +126,7 @@ def test_dry_run(tmp_path, monkeypatch):
         (["--lr", "fast"], "error: --lr must be a number, got 'fast'"),
         (
             ["--preset", "quik"],
-            "error: --preset must be one of paper, 2404.01139, 2505.19985, 2505.19985-imagenet, quick, got 'quik'; did",
+            "2505.19985, 2505.19985-imagenet, quick, got 'quik'; did you mean quick?",
         ),
         (["--preset", "quick", "--heads", 3], "error: --dim must be divisible by --heads, got 64 and 3"),
         (["--preset", "quick", "--variant", "IV"], "error: --variant must be one of vanilla, I, II, III"),

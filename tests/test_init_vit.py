@@ -929,6 +929,36 @@ def test_mlp_mixer():
     assert all((record.hit_rate == 1).all() for record in report.records)
     with pytest.raises(ValueError, match="hidden unit for each token"):
         convinit.init_vit_(mixer(16))
+    with pytest.raises(ValueError, match="it has no queries and keys"):
+        convinit.init_vit_(model, method="mimetic")
+
+
+def test_controls_of_an_mlp_mixer():
+    """Scrambled: each half of the hidden units reads every token once. Norm-matched: the norms alone."""
+    mlp_mixer = pytest.importorskip("timm.models.mlp_mixer", exc_type=ImportError)
+    mixers = {}
+    for method in ("impulse", "scrambled", "norm_matched"):
+        torch.manual_seed(0)
+        model = mlp_mixer.MlpMixer(5, SIDE, patch_size=16, num_blocks=2, embed_dim=80)  # 40 units, 16 tokens
+        report = quietly(model, method=method)
+        mixers[method] = (
+            [(b.mlp_tokens.fc1.weight[:32], b.mlp_tokens.fc2.weight) for b in model.blocks],
+            report,
+        )
+    impulses, _ = mixers["impulse"]
+    scrambled, report = mixers["scrambled"]
+    for (fc1, fc2), (_, expected_fc2), record in zip(scrambled, impulses, report.records, strict=True):
+        halves = fc1.view(2, 16, 16)
+        assert ((halves == 0) | (halves == 1)).all() and torch.equal(halves.argmax(dim=2), record.targets)
+        assert (halves.sum(dim=1) == 1).all() and (halves.sum(dim=2) == 1).all()
+        assert torch.equal(fc2, expected_fc2) and record.offsets is None and (record.hit_rate == 1).all()
+    assert not torch.equal(*(record.targets for record in report.records))
+    matched, report = mixers["norm_matched"]
+    for pair, expected in zip(matched, impulses, strict=True):
+        for weight, like in zip(pair, expected, strict=True):
+            torch.testing.assert_close(weight.norm(), like.norm())
+        assert (pair[0] != 0).all() and (pair[1][:, :32] != 0).all() and (pair[1][:, 32:] == 0).all()
+    assert all(record.peak.max() < 0.2 for record in report.records)
 
 
 @pytest.mark.parametrize(

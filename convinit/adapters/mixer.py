@@ -52,10 +52,11 @@ class MixerLayout(Layout):
     def init_(self, request: Request, layers: Sequence[int], offsets: Tensor) -> list[LayerRecord]:
         request.refuse_additive(self.root)
         given = not request.by_newton or request.peak is not None or request.weight_norm is not None
-        if request.method not in ("impulse", "default") or given:
+        if request.draws or given:
             raise ValueError(
-                "method must be impulse or default, without fit, peak and weight_norm, for "
-                f"{type(self.root).__name__}: its impulses are exact; got method={request.method!r}"
+                "method must be impulse, scrambled, norm_matched or default, without fit, peak and "
+                f"weight_norm, for {type(self.root).__name__}: it has no queries and keys, and its impulses "
+                f"are exact; got method={request.method!r}"
             )
         chosen: list[TokenMixing] = [self.attentions[i] for i in layers]
         records = []
@@ -63,23 +64,42 @@ class MixerLayout(Layout):
         for layer, mixing, own in zip(layers, chosen, of_layer, strict=True):
             targets = None
             if not mixing.frozen and request.fits:
-                weights = [mixing.fc1.weight, mixing.fc1.bias, mixing.fc2.weight, mixing.fc2.bias]
-                values: list[Any] = [None if slot is None else slot.read() for slot in weights]
-                fc1, fc1_bias, fc2, fc2_bias = values
-                init_.impulse_token_mixing_(
-                    fc1, fc1_bias, fc2, fc2_bias, own, self.grid_size, padding_mode=request.padding_mode
-                )
-                for slot, value in zip(weights, values, strict=True):
-                    if slot is not None:
-                        slot.write_(value)
-                targets = impulse_targets(own, self.grid_size, padding_mode=request.padding_mode)
+                targets = self._set_mixing_(request, mixing, own)
             norms = [float(each.weight.read().norm()) for each in (mixing.fc1, mixing.fc2)]
             norm = torch.full(
                 (mixing.num_heads,), math.sqrt(math.prod(norms) / mixing.num_heads), device="cpu"
             ).double()
             note = "token mixing is frozen: left alone" if mixing.frozen else None
-            records.append(self.record(layer, targets, own, norm, note))
+            of_impulses = None if request.method == "scrambled" else own
+            records.append(self.record(layer, targets, of_impulses, norm, note))
         return records
+
+    def _set_mixing_(self, request: Request, mixing: TokenMixing, offsets: Tensor) -> Tensor:
+        """Writes the token mixing; targets [heads, N].
+
+        The controls take the place of the impulses: each group of hidden units reads the tokens in a random
+        order, or reads and writes by random weights of the same norm.
+        """
+        weights = [mixing.fc1.weight, mixing.fc1.bias, mixing.fc2.weight, mixing.fc2.bias]
+        values: list[Any] = [None if slot is None else slot.read() for slot in weights]
+        fc1, fc1_bias, fc2, fc2_bias = values
+        init_.impulse_token_mixing_(
+            fc1, fc1_bias, fc2, fc2_bias, offsets, self.grid_size, padding_mode=request.padding_mode
+        )
+        targets = impulse_targets(offsets, self.grid_size, padding_mode=request.padding_mode)
+        units = targets.numel()  # hidden units that have a token to read
+        if request.method == "scrambled":
+            draws = torch.rand(targets.shape, generator=request.generator, device="cpu")
+            targets = draws.argsort(dim=1)  # a permutation for each offset
+            fc1[:units] = torch.eye(mixing.tokens, device="cpu")[targets.flatten()].to(fc1)
+        elif request.method == "norm_matched":
+            for impulses in (fc1[:units], fc2[:, :units]):
+                random = torch.randn(impulses.shape, generator=request.generator, device="cpu")
+                impulses.copy_(random * (impulses.double().norm() / random.double().norm()).item())
+        for slot, value in zip(weights, values, strict=True):
+            if slot is not None:
+                slot.write_(value)
+        return targets
 
     def position_maps(self, layer: int) -> Tensor:
         return self.attentions[layer].position_map()

@@ -8,6 +8,7 @@ from typing import Any
 
 from convinit._words import near
 from convinit.reproduce import fashion_mnist, papers
+from convinit.reproduce.architectures import architectures
 from convinit.reproduce.demo import demo
 from convinit.reproduce.sweep import sweep
 from convinit.reproduce.table import Table
@@ -19,7 +20,8 @@ def tables_of(data: str) -> Mapping[str, Callable[[str], Table]]:
     """The tables that there are for a data set, by name."""
     if data == "fashion-mnist":
         return {**fashion_mnist.TABLES, "sweep": sweep}
-    return {"demo": demo, **papers.TABLES, "sweep": sweep} if data == "digits" else papers.TABLES
+    tables = {**papers.TABLES, "architectures": architectures}
+    return {"demo": demo, **tables, "sweep": sweep} if data == "digits" else tables
 
 
 def declared(name: str, data: str = "digits") -> Table:

@@ -4,7 +4,7 @@
 
 "papers' adam" is the loop of arXiv 2401.12511 in eager PyTorch with autograd, its products in their order;
 "adam, well ordered" is the same loop with the products in the best order. A hundred of the 10,000 steps are
-timed and multiplied; what the papers' own code ended with on this case is in tests/data/official_fit.json.
+timed and multiplied; what the papers' own code ended with on this case is in tests/fit/official_fit.json.
 
 On a machine with a GPU, rows of "qk_solver" compare the op on it with the CPU.
 """

@@ -80,13 +80,13 @@ workers=()
 "$python" -c 'import xdist' 2> /dev/null && workers=(-n "$(($(nproc) < 12 ? $(nproc) : 12))")
 small='test_equals_reference or test_offsets_may_be_strided or test_strided_inputs or test_sharp_logits'
 small+=' or test_memory_of_committed_configurations'
-cuda_tests=(tests/test_{impulse_conv,impulse_matrix,qk_solver}.py)
+cuda_tests=(tests/ops/test_{impulse_conv,impulse_matrix,qk_solver}.py)
 sanitizer() {
     part "$1" 170 "$out/tests.log" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$1" \
-        --error-exitcode 66 "${@:2}" "${pytest[@]}" -m gpu -k "$small" "${cuda_tests[@]}" tests/test_kernels_gpu.py
+        --error-exitcode 66 "${@:2}" "${pytest[@]}" -m gpu -k "$small" "${cuda_tests[@]}" tests/kernels/test_kernels_gpu.py
 }
-part tests 170 "$out/tests.log" "${pytest[@]}" -m gpu "${cuda_tests[@]}" tests/test_{fit,offsets,transformers_attention}.py &
-part triton_tests 170 "$out/tests.log" "${pytest[@]}" "${workers[@]}" -m gpu tests/test_kernels_gpu.py &
+part tests 170 "$out/tests.log" "${pytest[@]}" -m gpu "${cuda_tests[@]}" tests/{fit/test_fit,test_offsets,adapters/test_transformers_attention}.py &
+part triton_tests 170 "$out/tests.log" "${pytest[@]}" "${workers[@]}" -m gpu tests/kernels/test_kernels_gpu.py &
 if command -v compute-sanitizer > /dev/null; then
     sanitizer memcheck &
     sanitizer racecheck --kernel-name kns=convinit &

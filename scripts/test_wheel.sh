@@ -24,7 +24,8 @@ root=$(realpath "$(dirname "${BASH_SOURCE[0]}")/..")
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 env=${ENV:-$scratch/env}
-[ $# -gt 0 ] || set -- tests/test_{package,impulse_conv,impulse_matrix,linear,native_attention,native_shared_attention,qk_solver,offsets,fit,init,attention}.py
+[ $# -gt 0 ] || set -- tests/{test_package,test_offsets,fit/test_fit,init/test_init,nn/test_linear,nn/test_attention}.py \
+    tests/ops/test_{impulse_conv,impulse_matrix,native_attention,native_shared_attention,qk_solver}.py
 
 [ -x "$env/bin/python" ] || "${PYTHON:-python3}" -m venv "$env"
 python=$env/bin/python

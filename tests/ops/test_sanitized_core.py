@@ -1,6 +1,6 @@
 """csrc under the sanitizers of addresses, undefined behaviour and threads, driven by random calls.
 
-A few hundred cases here; before a release  python tests/test_sanitized_core.py --cases 10000
+A few hundred cases here; before a release  python tests/ops/test_sanitized_core.py --cases 10000
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 HERE = ROOT / "tests" / "sanitized_core"
 COMPILER = shutil.which("g++")
 CAPABILITIES = ("avx512", "avx2", "default")  # the widest vectors that are tried, as in csrc/cpu.h

@@ -1,4 +1,4 @@
-"""Runs tests/interpreted_kernels.py with Triton's interpreter, which needs no GPU.
+"""Runs tests/kernels/interpreted_kernels.py with Triton's interpreter, which needs no GPU.
 
 In a process of its own: a kernel imported for interpretation cannot be compiled.
 """

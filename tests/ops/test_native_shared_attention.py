@@ -82,7 +82,7 @@ def test_nothing_to_do(shape):
 def test_older_instruction_sets(capability):
     """Where the CPU has newer ones, only a process of its own takes these."""
     code = (
-        "import sys; sys.path.insert(0, 'tests')\n"
+        "import sys; sys.path.insert(0, 'tests/ops')\n"
         "import torch; from test_native_shared_attention import DTYPES, check, make\n"
         "for shape in ((2, 2, 1, 5), (2, 3, 65, 64), (3, 2, 196, 20), (1, 1, 24, 100)):\n"
         "    for dtype in DTYPES:\n"

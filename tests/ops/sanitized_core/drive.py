@@ -1,6 +1,6 @@
 """Random calls of the sanitized ops, each compared with NumPy in float64.
 
-tests/test_sanitized_core.py builds the module and runs this, in a process that has the sanitizers loaded.
+tests/ops/test_sanitized_core.py builds the module and runs this, in a process that has the sanitizers loaded.
 No torch is loaded: the module brings what little of it the ops use.
 """
 

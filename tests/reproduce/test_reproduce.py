@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_data import write_cifar10
+from cifar_files import write_cifar10
 from typer.testing import CliRunner
 
 from convinit.cli.app import app

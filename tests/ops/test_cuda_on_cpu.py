@@ -1,4 +1,4 @@
-"""The CUDA kernels' own source, compiled as C++ by tests/cuda_on_cpu and run where there is no GPU."""
+"""The CUDA kernels' own source, compiled as C++ by tests/ops/cuda_on_cpu and run where there is no GPU."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from convinit.ops.impulse_conv import impulse_conv_reference
 from convinit.ops.impulse_matrix import impulse_matrix_reference
 from convinit.ops.qk_solver import DIAGNOSTICS, qk_solver
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 COMPILER = shutil.which("c++")
 pytestmark = pytest.mark.skipif(
     COMPILER is None or sys.platform != "linux", reason="needs Linux and a C++ compiler, c++, on PATH"

@@ -90,7 +90,7 @@ def test_position_terms_have_a_dtype_of_their_own(pos_dtype):
 def test_older_instruction_sets(capability):
     """Where the CPU has newer ones, only a process of its own takes these."""
     code = (
-        "import sys; sys.path.insert(0, 'tests')\n"
+        "import sys; sys.path.insert(0, 'tests/ops')\n"
         "import torch; from test_native_attention import check, make, round_trip\n"
         "for shape in ((2, 2, 1, 5), (2, 3, 65, 64), (3, 2, 196, 20), (1, 1, 24, 100)):\n"
         "    for dtype in (torch.float32, torch.bfloat16, torch.float16):\n"

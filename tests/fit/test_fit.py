@@ -18,7 +18,7 @@ from convinit.fit.api import DEFAULT_PEAK, grid_symmetries
 from convinit.fit.newton import distinct_problems, reduced_bases, true_symmetries
 from convinit.fit.papers import fit_adam
 
-OFFICIAL = json.loads((Path(__file__).parent / "data" / "official_fit.json").read_text())
+OFFICIAL = json.loads(Path(__file__).with_name("official_fit.json").read_text())
 
 
 def sincos(grid_size, dim, dtype=torch.float32):
@@ -347,7 +347,7 @@ def test_fit_on_cuda_is_that_on_the_cpu(goal):
 
 @pytest.mark.slow
 def test_adam_reproduces_the_papers_fit():
-    """All 10,000 steps; minutes. The papers' code gave the figures in tests/data/official_fit.json."""
+    """All 10,000 steps; minutes. The papers' code gave the figures in official_fit.json."""
     offsets = torch.tensor([head["offset"] for head in OFFICIAL["heads"]])
     generator = torch.Generator().manual_seed(0)
     fit = fit_qk(sincos((16, 16), 512), offsets, (16, 16), 64, scale=0.1, fit="adam", generator=generator)

@@ -1,4 +1,4 @@
-// csrc's kernels as plain functions, for tests/test_cuda_on_cpu.py.
+// csrc's kernels as plain functions, for tests/ops/test_cuda_on_cpu.py.
 #define CONVINIT_THREADS 64
 
 #include <cuda_runtime.h>

@@ -34,8 +34,15 @@ _MAP_IMAGES = 64  # test images over which attention maps are averaged
 
 
 def identity(config: Config) -> str:
-    """The same for two runs if they are the same: of all settings but those that only surround a run."""
-    settled = {key: each for key, each in config.flat().items() if field_of(key).metadata["fixed"]}
+    """The same for two runs if they are the same: of all settings but those that only surround a run.
+
+    Settings that came later count only where they are set, so that runs that were kept before are found.
+    """
+    settled = {}
+    for key, each in config.flat().items():
+        field = field_of(key)
+        if field.metadata["fixed"] and not (field.metadata["later"] and each == field.default):
+            settled[key] = each
     text = json.dumps(settled, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 

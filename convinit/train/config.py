@@ -36,6 +36,7 @@ def option(
     high: float | None = None,
     below: float | None = None,
     fixed: bool = True,
+    later: bool = False,
     unset: str = NONE,
 ) -> Any:
     """A field with its help, its range and how it is called on the command line.
@@ -49,11 +50,12 @@ def option(
         hint: the end of a message where a value is near to none of them.
         low, above, high, below: the range, with and without its ends.
         fixed: a resumed run must have the value that it started with.
+        later: it came after runs were kept. At its default it is no part of their identity.
         unset: what None stands for, in words.
     """
     metadata = {
         "help": help, "flag": flag, "choices": tuple(choices), "families": tuple(families), "hint": hint,
-        "fixed": fixed, "unset": unset,
+        "fixed": fixed, "later": later, "unset": unset,
         "low": low, "above": above, "high": high, "below": below,
     }  # fmt: skip
     if isinstance(default, type):
@@ -264,7 +266,7 @@ class DataConfig(_Section):
     )  # fmt: skip
     aug_repeats: int = option(
         1, "Repeated augmentation: an epoch has an image so often in a row, augmented anew each time, and "
-        "as many images as ever, so only a part of the different ones.", low=1,
+        "as many images as ever, so only a part of the different ones.", low=1, later=True,
     )  # fmt: skip
     image_size: int | None = option(
         None, "Pixels on a side that images are resized to.", low=1, unset="as stored"
@@ -328,7 +330,7 @@ class RecipeConfig(_Section):
     warmup_lr: float = option(1e-6, "Learning rate at the start of the warm-up.", above=0)
     min_lr: float = option(0.0, "Learning rate at the end of the cosine.", low=0)
     cooldown_epochs: float = option(
-        0.0, "The last of the epochs, behind the end of the cosine, at min_lr.", low=0
+        0.0, "The last of the epochs, behind the end of the cosine, at min_lr.", low=0, later=True
     )
     clip: float | None = option(None, "Largest norm of the whole gradient.", above=0, unset="no limit")
     label_smoothing: float = option(0.0, "Label smoothing.", low=0, below=1)

@@ -27,6 +27,7 @@ from convinit.reproduce.readings import title, value
 from convinit.train import checkpoint as files
 from convinit.train import engine as engine_of
 from convinit.train.build import build_model
+from convinit.train.config_files import resolve
 from convinit.train.engine import Engine, make_accelerator
 from convinit.train.run import RunInterrupted
 from convinit.viz import grid_dots, grid_lines
@@ -184,6 +185,14 @@ def test_tables_share_their_runs():
     assert len(same) == 1
     assert runs_of("convergence", "Model I") not in same
     assert len(unfinished(list(grids.values()), Path("nowhere"))) < sum(len(g.runs()) for g in grids.values())
+
+
+def test_runs_that_were_kept_keep_their_identity():
+    """A setting that is added must be `later`: else none of the runs that people keep is found again."""
+    assert identity(resolve("quick")) == "c4ac0e0de000"
+    assert identity(resolve("2404.01139")) == "bd740ee4e0b1"
+    for key in ("recipe.cooldown_epochs", "data.aug_repeats"):
+        assert identity(resolve("2404.01139", given={key: 3})) != "bd740ee4e0b1"
 
 
 def test_columns_of_the_data_table_have_as_many_steps():

@@ -820,7 +820,8 @@ def test_repeated_augmentation_is_timms():
     once = Augmented(data.train, augmentation("paper", data), seed=3)
     once.set_epoch(1)
     order = permutation(40, "order", 0, 1)
-    for place, image in enumerate(found):
+    places = [i for start in range(0, 40, 8) for k in range(3) for i in range(start, start + 8)[k::3]]
+    for place, image in zip(places, found, strict=True):
         same = torch.equal(image, once[int(order[place // 3])][0])
         assert same == (place % 3 == 0)  # the others are drawn anew
     sampler = samplers.RepeatAugSampler(
@@ -831,6 +832,19 @@ def test_repeated_augmentation_is_timms():
     assert len({*theirs}) == len({*order[: -(-40 // 3)]})
     with pytest.raises(ValueError, match="data.aug_repeats must be 1 without augmentation, got 3"):
         Config.of({"data": {"aug_repeats": 3}})
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_repeats_are_not_mixed_with_each_other(world_size):
+    """torchvision's MixUp and CutMix pair an image with the one before it, in a process's part of a batch."""
+    dataset = Numbered(400)
+    dataset.repeats = 3
+    met = []
+    for rank in range(world_size):
+        for _, indices in train_loader(dataset, 64, seed=0, epoch=0, rank=rank, world_size=world_size):
+            assert not (indices % 400 == indices.roll(1) % 400).any()
+            met += indices.tolist()
+    assert len(met) == 400 == len({*met}) and len({index % 400 for index in met}) == 134
 
 
 @pytest.mark.parametrize("world_size", [2, 4])

@@ -30,8 +30,9 @@ def train_loader(
     """A DataLoader of (images, labels) over one epoch, in a random order that (seed, epoch) alone decides.
 
     Batch i is the same images whatever the number of processes; each process gets its slice of it. An
-    `Augmented` data set draws as of this epoch. With its `repeats` above 1 an image is in the epoch so often
-    in a row, and the epoch has its length still, as with timm's RepeatAugSampler.
+    `Augmented` data set draws as of this epoch. With its `repeats` above 1 an image is so often in a batch or
+    two, and the epoch has its length still, as with timm's RepeatAugSampler, which rounds it down to a
+    multiple of 256.
 
     Args:
         dataset: map-style, of (tensor, class index).
@@ -73,6 +74,9 @@ def train_loader(
     repeats: int = getattr(dataset, "repeats", 1)
     order = permutation(len(dataset), "order", seed, epoch)
     order = (order[:, None] + len(dataset) * np.arange(repeats)).flatten()[:total]
+    batches = [order[i : i + batch_size] for i in range(0, total, batch_size)]
+    # An image's repeats lie apart, for mixup and CutMix pair neighbours; timm's are on different processes.
+    order = np.concatenate([batch[k::repeats] for batch in batches for k in range(repeats)])
     slices = _Slices(order, batch_size, start_batch, rank, world_size)
     return _loader(dataset, slices, num_workers, pin_memory)
 

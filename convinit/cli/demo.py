@@ -36,8 +36,9 @@ def demo(
     4 minutes on 2 idle CPU cores. Finished runs are kept as they come: after Ctrl-C the same command goes on
     where it was.
 
-    Prints a table with what it shows and what it does not. Writes the page digits-demo.md, all numbers as
-    digits-demo.csv, and three pictures: learning curves, and where each head looks before and after training.
+    Prints a table with what it shows and what it does not. Writes a page (digits-demo.md; with --quick
+    digits-demo-epochs=5.md), all numbers as CSV, and three pictures: learning curves, and where each head
+    looks before and after training.
     It is the table "demo" of convinit reproduce, which has more options.
 
     Examples:

@@ -27,8 +27,8 @@ def reproduce(
     data: Annotated[
         str,
         typer.Option(
-            help="digits: the small version of each, minutes on 2 CPU cores. fashion-mnist: drop-in, "
-            "window and models on few real images, minutes of a GPU. cifar10, cifar100, svhn, "
+            help="digits: the small version of each, minutes to an hour on 2 CPU cores. fashion-mnist: "
+            "drop-in, window, models, sweep on few real images, minutes of a GPU. cifar10, cifar100, svhn, "
             "tiny-imagenet: the papers' size."
         ),
     ] = "digits",
@@ -219,7 +219,6 @@ def _run(
     names = _names(grids)
     if kept := len(names) - len(todo):
         say(f"{kept} of {len(names)} runs are in {out} already", style="dim")
-    console = Console(stderr=True)
     finished = 0
     errors: list[str] = []
 
@@ -230,12 +229,12 @@ def _run(
         if "error" in outcome:
             errors.append(f"{name}: {outcome['error']}")
         wrong = outcome.get("error") or outcome.get("failed")
-        if wrong or not console.is_terminal:
+        if wrong or progress.disable:
             result = wrong or f"{outcome['accuracy']:.1%}"
             with progress.external_write_mode():
                 say(f"{finished}/{len(todo)} {name}: {result}", style="yellow" if wrong else "")
 
-    with bar(len(todo), "training", "runs") as progress:
+    with bar(len(todo), "training", "runs", digits=1) as progress:
         run_all(
             todo,
             out,

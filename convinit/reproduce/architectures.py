@@ -21,7 +21,7 @@ _SMALL: dict[str, Settings] = {
     },
 }  # fmt: skip
 _LARGE: dict[str, Settings] = {
-    label: {"model.name": name}
+    label: {"model.name": name, "model.patch_size": None}  # whatever the data set: images are enlarged
     for label, name in (
         ("ViT-Ti", "vit_tiny_patch16_224"),
         ("ViT-S", "vit_small_patch16_224"),

@@ -74,15 +74,28 @@ def read_outcome(config: Config, out: Path) -> dict[str, Any] | None:
     return outcome
 
 
+def is_done(config: Config, out: Path, keep_checkpoint: bool) -> bool:
+    """Whether a run has its outcome and, where that is to be kept and it did not fail, its checkpoint.
+
+    Raises:
+        ValueError: the outcome is damaged.
+    """
+    outcome = read_outcome(config, out)
+    if outcome is None or "failed" in outcome or not keep_checkpoint:
+        return outcome is not None
+    return bool(files.checkpoints(folder_of(config, out)))
+
+
 def run_cell(
-    config: Config, out: Path, keep_checkpoints: bool, tick: Callable[[float], None]
+    config: Config, out: Path, keep_checkpoint: bool, tick: Callable[[float], None]
 ) -> tuple[str, dict[str, Any]]:
     """Trains, or goes on where it was stopped, measures, and keeps the outcome.
 
     Args:
         config: the run.
         out: folder of all of them.
-        keep_checkpoints: keep the last checkpoint; its weights are not needed for the tables.
+        keep_checkpoint: keep the last checkpoint; its weights are not needed for the tables, but for pictures
+            of heads. A run without it is done again.
         tick: told the share of the run that has been done since the last call.
 
     Returns:
@@ -98,7 +111,8 @@ def run_cell(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with files.locked(folder, ".cell-lock"):
-            return identity(config), read_outcome(config, out) or _run(config, folder, keep_checkpoints, tick)
+            done = read_outcome(config, out) if is_done(config, out, keep_checkpoint) else None
+            return identity(config), done or _run(config, folder, keep_checkpoint, tick)
     except RunInterrupted:
         raise
     except Exception as error:  # of this run alone: others can go on
@@ -106,7 +120,7 @@ def run_cell(
 
 
 def _run(
-    config: Config, folder: Path, keep_checkpoints: bool, tick: Callable[[float], None]
+    config: Config, folder: Path, keep_checkpoint: bool, tick: Callable[[float], None]
 ) -> dict[str, Any]:
     outcome: dict[str, Any] = {"identity": identity(config), "config": config.as_dict()}
     try:
@@ -120,7 +134,7 @@ def _run(
     outcome["environment"] = {**convinit.build_info(), "machine": platform.machine()}
     text = json.dumps(outcome, indent=1, ensure_ascii=False)
     write_whole(folder / OUTCOME, text, sync=True)  # the checkpoint goes next
-    if not keep_checkpoints:
+    if not keep_checkpoint:
         for each in files.checkpoints(folder):
             files.discard(each)
     return outcome
@@ -223,9 +237,14 @@ def _peak(engine: Engine) -> float | None:
 
 
 def read_heads(config: Config, out: Path) -> tuple[Heads, Heads] | None:
-    """The heads of a finished run before and after training; None where its checkpoint was not kept."""
+    """The heads of a finished run before and after training; None where there are none to be read.
+
+    Raises:
+        ValueError, OSError: its checkpoint is damaged.
+    """
     found = files.checkpoints(folder_of(config, out))
-    if not found:
+    outcome = read_outcome(config, out)
+    if outcome is None or "failed" in outcome or not found:
         return None
     engine = Engine(config, make_accelerator(config))  # made anew, by config and seed
     before = _heads(engine)

@@ -58,10 +58,12 @@ def _marks(report: Report) -> str:
             others.setdefault(row.against, []).append(row.label)
     judged = "; ".join([f"judged against {table.ours}"] + [f"{', '.join(rows)} against {ours}"
                                                             for ours, rows in others.items()])  # fmt: skip
+    unmarked = ", ".join(report.title(x).removesuffix(", %") for x in table.readings if not report.judged(x))
     return (
         f"Rows are {judged}: {MARKS['above']} clearly above it, {MARKS['alike']} not clearly apart, "
         f"{MARKS['unjudged']} too few runs to judge, no mark clearly below. “Clearly” means more than "
         "two standard errors of the difference: a hint rather than a proof at so few seeds."
+        + (f" Not judged and without marks: {unmarked}." if unmarked else "")
     )
 
 
@@ -71,7 +73,7 @@ def _against_controls(report: Report, ours: str, controls: Sequence[str], readin
     for column in columns:
         standings = [report.standing((row, column.label), reading) for row in controls
                      if (row, column.label) in report.grid.configs]  # fmt: skip
-        if len(standings) < len(controls) or "unjudged" in standings or None in standings:
+        if not standings or "unjudged" in standings or None in standings:
             continue
         judged += 1
         if all(each == "below" for each in standings):

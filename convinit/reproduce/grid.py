@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from convinit._processes import cpus, in_processes
-from convinit.reproduce.cells import identity, read_outcome, run_cell
+from convinit.reproduce.cells import identity, is_done, read_outcome, run_cell
 from convinit.reproduce.table import Choice, Settings, Table
 from convinit.train.config import Config
 from convinit.train.data import ImageData, load_data
@@ -89,7 +89,7 @@ class Grid:
 
 
 def unfinished(grids: Sequence[Grid], out: Path) -> list[Config]:
-    """The runs that are not in `out` yet, each once.
+    """The runs that are not in `out` yet, each once; also those whose heads are shown, without a checkpoint.
 
     Raises:
         ValueError: an outcome is damaged.
@@ -97,7 +97,8 @@ def unfinished(grids: Sequence[Grid], out: Path) -> list[Config]:
     runs: dict[str, Config] = {}
     for grid in grids:
         runs |= grid.runs()
-    return [config for config in runs.values() if read_outcome(config, out) is None]
+    shown = {identity(grid.of_heads()) for grid in grids if grid.table.heads}
+    return [config for key, config in runs.items() if not is_done(config, out, key in shown)]
 
 
 def run_all(

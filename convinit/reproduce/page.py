@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -52,7 +53,11 @@ def _pictures(report: Report, out: Path) -> list[_Picture]:
 
     table, main = report.grid.table, report.figure()
     pictures = [] if main is None else [_Picture("", table.title, main)]
-    heads = read_heads(report.grid.of_heads(), out) if table.heads else None
+    heads = None
+    try:
+        heads = read_heads(report.grid.of_heads(), out) if table.heads else None
+    except (ValueError, OSError) as error:  # the numbers must not be lost for that
+        warnings.warn(f"the heads are not drawn: {error}; then give the same command again", stacklevel=3)
     if heads is not None:
         before, after = heads
         tensors = before.offsets, before.maps, after.maps, before.grid_size

@@ -153,7 +153,7 @@ class Report:
 
     def setting(self) -> str:
         """What was done, in a paragraph."""
-        config, seeds = self._config(), self.grid.seeds
+        table, config, seeds = self.grid.table, self._config(), self.grid.seeds
         recipe, (done, total) = config.recipe, self.counts()
         epochs = sorted({each.recipe.epochs for configs in self.grid.configs.values() for each in configs})
         runs = [each for found in self.outcomes.values() for each in found if "failed" not in each]
@@ -162,9 +162,9 @@ class Report:
         words = [f"Data: {self.grid.data}."]
         if runs:
             images = " or ".join(f"{n:,}" for n in sorted({each["train_images"] for each in runs}))
+            test = "" if "validation" in table.readings else f" and {runs[0]['test_images']:,} test"
             words = [
-                f"Data: {self.grid.data}, {images} training and {runs[0]['test_images']:,} test images, "
-                f"augmentation {config.data.augment}."
+                f"Data: {self.grid.data}, {images} training{test} images, augmentation {config.data.augment}."
             ]
         words.append(f"Model: {config.model.name}{f' ({size})' if size else ''}.")
         if config.model.name != "convmixer":
@@ -177,9 +177,12 @@ class Report:
             f"{len(seeds)} seeds, mean ± standard deviation."
             if len(seeds) > 1
             else f"Seed {seeds[0]} alone.",
-            "Shifted: accuracy on test images moved up, down, left and right by so many pixels, the mean "
-            "colour coming in.",
         ]
+        if any(reading.startswith("shifted") for reading in table.readings):
+            words.append(
+                "Shifted: accuracy on test images moved up, down, left and right by so many pixels, the mean "
+                "colour coming in."
+            )
         if chosen := self._chosen_rates():
             words.append(f"Rates chosen: {chosen}.")
         if done < total:

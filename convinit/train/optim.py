@@ -57,7 +57,7 @@ def make_schedule(
     if recipe.schedule == "one-cycle":
         return lr_scheduler.OneCycleLR(optimizer, max_lr=recipe.lr, total_steps=total)
     warmup, lr = round(recipe.warmup_epochs * steps_per_epoch), recipe.lr
-    total -= round(recipe.cooldown_epochs * steps_per_epoch)
+    total = max(1, total - round(recipe.cooldown_epochs * steps_per_epoch))
 
     def share(step: int) -> float:
         if step < warmup:

@@ -81,9 +81,10 @@ def test_the_bar_shows_loss_accuracy_and_speed(tmp_path):
     run_training(small(recipe__epochs=1, run__log_every=2), tmp_path, watcher=watching)
     assert (watching.bar.n, watching.bar.total) == (4, 4)
     assert re.fullmatch(r"loss \d\.\d{3}, [\d,]+ images/s, top-1 \d+\.\d%", watching.bar.postfix)
+    watching.bar.total = watching.bar.n = 12_345
     watching.testing()
     watching.close()
-    assert re.search(r"testing: .*4/4 steps, \d\d:\d\d, left: 00:00, loss ", text.getvalue())
+    assert re.search(r"testing: .*12,345/12,345 steps, \d\d:\d\d, left: 00:00, loss ", text.getvalue())
     assert f"into {tmp_path}\n" in text.getvalue() and "epoch 1/1: loss" in text.getvalue()
 
 

@@ -33,7 +33,7 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory):
     library = tmp_path_factory.mktemp("cuda_on_cpu") / "kernels.so"
-    here = ROOT / "tests" / "cuda_on_cpu"
+    here = Path(__file__).with_name("cuda_on_cpu")
     subprocess.run(
         [
             str(COMPILER), "-std=c++20", "-O2", "-shared", "-fPIC", "-pthread", "-Wall", "-Wextra", "-Werror",

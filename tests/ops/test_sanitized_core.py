@@ -20,7 +20,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[2]
-HERE = ROOT / "tests" / "sanitized_core"
+HERE = Path(__file__).with_name("sanitized_core")
 COMPILER = shutil.which("g++")
 CAPABILITIES = ("avx512", "avx2", "default")  # the widest vectors that are tried, as in csrc/cpu.h
 

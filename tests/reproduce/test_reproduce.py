@@ -20,7 +20,7 @@ from convinit.fit import Adam
 from convinit.fit.api import SOLVERS
 from convinit.reproduce import DATA, TABLES, Grid, Report, declared, run_all, tables_of, unfinished
 from convinit.reproduce import write_report as write
-from convinit.reproduce.cells import OUTCOME, folder_of, identity, read_outcome, run_cell
+from convinit.reproduce.cells import OUTCOME, folder_of, identity, read_heads, read_outcome, run_cell
 from convinit.reproduce.conclusions import conclusions
 from convinit.reproduce.grid import check_data, count_steps, jobs_for, kind_of_step
 from convinit.reproduce.readings import title, value
@@ -554,6 +554,50 @@ def test_epochs_to_a_goal_are_of_the_runs_that_reached_it():
     last = {line[0]: line[-1] for line in lines[1:]}
     assert last["impulse"] == "8.0 (1 of 2)" and last["mimetic"] == "not reached"
     assert last["control: scrambled"] == "8.0 ± 0.0"  # at 0.9 of 1.0 in the eighth of 8
+
+
+def test_columns_without_marks_are_named():
+    text = conclusions(fake(Grid.of(declared("demo"), range(2), {})))[0]
+    assert text.endswith("Not judged and without marks: epochs to 90 %.")
+    assert "Not judged" not in conclusions(fake(Grid.of(declared("alpha"), range(2), {})))[0]
+
+
+def test_a_column_is_judged_by_the_controls_that_it_has():
+    """Swin has no scrambled row."""
+    shares = {("impulse", "Swin, windows of 4 × 4"): 0.9}
+    grid = Grid.of(declared("architectures"), range(3), {})
+    text = "\n".join(conclusions(fake(grid, lambda cell, seed: shares.get(cell, 0.5) + 0.001 * seed)))
+    assert "Test accuracy: impulse is clearly above every control for Swin, windows of 4 × 4." in text
+
+
+def test_a_sweep_says_nothing_of_test_images():
+    text = fake(Grid.of(declared("sweep"), range(2), {})).setting()
+    assert "1,000 training images, augmentation" in text and "est images" not in text
+    assert "797 test images" in fake(Grid.of(declared("alpha"), range(2), {})).setting()
+
+
+def test_heads_are_of_finished_runs_alone(tmp_path):
+    """The run whose heads are drawn is done again where its checkpoint was not kept."""
+    grids = {name: Grid.of(declared(name), (0,), TINY) for name in ("shift", "demo")}
+    config = grids["demo"].of_heads()
+    run_cell(config, tmp_path, False, lambda share: None)  # as another table does it
+    assert config not in unfinished([grids["shift"]], tmp_path)
+    assert config in unfinished([grids["demo"]], tmp_path) and read_heads(config, tmp_path) is None
+    accuracy = read_outcome(config, tmp_path)["accuracy"]
+    run_cell(config, tmp_path, True, lambda share: None)
+    assert config not in unfinished([grids["demo"]], tmp_path)
+    before, after = read_heads(config, tmp_path)
+    assert torch.equal(before.offsets, after.offsets) and not torch.equal(before.maps, after.maps)
+    assert read_outcome(config, tmp_path)["accuracy"] == accuracy
+
+    (weights,) = folder_of(config, tmp_path).glob("step-*/model.safetensors")
+    weights.write_bytes(weights.read_bytes()[:100])
+    report = Report(grids["demo"], grids["demo"].outcomes(tmp_path))
+    with pytest.warns(UserWarning, match="the heads are not drawn: .*damaged"):
+        paths = write(report, tmp_path, "convinit demo")
+    assert [path.suffix for path in paths] == [".md", ".csv", ".png"]
+    (folder_of(config, tmp_path) / OUTCOME).unlink()
+    assert read_heads(config, tmp_path) is None  # of a run that was stopped
 
 
 def test_what_cannot_be_judged_is_not():

@@ -811,7 +811,7 @@ def test_repeated_augmentation_is_timms():
     """Images as often and as close to each other as timm's sampler gives them, augmented anew each time."""
     samplers = pytest.importorskip("timm.data.distributed_sampler")
     data = load_data("digits", train_count=40)
-    dataset = Augmented(data.train, augmentation("paper", data), seed=3, repeats=3)
+    dataset = Augmented(data.train, augmentation("paper", data), seed=3, aug_repeats=3)
     assert len(dataset) == 40
     with pytest.raises(IndexError):
         dataset[120]
@@ -838,7 +838,7 @@ def test_repeated_augmentation_is_timms():
 def test_repeats_are_not_mixed_with_each_other(world_size):
     """torchvision's MixUp and CutMix pair an image with the one before it, in a process's part of a batch."""
     dataset = Numbered(400)
-    dataset.repeats = 3
+    dataset.aug_repeats = 3
     met = []
     for rank in range(world_size):
         for _, indices in train_loader(dataset, 64, seed=0, epoch=0, rank=rank, world_size=world_size):

@@ -78,6 +78,16 @@ def test_other_engines_are_refused(name, monkeypatch):
         plain_accelerator()
 
 
+def test_a_cooldown_leaves_a_step():
+    recipe = RecipeConfig(lr=1e-3, epochs=2, cooldown_epochs=1.9, min_lr=1e-5)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=recipe.lr)
+    schedule = make_schedule(optimizer, recipe, steps_per_epoch=1)
+    assert optimizer.param_groups[0]["lr"] == recipe.lr
+    optimizer.step()
+    schedule.step()
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(recipe.min_lr)
+
+
 def test_the_schedule_is_timms():
     """Warm-up in the place of the cosine's first epochs, as timm's scheduler at each step."""
     scheduler = pytest.importorskip("timm.scheduler")

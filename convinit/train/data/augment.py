@@ -170,14 +170,14 @@ class Augmented(Dataset):
         transform: image → tensor. Its draws, if any, are from those generators; where it has an
             attribute `random` that is False, there are none.
         seed: at least 0.
-        repeats: of repeated augmentation. Index i + k·N, k < repeats, is image i of N as drawn another time.
+        aug_repeats: of repeated augmentation. Index i + k·N, k < aug_repeats, is image i of N, drawn anew.
     """
 
     def __init__(
-        self, dataset: Any, transform: Callable[[Any], Tensor], seed: int = 0, repeats: int = 1
+        self, dataset: Any, transform: Callable[[Any], Tensor], seed: int = 0, aug_repeats: int = 1
     ) -> None:
         self.dataset, self.transform, self.seed = dataset, transform, check_int("seed", seed, minimum=0)
-        self.repeats, self.epoch = check_int("repeats", repeats), 0
+        self.aug_repeats, self.epoch = check_int("aug_repeats", aug_repeats), 0
 
     def set_epoch(self, epoch: int) -> None:
         """Sets the epoch, from 0, of the draws; `train_loader` does this itself."""
@@ -192,7 +192,7 @@ class Augmented(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        index = range(self.repeats * len(self))[index]
+        index = range(self.aug_repeats * len(self))[index]
         place = index % len(self)
         if not self.random:
             image, label = self.dataset[place]

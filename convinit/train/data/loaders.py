@@ -30,9 +30,9 @@ def train_loader(
     """A DataLoader of (images, labels) over one epoch, in a random order that (seed, epoch) alone decides.
 
     Batch i is the same images whatever the number of processes; each process gets its slice of it. An
-    `Augmented` data set draws as of this epoch. With its `repeats` above 1 an image is so often in a batch or
-    two, and the epoch has its length still, as with timm's RepeatAugSampler, which rounds it down to a
-    multiple of 256.
+    `Augmented` data set draws as of this epoch. With its `aug_repeats` above 1 an image is so often in a
+    batch or two, and the epoch has its length still, as with timm's RepeatAugSampler, which rounds it down to
+    a multiple of 256.
 
     Args:
         dataset: map-style, of (tensor, class index).
@@ -71,7 +71,7 @@ def train_loader(
     if hasattr(dataset, "set_epoch"):
         dataset = copy.copy(dataset)  # so that loaders of other epochs keep theirs
         dataset.set_epoch(epoch)
-    repeats: int = getattr(dataset, "repeats", 1)
+    repeats: int = getattr(dataset, "aug_repeats", 1)
     order = permutation(len(dataset), "order", seed, epoch)
     order = (order[:, None] + len(dataset) * np.arange(repeats)).flatten()[:total]
     batches = [order[i : i + batch_size] for i in range(0, total, batch_size)]

@@ -21,7 +21,7 @@ from convinit.models import SimpleViT
 from convinit.nn import ConvInitAttention
 from convinit.offsets import attention_on_targets
 from convinit.serve.trained import load_trained
-from convinit.train import checkpoint as files
+from convinit.train import checkpoint
 from convinit.train.config import Config, field_of
 from convinit.train.engine import Engine, make_accelerator
 from convinit.train.records import read_records
@@ -83,7 +83,7 @@ def is_done(config: Config, out: Path, keep_checkpoint: bool) -> bool:
     outcome = read_outcome(config, out)
     if outcome is None or "failed" in outcome or not keep_checkpoint:
         return outcome is not None
-    return bool(files.checkpoints(folder_of(config, out)))
+    return bool(checkpoint.checkpoints(folder_of(config, out)))
 
 
 def run_cell(
@@ -110,7 +110,7 @@ def run_cell(
     folder = folder_of(config, out)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with files.locked(folder, ".cell-lock"):
+        with checkpoint.locked(folder, ".cell-lock"):
             done = read_outcome(config, out) if is_done(config, out, keep_checkpoint) else None
             return identity(config), done or _run(config, folder, keep_checkpoint, tick)
     except RunInterrupted:
@@ -135,8 +135,8 @@ def _run(
     text = json.dumps(outcome, indent=1, ensure_ascii=False)
     write_whole(folder / OUTCOME, text, sync=True)  # the checkpoint goes next
     if not keep_checkpoint:
-        for each in files.checkpoints(folder):
-            files.discard(each)
+        for each in checkpoint.checkpoints(folder):
+            checkpoint.discard(each)
     return outcome
 
 
@@ -242,7 +242,7 @@ def read_heads(config: Config, out: Path) -> tuple[Heads, Heads] | None:
     Raises:
         ValueError, OSError: its checkpoint is damaged.
     """
-    found = files.checkpoints(folder_of(config, out))
+    found = checkpoint.checkpoints(folder_of(config, out))
     outcome = read_outcome(config, out)
     if outcome is None or "failed" in outcome or not found:
         return None

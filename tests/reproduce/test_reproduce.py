@@ -24,7 +24,7 @@ from convinit.reproduce.cells import OUTCOME, folder_of, identity, read_heads, r
 from convinit.reproduce.conclusions import conclusions
 from convinit.reproduce.grid import check_data, count_steps, jobs_for, kind_of_step
 from convinit.reproduce.readings import title, value
-from convinit.train import checkpoint as files
+from convinit.train import checkpoint
 from convinit.train import engine as engine_of
 from convinit.train.build import build_model
 from convinit.train.config_files import resolve
@@ -358,7 +358,7 @@ def test_a_run_of_another_process_is_not_done_twice(tmp_path):
     config = tiny_grid().configs["impulse", "Model I"][0]
     folder = folder_of(config, tmp_path)
     folder.mkdir(parents=True)
-    with files.locked(folder, ".cell-lock"):
+    with checkpoint.locked(folder, ".cell-lock"):
         _, outcome = run_cell(config, tmp_path, False, lambda share: None)
     assert "another process is training into" in outcome["error"] and not (folder / OUTCOME).exists()
     _, first = run_cell(config, tmp_path, False, lambda share: None)
@@ -369,13 +369,13 @@ def test_a_run_of_another_process_is_not_done_twice(tmp_path):
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_in_the_last_save_ends_the_grid(tmp_path, monkeypatch, signum):
     """Too late to stop its own run, it must stop those that would follow."""
-    real = files.save
+    real = checkpoint.save
 
     def save(*arguments, **options):
         signal.raise_signal(signum)
         return real(*arguments, **options)
 
-    monkeypatch.setattr(files, "save", save)
+    monkeypatch.setattr(checkpoint, "save", save)
     todo = unfinished([tiny_grid()], tmp_path)
     with pytest.raises(KeyboardInterrupt):
         run_all(todo, tmp_path, jobs=1)

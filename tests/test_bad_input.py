@@ -191,7 +191,7 @@ TABLE: dict[str, tuple[Callable, dict[str, Any], dict[str, Any]]] = {
     "impulse_bias_table_": (init.impulse_bias_table_, {"table": f(25, 2), "offsets": OFFSETS,
         "window_size": GRID},
         {"table": wrong_tensors(f(25, 2)), "offsets": "offsets", "window_size": "grid", "peak": "positive",
-         "value": "positive"}),
+         "value": "positive", "padding_mode": "choice"}),
     "impulse_token_mixing_": (init.impulse_token_mixing_,
         {"fc1_weight": f(18, 9), "fc1_bias": f(18), "fc2_weight": f(9, 18), "fc2_bias": f(9),
          "offsets": OFFSETS,

@@ -70,7 +70,10 @@ def init_vit_(
             "default", as the library drew them; or a control: "position_only" (queries and keys stay as the
             library drew them, all else is done), "scrambled" (a random permutation of the tokens in place of
             a shift), "norm_matched" (random directions), the last two with the weight norm of the impulse fit
-            and the factors that impulses would need.
+            and the factors that impulses would need. Swin's table of biases gives all tokens of a window one
+            shift; there "scrambled" is one beyond f×f that wraps around, as sharp as an impulse, and
+            "norm_matched" a random table. MLP-Mixer has no queries and keys, so neither "mimetic" nor
+            "random"; its controls are permutations and dense random weights.
         fit: the solver of the impulses, "newton", "adam", "svd" or options as in :func:`convinit.fit_qk`. The
             papers' two are not their weights where there are class tokens (here orthogonal to the fit) or
             biases (here 0).
@@ -85,7 +88,8 @@ def init_vit_(
             None deals them out so that every f² heads in a row cover the window once (stratified over the
             layers); "random" draws each by itself, as :func:`convinit.sample_offsets`; "fixed" is the order
             of arXiv 2505.19985, the same in every layer (f = 3).
-        padding_mode: where tokens look whose target is off the grid, see :func:`convinit.impulse_matrix`.
+        padding_mode: where tokens look whose target is off the grid, see :func:`convinit.impulse_matrix`. Of
+            biases "zeros", and in Swin also "circular".
         position: "subspace": P gets its subspace. One that is as libraries draw it, noise or the same for all
             tokens, is replaced by the lowest cosines of the grid, turned into D at random, as large as the
             content (rms). Any other is kept, and V is its row space: sin-cos, one that was loaded, what an

@@ -14,6 +14,7 @@ from convinit import init as init_
 from convinit.adapters.layout import Layout, Linear
 from convinit.adapters.request import Request
 from convinit.adapters.types import child_name, is_a
+from convinit.init._shared import random_of_same_norm
 from convinit.offsets import impulse_targets
 from convinit.records import LayerRecord
 
@@ -94,8 +95,7 @@ class MixerLayout(Layout):
             fc1[:units] = torch.eye(mixing.tokens, device="cpu")[targets.flatten()].to(fc1)
         elif request.method == "norm_matched":
             for impulses in (fc1[:units], fc2[:, :units]):
-                random = torch.randn(impulses.shape, generator=request.generator, device="cpu")
-                impulses.copy_(random * (impulses.double().norm() / random.double().norm()).item())
+                impulses.copy_(random_of_same_norm(impulses, request.generator))
         for slot, value in zip(weights, values, strict=True):
             if slot is not None:
                 slot.write_(value)

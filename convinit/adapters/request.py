@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,12 +71,14 @@ class Request(InitOptions):
                     "position embedding that is added to the tokens"
                 )
 
-    def check_biases(self, root: nn.Module) -> None:
-        """For models whose impulses are made by biases instead of a fit."""
+    def check_biases(
+        self, root: nn.Module, *, controls: Sequence[str], padding_modes: Sequence[str] = ("zeros",)
+    ) -> None:
+        """For models whose impulses are made by biases instead of a fit, with the controls that they have."""
         for name, value, known in (
-            ("padding_mode", self.padding_mode, ("zeros",)),
+            ("padding_mode", self.padding_mode, padding_modes),
             ("fit", self.fit, ("newton",)),
-            ("method", self.method, ("impulse", "norm_matched", "mimetic", "random", "default")),
+            ("method", self.method, ("impulse", *controls, "mimetic", "random", "default")),
         ):
             if value not in known and not (name == "fit" and self.by_newton):
                 raise ValueError(

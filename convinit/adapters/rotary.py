@@ -63,7 +63,7 @@ class RotaryLayout(Layout):
 
     def init_(self, request: Request, layers: Sequence[int], offsets: Tensor) -> list[LayerRecord]:
         request.refuse_additive(self.root)
-        request.check_biases(self.root)
+        request.check_biases(self.root, controls=("norm_matched",))
         chosen: dict[int, RotaryAttention] = {i: self.attentions[i] for i in layers}
         of_layer = offsets.split([attention.num_heads for attention in chosen.values()])
         dealt = dict(zip(chosen, of_layer, strict=True))

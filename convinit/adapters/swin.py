@@ -18,6 +18,8 @@ from convinit._checks import check_grid_size
 from convinit.adapters.layout import Layout, Linear, SelfAttention, Slot, packed_qkv
 from convinit.adapters.request import Request
 from convinit.adapters.types import child_name, is_a
+from convinit.init._shared import random_of_same_norm
+from convinit.init.bias_table import BiasTableFit
 from convinit.records import LayerRecord
 
 
@@ -73,44 +75,79 @@ def _index(height: int, width: int) -> Tensor:
     return down * (2 * width - 1) + right
 
 
+def _far_shifts(window_size: tuple[int, int], kernel_size: int) -> Tensor:
+    """[K, 2]: the shifts of a window that wraps around which are no offsets of f×f; all of them if none is.
+
+    A table gives all tokens one shift, so that a control can take no more from the convolution than that it
+    is near.
+    """
+    shifts = torch.cartesian_prod(*(torch.arange(n, device="cpu") for n in window_size))
+    wrapped = torch.minimum(shifts, torch.tensor(window_size, device="cpu") - shifts)
+    far = shifts[(wrapped > kernel_size // 2).any(dim=1)]
+    return far if len(far) else shifts
+
+
+def _impulses(
+    request: Request, attention: WindowAttention, offsets: Tensor, padding_mode: str | None = None
+) -> BiasTableFit:
+    assert attention.table is not None
+    return init_.impulse_bias_table_(
+        attention.table.read(), offsets, attention.window_size, peak=request.target_peak,
+        value=request.weight_norm, padding_mode=padding_mode or request.padding_mode,
+    )  # fmt: skip
+
+
+def _impulses_or_control(
+    request: Request, attention: WindowAttention, fit: BiasTableFit, kernel_size: int
+) -> tuple[Tensor, Tensor]:
+    """The bias table, and its targets [heads, N]; of random tables those of the impulses."""
+    if request.method == "norm_matched":
+        return random_of_same_norm(fit.bias_table, request.generator, dim=0), fit.targets
+    if request.method == "scrambled":
+        far = _far_shifts(attention.window_size, kernel_size)
+        picked = torch.randint(len(far), (attention.num_heads,), generator=request.generator, device="cpu")
+        fit = _impulses(request, attention, far[picked], padding_mode="circular")
+    return fit.bias_table, fit.targets
+
+
 @dataclass(eq=False)
 class WindowLayout(Layout):
     """All window attentions of a model, from the first stage to the last; the grid is the first's window."""
 
     def init_(self, request: Request, layers: Sequence[int], offsets: Tensor) -> list[LayerRecord]:
         request.refuse_additive(self.root)
-        request.check_biases(self.root)
-        chosen: list[WindowAttention] = [self.attentions[i] for i in layers]
-        records = []
-        of_layer = offsets.split([attention.num_heads for attention in chosen])
-        for layer, attention, own in zip(layers, chosen, of_layer, strict=True):
-            assert attention.table is not None
-            targets = None
-            weights_frozen = attention.query.frozen or attention.key.frozen
-            if request.draws and not weights_frozen:
-                attention.draw_qk_(request)
-            elif request.fits and not attention.frozen:
-                targets = self._set_table_(request, attention, own)
-            left = weights_frozen if request.draws else attention.frozen
-            note = "frozen: left alone" if left else None
-            if request.values == "mimetic" and not left:
-                note = attention.set_values_(request.generator)
-            norm = attention.table.read().double().norm(dim=0)
-            records.append(self.record(layer, targets, own, norm, note))
-        return records
-
-    def _set_table_(self, request: Request, attention: WindowAttention, offsets: Tensor) -> Tensor:
-        """Writes the bias table; targets [heads, N]."""
-        assert attention.table is not None
-        table = attention.table.read()
-        fit = init_.impulse_bias_table_(
-            table, offsets, attention.window_size, peak=request.target_peak, value=request.weight_norm
+        request.check_biases(
+            self.root, controls=("scrambled", "norm_matched"), padding_modes=("zeros", "circular")
         )
-        if request.method == "norm_matched":
-            random = torch.randn(table.shape, generator=request.generator, device="cpu")
-            table = random * (table.norm(dim=0) / random.norm(dim=0))
-        attention.table.write_(table)
-        return fit.targets
+        chosen: dict[int, WindowAttention] = {i: self.attentions[i] for i in layers}
+        kernel_size = request.window([attention.window_size for attention in chosen.values()])
+        of_layer = offsets.split([attention.num_heads for attention in chosen.values()])
+        dealt = dict(zip(chosen, of_layer, strict=True))
+        live = {
+            i: attention
+            for i, attention in chosen.items()
+            if not (attention.query.frozen or attention.key.frozen if request.draws else attention.frozen)
+        }
+        # Checked before anything is written.
+        impulses = {i: _impulses(request, each, dealt[i]) for i, each in live.items()} if request.fits else {}
+        notes = {i: None if i in live else "frozen: left alone" for i in chosen}
+        if request.values == "mimetic":  # before the controls draw: theirs are those of the impulses
+            notes |= {i: attention.set_values_(request.generator) for i, attention in live.items()}
+        records = []
+        for i, attention in chosen.items():
+            assert attention.table is not None
+            targets, own = None, None if request.method == "scrambled" else dealt[i]
+            if i in impulses:
+                table, targets = _impulses_or_control(request, attention, impulses[i], kernel_size)
+                attention.table.write_(table)
+            elif request.draws and i in live:
+                attention.draw_qk_(request)
+            norm = attention.table.read().double().norm(dim=0)
+            if request.draws:
+                wq, wk = attention.qk_weights()
+                norm = (wq.double().norm(dim=(1, 2)) * wk.double().norm(dim=(1, 2))).sqrt()
+            records.append(self.record(i, targets, own, norm, notes[i]))
+        return records
 
     def position_maps(self, layer: int) -> Tensor:
         return self.attentions[layer].position_map(torch.empty(0, device="cpu"))

@@ -20,6 +20,14 @@ def uniform(shape: Sequence[int], bound: float, generator: torch.Generator | Non
     return rand(shape, generator).mul_(2).sub_(1).mul_(bound)
 
 
+def random_of_same_norm(values: Tensor, generator: torch.Generator | None, dim: int | None = None) -> Tensor:
+    """Normal draws whose norms along `dim`, or altogether, are those of `values`."""
+    check_generator(generator)
+    random = torch.randn(values.shape, generator=generator, device="cpu", dtype=torch.float32).to(values)
+    norms = (torch.linalg.vector_norm(each, dim=dim, keepdim=True) for each in (values, random))
+    return random * torch.div(*norms)
+
+
 def mimetic_svd(
     shape: tuple[int, ...],
     noise: float,

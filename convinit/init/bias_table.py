@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from convinit._checks import check_grid_size, check_number, check_tensor
+from convinit._checks import check_choice, check_grid_size, check_number, check_tensor
 from convinit.fit.api import check_goal, impulses
 from convinit.fit.result import MapFit, map_metrics
 from convinit.init._shared import first_of_each, rounded
@@ -25,7 +25,8 @@ class BiasTableFit(MapFit):
         value: the impulse's height, as the table's dtype holds it.
         mse, peak, hit_rate, targets, offsets, seconds: see :class:`convinit.fit.result.MapFit`; N = H · W
             tokens of one window.
-        weight_norm: [B] float64, the norm of the head's column, which is `value`.
+        weight_norm: [B] float64, the norm of the head's column: `value`, times the root of the number of
+            cells that have it.
     """
 
     bias_table: Tensor
@@ -43,6 +44,7 @@ def impulse_bias_table_(
     *,
     peak: float | None = None,
     value: float | None = None,
+    padding_mode: str = "zeros",
 ) -> BiasTableFit:
     """Set a relative position bias table to one impulse a head, at its offset, and zero elsewhere.
 
@@ -53,7 +55,8 @@ def impulse_bias_table_(
 
         peak = e^value / (e^value + N − 1),   value = log(peak (N − 1) / (1 − peak)),   N = H · W,
 
-    and a row without one looks everywhere alike. Masks, as those of shifted windows, make it sharper.
+    and a row without one looks everywhere alike. Masks, as those of shifted windows, make it sharper. With
+    padding_mode="circular" up to four cells, H and W apart, hold the impulse: each row sees just one of them.
 
     Args:
         table: [(2H − 1)(2W − 1), heads], written in place; timm, torchvision and transformers name it
@@ -63,6 +66,8 @@ def impulse_bias_table_(
         peak: the wanted mean attention on the target, in (1/N, 1); if neither is given, that of
             :func:`convinit.fit_qk`.
         value: instead of `peak`, the impulse's height, positive.
+        padding_mode: where tokens look whose target leaves the window, see :func:`convinit.impulse_matrix`:
+            "zeros" or "circular"; the others would need cells that all tokens see.
 
     Returns:
         The :class:`BiasTableFit`: mse, peak, hit_rate, weight_norm, head by head.
@@ -81,7 +86,8 @@ def impulse_bias_table_(
             f"table must be [{cells}, heads] for a {height} x {width} window, got {list(table.shape)}"
         )
     heads = table.shape[1]
-    offsets, targets = impulses(offsets, (height, width))
+    check_choice("padding_mode", padding_mode, ("zeros", "circular"))
+    offsets, targets = impulses(offsets, (height, width), padding_mode=padding_mode)
     if len(offsets) != heads:
         raise ValueError(
             f"offsets must be [{heads}, 2], one row for each column of table, got {list(offsets.shape)}"
@@ -98,8 +104,14 @@ def impulse_bias_table_(
     written = rounded("table", table, torch.tensor(value, dtype=torch.float64, device="cpu"))
     value = value if table.is_meta else written.item()
 
-    cell = (height - 1 - offsets[:, 0]) * (2 * width - 1) + (width - 1 - offsets[:, 1])
-    table.zero_()[cell.to(table.device), torch.arange(heads, device=table.device)] = value
+    shifts = torch.cartesian_prod(
+        *(torch.arange(n - 1, -n, -1, device="cpu") for n in (height, width))
+    )  # [cells, 2], of a key from its query
+    apart = shifts.unsqueeze(1) - offsets.cpu()
+    if padding_mode == "circular":
+        apart %= torch.tensor([height, width], device="cpu")
+    hit = (apart == 0).all(dim=2)
+    table.copy_(hit * torch.tensor(value, dtype=torch.float64, device="cpu"))
 
     distinct, kind = torch.unique(offsets.cpu(), dim=0, return_inverse=True)
     metrics = torch.empty(3, len(distinct), dtype=torch.float64, device="cpu")
@@ -110,7 +122,7 @@ def impulse_bias_table_(
         metrics[:, k] = torch.cat(map_metrics(bias.softmax(dim=-1), target[None]))
     mse, reached, hit_rate = metrics[:, kind]
     return BiasTableFit(
-        mse=mse, peak=reached, hit_rate=hit_rate, weight_norm=torch.full_like(mse, value),
+        mse=mse, peak=reached, hit_rate=hit_rate, weight_norm=value * hit.sum(dim=0).double().sqrt(),
         targets=targets.to(table.device), offsets=offsets.to(table.device), bias_table=table.clone(),
         value=value, seconds=time.perf_counter() - start,
     )  # fmt: skip

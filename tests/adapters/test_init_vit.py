@@ -890,29 +890,126 @@ def test_masked_autoencoder():
     assert model(torch.randn(1, 3, SIDE, SIDE)).mask.sum() == 48  # it masks again
 
 
-@pytest.mark.parametrize("library", ["timm", "torchvision", "transformers"])
-def test_swin(library):
+def swin(library: str):
     pytest.importorskip(library, exc_type=ImportError)
     torch.manual_seed(0)
     if library == "timm":
         from timm.models.swin_transformer import SwinTransformer
 
-        model = SwinTransformer(56, 2, embed_dim=24, depths=(2, 2), num_heads=(2, 4), num_classes=5)
-    elif library == "torchvision":
+        return SwinTransformer(56, 2, embed_dim=24, depths=(2, 2), num_heads=(2, 4), num_classes=5)
+    if library == "torchvision":
         from torchvision.models.swin_transformer import SwinTransformer
 
-        model = SwinTransformer([2, 2], 24, [2, 2], [2, 4], [7, 7])
-    else:
-        from transformers import SwinConfig, SwinModel
+        return SwinTransformer([2, 2], 24, [2, 2], [2, 4], [7, 7])
+    from transformers import SwinConfig, SwinModel
 
-        config = {"embed_dim": 24, "depths": [2, 2], "num_heads": [2, 4], "patch_size": 2, "image_size": 56}
-        model = SwinModel(SwinConfig(window_size=7, **config))
+    config = {"embed_dim": 24, "depths": [2, 2], "num_heads": [2, 4], "patch_size": 2, "image_size": 56}
+    return SwinModel(SwinConfig(window_size=7, **config))
+
+
+def maps_of_the_biases(model, report) -> list[torch.Tensor]:
+    """softmax(bias) [heads, 49, 49] of each layer, as the library itself reads its table."""
+    maps = []
+    for record in report.records:
+        module = model.get_submodule(record.name)
+        bias = (
+            getattr(module, "relative_position_bias", None)
+            or getattr(module, "_get_rel_pos_bias", None)
+            or module.get_relative_position_bias
+        )
+        maps.append(bias()[0].detach().double().softmax(dim=-1))
+    return maps
+
+
+SWINS = ["timm", "torchvision", "transformers"]
+
+
+@pytest.mark.parametrize("library", SWINS)
+def test_swin(library):
+    model = swin(library)
     report = quietly(model, images=torch.randn(1, 3, 56, 56), peak=0.6)
     assert len(report.records) == 4 and report.grid_size == (7, 7)
     assert torch.cat([record.peak for record in report.records]).sub(0.6).abs().max() < 1e-5
     assert torch.cat([record.peak_on_images for record in report.records]).mean() > 0.5
-    with pytest.raises(ValueError, match="scrambled"):
-        convinit.init_vit_(model, method="scrambled")
+    wrapped = quietly(model, padding_mode="circular")
+    for record, maps in zip(wrapped.records, maps_of_the_biases(model, wrapped), strict=True):
+        targets = convinit.impulse_targets(record.offsets, (7, 7), padding_mode="circular")
+        on_target = maps.gather(2, targets.unsqueeze(2))
+        torch.testing.assert_close(on_target, torch.full_like(on_target, 0.7), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("library", SWINS)
+def test_controls_of_swin(library):
+    models = {method: swin(library) for method in ("impulse", "scrambled", "norm_matched")}
+    reports = {method: quietly(model, method=method) for method, model in models.items()}
+    for method in ("scrambled", "norm_matched"):
+        again = swin(library)
+        quietly(again, method=method)
+        for (name, first), second, impulse in zip(
+            models[method].named_parameters(), again.parameters(), models["impulse"].parameters(), strict=True
+        ):
+            assert torch.equal(first, second)  # by the same generator
+            assert torch.equal(first, impulse) != ("relative_position_bias_table" in name)
+
+    # Scrambled: each token has a target of its own, as sharp as an impulse's, and out of the window's reach.
+    y, x = torch.cartesian_prod(torch.arange(7), torch.arange(7)).unbind(1)
+    maps = maps_of_the_biases(models["scrambled"], reports["scrambled"])
+    for record, each in zip(reports["scrambled"].records, maps, strict=True):
+        peak, target = each.max(dim=2)
+        assert torch.equal(target, record.targets) and record.offsets is None
+        assert torch.equal(target.sort(dim=1).values, torch.arange(49).expand_as(target))
+        torch.testing.assert_close(peak, torch.full_like(peak, 0.7), rtol=0, atol=1e-6)
+        torch.testing.assert_close(record.peak, peak.mean(dim=1), rtol=0, atol=1e-6)
+        assert ((y[target] - y).abs().maximum((x[target] - x).abs()) > 1).all()  # f = 3
+    # Norm-matched: the size of the impulse without its sharpness.
+    maps = maps_of_the_biases(models["norm_matched"], reports["norm_matched"])
+    records = zip(reports["norm_matched"].records, reports["impulse"].records, maps, strict=True)
+    for record, impulse, each in records:
+        torch.testing.assert_close(record.weight_norm, impulse.weight_norm, rtol=1e-5, atol=0)
+        assert torch.equal(record.targets, impulse.targets) and torch.equal(record.offsets, impulse.offsets)
+        assert (each.amax(dim=2).mean(dim=1) < 0.15).all() and (record.peak < 0.1).all()
+
+
+@pytest.mark.parametrize("method", ["scrambled", "norm_matched"])
+def test_what_swin_pays_to_the_targets_of_a_control(method):
+    """Against the softmax that timm's own attention computes on images."""
+    model = swin("timm").eval()
+    images, made = torch.randn(2, 3, 56, 56), {}
+    report = quietly(model, method=method, images=images)
+    for name, module in model.named_modules():
+        if name.endswith("attn"):
+            module.fused_attn = False
+            module.softmax.register_forward_hook(lambda *call, key=name: made.update({key: call[2]}))
+    with torch.no_grad():
+        model(images)
+    for record in (report.records[0], report.records[2]):  # whose windows are not shifted
+        targets = record.targets[:, :, None].expand(len(made[record.name]), -1, -1, 1)
+        paid = made[record.name].gather(3, targets.clamp(min=0))[..., 0]
+        inside = targets[..., 0] >= 0
+        expected = (paid * inside).sum(dim=(0, 2)) / inside.sum(dim=(0, 2))
+        torch.testing.assert_close(record.peak_on_images, expected.double(), rtol=0, atol=1e-6)
+        assert ((expected > 0.6) == (method == "scrambled")).all()
+
+
+@pytest.mark.parametrize("library", SWINS)
+def test_mimetic_swin(library):
+    """Queries and keys have no size of the grid; only they, values and output layers change."""
+    model, fresh = swin(library), swin(library)
+    report = quietly(model, method="mimetic")
+    layout = find_layouts(model, grid_size=None, pos_embed=None, adapter=None)[0]
+    for record, attention in zip(report.records, layout.attentions, strict=True):
+        wq, wk = (each.double() for each in attention.qk_weights())
+        product = wq @ wk.mT  # the best rank-r part of 0.7·Z + 0.7·I
+        assert torch.linalg.matrix_rank(product).tolist() == [12] * len(product)
+        diagonal = product.diagonal(dim1=1, dim2=2).mean()
+        assert 0.2 < diagonal < 0.7 and product.mean().abs() < 0.1 * diagonal
+        torch.testing.assert_close(
+            record.weight_norm, (wq.flatten(1).norm(dim=1) * wk.flatten(1).norm(dim=1)).sqrt()
+        )
+        assert record.targets is None and record.peak.isnan().all()
+    for (name, parameter), other in zip(model.named_parameters(), fresh.parameters(), strict=True):
+        if "relative_position_bias_table" in name:
+            assert torch.equal(parameter, other)
 
 
 def test_mlp_mixer():
@@ -941,6 +1038,11 @@ def test_controls_of_an_mlp_mixer():
         torch.manual_seed(0)
         model = mlp_mixer.MlpMixer(5, SIDE, patch_size=16, num_blocks=2, embed_dim=80)  # 40 units, 16 tokens
         report = quietly(model, method=method)
+        if method == "scrambled":  # timm's own MLP sums the tokens that the permutations point at
+            x = torch.randn(3, 8, 16)
+            for record, block in zip(report.records, model.blocks, strict=True):
+                expected = sum(F.gelu(x[..., target]) for target in record.targets) / math.sqrt(2 + 2 * 0.187)
+                torch.testing.assert_close(block.mlp_tokens(x), expected)
         mixers[method] = (
             [(b.mlp_tokens.fc1.weight[:32], b.mlp_tokens.fc2.weight) for b in model.blocks],
             report,

@@ -40,6 +40,22 @@ def test_impulse_table_makes_the_impulse_and_the_report_is_true(goal):
     assert "(-3,+5)" in fit.table() and "BiasTableFit(5 heads, N=24" in repr(fit)
 
 
+def test_a_window_that_wraps_around():
+    """Each row has one target, and one cell that it sees."""
+    table = torch.full((7 * 11, 5), torch.nan)
+    fit = init.impulse_bias_table_(table, OFFSETS, WINDOW, peak=0.8, padding_mode="circular")
+    maps = bias_by_hand(table.double(), WINDOW).softmax(dim=-1)
+    rows = list(itertools.product(range(4), range(6)))
+    for (dy, dx), of_head, targets in zip(OFFSETS.tolist(), maps, fit.targets, strict=True):
+        expected = torch.tensor([(y + dy) % 4 * 6 + (x + dx) % 6 for y, x in rows])
+        assert torch.equal(targets, expected)
+        on_target = of_head[torch.arange(24), expected]
+        torch.testing.assert_close(on_target, torch.full_like(on_target, 0.8), rtol=0, atol=1e-6)
+    torch.testing.assert_close(fit.peak, torch.full((5,), 0.8).double())
+    torch.testing.assert_close(fit.weight_norm, table.norm(dim=0).double(), rtol=1e-6, atol=0)
+    assert (table != 0).sum(dim=0).tolist() == [1, 2, 2, 4, 4]
+
+
 def test_no_heads_and_another_default_device():
     table = torch.empty(7 * 11, 5)
     with torch.device("meta"):
@@ -97,6 +113,7 @@ def test_real_libraries_read_the_impulse_where_it_stands(library):
         ({"peak": 1.0}, "peak must be below 1"),
         ({"value": -1.0}, "value must be positive"),
         ({"peak": 0.5, "value": 1.0}, "not both"),
+        ({"padding_mode": "reflect"}, "padding_mode must be one of zeros, circular"),
     ],
 )
 def test_bad_input(change, message):

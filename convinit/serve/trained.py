@@ -2,7 +2,8 @@
 
 A folder holds model.safetensors and config.json. For SimpleViT and ConvMixer it is what `save_pretrained`
 writes, with the fields of `ImageSpec` in its metadata. For timm's models it is timm's own layout, so
-``timm.create_model("local-dir:FOLDER", pretrained=True)`` reads it too. Nothing is unpickled.
+``timm.create_model("local-dir:FOLDER", pretrained=True)`` reads it too, unless it is an MLP-Mixer of a size
+that timm has no name for. Nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from convinit.models.pretrained import (
     read_weights,
     save_folder,
 )  # fmt: skip
-from convinit.train.build import build_model, timm_options
+from convinit.train.build import build_model, create_timm, timm_options
 from convinit.train.checkpoint import checkpoints, read_progress, verify
 from convinit.train.config import OWN_MODELS, Config, InitConfig
 from convinit.train.config_files import read_toml
@@ -280,7 +281,7 @@ def _timm_network(source: Path, architecture: Any, arguments: Any) -> nn.Module:
             f"{source} must name a model that this timm ({timm.__version__}) has, got {architecture!r}"
         )
     try:
-        return timm.create_model(architecture, **arguments)
+        return create_timm(architecture, arguments)
     except (TypeError, ValueError, AssertionError, ZeroDivisionError) as error:
         raise ValueError(f"{source} does not describe timm's {architecture}: {error}") from error
 

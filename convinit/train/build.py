@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -87,8 +88,6 @@ def _timm(
     seed: int,
     generator: Any,
 ) -> tuple[nn.Module, InitReport | None]:
-    import timm
-
     check_model(model)
     options = timm_options(model, image_size, channels, num_classes)
     with torch.random.fork_rng(devices=[]), _Options(model):
@@ -99,7 +98,7 @@ def _timm(
                 f"model.options must not name trained weights for {model.name}: the initialisation would "
                 "overwrite them; to keep them set init.method and init.values to default"
             )
-        network = timm.create_model(model.name, **options)
+        network = create_timm(model.name, options)
         if options.get("weight_init") == "skip":
             _draw_tokens_(network)
         if model.pos_embed == "sincos":
@@ -172,6 +171,23 @@ def timm_options(model: ModelConfig, image_size: Any, channels: int, num_classes
     if model.patch_size is not None:
         options["patch_size"] = model.patch_size
     return {**options, **model.options}
+
+
+def create_timm(name: str, options: Mapping[str, Any]) -> nn.Module:
+    """``timm.create_model(name, **options)``, and MLP-Mixers of other sizes too.
+
+    timm's functions of these fix their patch size, depth and width, which its class takes.
+    """
+    import timm
+
+    mixer = re.match(r"mixer_([sbl])(\d+)_", name)
+    if not (mixer and {"patch_size", "num_blocks", "embed_dim"} & set(options)):
+        return timm.create_model(name, **options)
+    from timm.models.mlp_mixer import MlpMixer
+
+    num_blocks, embed_dim = {"s": (8, 512), "b": (12, 768), "l": (24, 1024)}[mixer[1]]
+    sizes = {"patch_size": int(mixer[2]), "num_blocks": num_blocks, "embed_dim": embed_dim}
+    return MlpMixer(**{**sizes, **options})
 
 
 class _Options:

@@ -74,11 +74,15 @@ MODELS = {
         "name": "vit_tiny_patch16_224", "patch_size": 2,
         "options": {"depth": 1, "embed_dim": 16, "num_heads": 2},
     },
+    "timm, mixer": {
+        "name": "mixer_s16_224", "patch_size": 2,
+        "options": {"num_blocks": 1, "embed_dim": 16, "mlp_ratio": [1, 2]},
+    },
 }  # fmt: skip
 
 
 def train(name, out, **recipe):
-    if name == "timm":
+    if name.startswith("timm"):
         pytest.importorskip("timm")
     config = Config.of(
         {
@@ -174,6 +178,14 @@ def test_timms_models_and_timms_layout(tmp_path):
     fails("of another model than VisionTransformer", model_args={**arguments, "img_size": 10**4})
     fails("of another model than VisionTransformer", model_args={**arguments, "num_classes": 10**9})
     fails("image_size must have at most", metadata={**config["metadata"], "image_size": [10**6, 10**6]})
+
+
+def test_an_mlp_mixer_of_a_size_without_a_name(tmp_path):
+    trained = load_trained(train("timm, mixer", tmp_path / "run"))
+    save_trained(trained, tmp_path / "saved")
+    data = load_data("digits")
+    again = load_trained(tmp_path / "saved").network
+    assert torch.equal(logits(again, data), logits(trained.network, data))
 
 
 @pytest.mark.slow

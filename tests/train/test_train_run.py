@@ -19,7 +19,7 @@ from training import SMALL, final_tensors, records, small
 from convinit.serve.trained import load_trained
 from convinit.train import checkpoint
 from convinit.train import run as driver
-from convinit.train.build import build_model
+from convinit.train.build import build_model, create_timm
 from convinit.train.config_files import resolve
 from convinit.train.data import Augmented, augmentation, load_data, train_loader
 from convinit.train.engine import Engine, make_accelerator
@@ -400,6 +400,24 @@ def test_timm_by_config():
     assert all(any(part in name for part in ("pos_embed", "attn.qkv", *writers)) for name in changed)
     with pytest.raises(ValueError, match="a name that timm knows, such as .*vit_tiny_patch16_224"):
         build_model(resolve(given={"model.name": "vit_tinny_patch16_224"}), **DIGITS)
+
+
+def test_timms_mlp_mixer_by_config():
+    """timm's functions take none of these sizes; what is not set is the named model's."""
+    timm = pytest.importorskip("timm")
+    given = {"model.name": "mixer_s32_224", "model.patch_size": 4, "model.options": {"num_blocks": 2}}
+    model = build_model(resolve(given=given), image_size=(32, 32), channels=1, num_classes=7)
+    assert len(model.blocks) == 2 and model.embed_dim == 512 and model.stem.proj.weight.shape[1:] == (1, 4, 4)
+    read = model.blocks[0].mlp_tokens.fc1.weight  # 256 units read 64 tokens: four impulses
+    assert read.shape == (256, 64) and ((read == 0) | (read == 1)).all() and read.sum(dim=1).max() == 1
+    with pytest.raises(ValueError, match="'mixer_s32_224' does not take these settings: .*depth"):
+        wrong = resolve(given={**given, "model.options": {"depth": 2}})
+        build_model(wrong, image_size=(32, 32), channels=1, num_classes=7)
+    with torch.device("meta"):
+        for name in timm.list_models("mixer_*"):
+            named = timm.create_model(name)
+            ours = create_timm(name, {"patch_size": named.stem.patch_size})
+            assert [each.shape for each in ours.parameters()] == [each.shape for each in named.parameters()]
 
 
 def test_decay_of_matrices_spares_the_rest():

@@ -166,7 +166,9 @@ class Report:
             words = [
                 f"Data: {self.grid.data}, {images} training{test} images, augmentation {config.data.augment}."
             ]
-        words.append(f"Model: {config.model.name}{f' ({size})' if size else ''}.")
+        ours = [configs[0] for cell, configs in self.grid.configs.items() if cell[0] == table.ours]
+        models = " or ".join(dict.fromkeys(each.model.name for each in ours))
+        words.append(f"Model: {models}{f' ({size})' if size else ''}.")
         if config.model.name != "convmixer":
             kind = "mimetic" if config.init.values == "mimetic" else "as nn.Linear's"
             words.append(f"Values and output layer start {kind}, unless said.")

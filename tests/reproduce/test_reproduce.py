@@ -504,6 +504,15 @@ def test_every_table_is_drawn_and_written(name, data, tmp_path):
     assert "nan" not in page and "None" not in page
 
 
+def test_the_page_of_architectures_names_them():
+    report = fake(Grid.of(declared("architectures"), range(2), {}), spread)
+    page = report.markdown("convinit", conclusions(report))
+    names = "vit_tiny_patch16_224 or vit_small_patch16_224 or swin_tiny_patch4_window7_224 or mixer_s16_224"
+    assert f"Model: {names}." in page
+    line = next(each for each in page.splitlines() if each.startswith("| mimetic"))
+    assert line.count("|") == 6 and line.endswith("|  |")  # no queries and keys in the last
+
+
 def test_unfinished_tables_say_so(tmp_path):
     grid = Grid.of(declared("models"), range(3), {})
     whole = fake(grid, spread)

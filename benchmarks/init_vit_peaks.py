@@ -1,12 +1,13 @@
 """How near the maps of init_vit_ come to the peak that was asked, on photographs that it has not seen.
 
-    python benchmarks/init_vit_peaks.py FOLDER
+    python benchmarks/init_vit_peaks.py FOLDER [--models NAME ...] [--numbers N ...]
 
-FOLDER holds 40 photographs or more. They are divided into two halves at random, four times. init_vit_ sees a
-batch of one half, and the attention on the targets is measured on 64 images of the other; then the same the
-other way round. The images are made as in training on ImageNet: random crops of 8 to 100 % of the area and
-random flips. The table has the lowest and the highest mean attention on the target of all layers and
-divisions, and the median over the divisions of the largest distance of a layer from the peak that was asked.
+FOLDER holds 40 photographs or more. They are divided into two halves at random, four times. init_vit_ sees
+one image of each of N photographs of one half, and the attention on the targets is measured on one image of
+each photograph of the other; then the same the other way round. The images are made as in training on
+ImageNet: random crops of 8 to 100 % of the area and random flips. A cell has the lowest and the highest mean
+attention on the target of all layers and divisions, and the median over the divisions of the largest distance
+of a layer from the peak that was asked.
 """
 
 from __future__ import annotations
@@ -33,17 +34,16 @@ MODELS = {
     "ViT-S/4, 32 pixels": ("vit_small_patch16_224", 32, 4),
     "ViT-Ti/2, 32 pixels": ("vit_tiny_patch16_224", 32, 2),
 }
-DIVISIONS, SEEN, MEASURED = 4, 32, 64
+DIVISIONS = 4
+NUMBERS = [0, 8, 22, 44]  # of photographs; 0: none, so synthetic images
 
 
-def crops(photographs: list[Path], count: int, size: int, seed: int) -> torch.Tensor:
-    """[count, 3, size, size]: the photographs in turn, each time another crop."""
+def crops(photographs: list[Path], size: int, seed: int) -> torch.Tensor:
+    """[photographs, 3, size, size]: a crop of each."""
     random.seed(seed)
     torch.manual_seed(seed)
     transform = create_transform(size, is_training=True, color_jitter=None, interpolation="bicubic")
-    return torch.stack(
-        [transform(Image.open(photographs[i % len(photographs)]).convert("RGB")) for i in range(count)]
-    )
+    return torch.stack([transform(Image.open(photograph).convert("RGB")) for photograph in photographs])
 
 
 def peaks(model: torch.nn.Module, report: convinit.InitReport, images: torch.Tensor) -> list[float]:
@@ -70,23 +70,29 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path)
-    photographs = sorted(path for path in parser.parse_args().folder.iterdir() if path.is_file())
-    print(f"{len(photographs)} photographs, peak {DEFAULT_PEAK} asked\n")
-    print(f"| model | set on synthetic images | set on {SEEN} of half the photographs |")
-    print("|---|---|---|")
-    for label, (name, size, patch) in MODELS.items():
-        cells = []
-        for given in (False, True):
-            found = []
-            for division in range(DIVISIONS):
-                shuffled = random.Random(division).sample(photographs, len(photographs))
-                halves = shuffled[::2], shuffled[1::2]
-                for half, other in (halves, halves[::-1]):
-                    images = crops(half, SEEN, size, 0) if given else None
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS), metavar="NAME")
+    parser.add_argument("--numbers", nargs="+", type=int, default=NUMBERS, metavar="N")
+    args = parser.parse_args()
+    photographs = sorted(path for path in args.folder.iterdir() if path.is_file())
+    print(f"{len(photographs)} photographs, peak {DEFAULT_PEAK} asked; set on so many of one half\n")
+    print("| model |" + "".join(f" {number} |" for number in args.numbers))
+    print("|---" * (len(args.numbers) + 1) + "|")
+    for label in args.models:
+        name, size, patch = MODELS[label]
+        found: dict[int, list[list[float]]] = {number: [] for number in args.numbers}
+        for division in range(DIVISIONS):
+            shuffled = random.Random(division).sample(photographs, len(photographs))
+            halves = shuffled[::2], shuffled[1::2]
+            for half, other in (halves, halves[::-1]):
+                unseen = crops(other, size, 1)
+                for number in args.numbers:
+                    images = crops(half[:number], size, 0) if number else None
                     model, report = made(name, size, patch, images)
-                    found.append(peaks(model, report, crops(other, MEASURED, size, 1)))
-            lowest, highest = min(map(min, found)), max(map(max, found))
-            distance = median(max(abs(peak - DEFAULT_PEAK) for peak in layers) for layers in found)
+                    found[number].append(peaks(model, report, unseen))
+        cells = []
+        for layers in found.values():
+            lowest, highest = min(map(min, layers)), max(map(max, layers))
+            distance = median(max(abs(peak - DEFAULT_PEAK) for peak in each) for each in layers)
             cells.append(f" {lowest:.2f} to {highest:.2f}; {distance:.2f} |")
         print(f"| {label} |" + "".join(cells), flush=True)
 

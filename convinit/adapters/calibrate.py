@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from convinit.adapters.layout import SelfAttention, Slot, is_sharded
 from convinit.adapters.measure import watch_inputs
 
-_ROWS, _IMAGES = 4096, 16  # queries that a gain is found with; images whose maps are held at once
+_ROWS, _IMAGES = 4096, 16  # queries that a gain is found with; images that are looked at together
 _LOW, _HIGH = -2.0, 5.0  # log2 of the smallest and the largest gain
-_STEPS = 64  # gains are powers of 2^(1/64), 1 % apart: rounding hides what devices and threads make different
+_STEPS = 128  # gains are powers of 2^(1/128), 0.5 % apart: rounding hides what devices and threads change
 _LEAK = 0.05  # part of the tokens in V that is not P's, at most; bfloat16 alone makes 0.01
 
 
@@ -170,32 +170,43 @@ def _share(name: str, x: Tensor, V: Tensor, alone: Tensor) -> float:
 
 def _gain(attention: SelfAttention, x: Tensor, targets: Tensor, goal: float) -> float:
     """log2 of the factor of queries and of keys with which the mean attention on the targets is `goal`."""
-    x = x[:: max(1, len(x) // _IMAGES)]
-    queries, keys = attention.queries_keys(x)  # [B, heads, T, r]
-    prefix = queries.shape[2] - targets.shape[1]
-    step = round(queries[..., prefix:, 0].numel() / _ROWS) | 1  # odd, to meet all columns of a grid
-    targets = targets[:, ::step].to(queries.device)
-    logits = attention.scale * queries[:, :, prefix::step] @ keys.mT  # [B, heads, rows, T]
+    patches = targets.shape[1]
+    prefix = x.shape[1] - patches
+    # Some patches of every image, for images differ more than the patches of one. The same at every call.
+    count = min(max(round(_ROWS / (len(x) * len(targets))), 1), patches)
+    drawn = torch.rand(len(x), patches, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
+    rows = drawn.argsort(dim=1)[:, :count].to(x.device)
+    parts = []
+    for part, own in zip(x.split(_IMAGES), rows.split(_IMAGES), strict=True):
+        queries, keys = attention.queries_keys(part)  # [b, heads, T, r]
+        index = (prefix + own)[:, None, :, None].expand(-1, len(targets), -1, queries.shape[3])
+        parts.append(attention.scale * queries.gather(2, index) @ keys.mT)
+    logits = torch.cat(parts)  # [B, heads, count, T]
+    targets = targets.to(x.device)[:, rows].transpose(0, 1)  # [B, heads, count]
     inside = targets >= 0
-    index = (prefix + targets.clamp(min=0))[None, :, :, None].expand(len(x), -1, -1, 1)
-    wanted = logits.gather(3, index)[..., 0]
+    logits -= logits.gather(3, (prefix + targets.clamp(min=0))[..., None])
 
     def peak(log_gain: float) -> float:
-        factor = 4.0**log_gain
-        found = (factor * wanted - (factor * logits).logsumexp(dim=-1)).exp()
-        return float((found * inside).sum() / (inside.sum() * len(x)))
+        found = 1 / (4.0**log_gain * logits).exp_().sum(dim=-1)  # of a sum beyond float32: 0, as it should be
+        return float((found * inside).sum() / inside.sum())
 
     low, high = _LOW, _HIGH
-    if peak(high) < goal:  # too sharp a softmax settles on wrong tokens: the best there is
+    below, above = peak(low), peak(high)
+    if above < goal:  # too sharp a softmax settles on wrong tokens: the best there is
         candidates = [_LOW + i / 4 for i in range(int(4 * (_HIGH - _LOW)) + 1)]
         peaks = [peak(each) for each in candidates]
         if max(peaks) < goal:
             return next(c for c, p in zip(candidates, peaks, strict=True) if p > max(peaks) - 0.01)
-        high = next(c for c, p in zip(candidates, peaks, strict=True) if p >= goal)
-    for _ in range(10):
-        middle = (low + high) / 2
-        low, high = (middle, high) if peak(middle) < goal else (low, middle)
-    return high
+        high, above = next((c, p) for c, p in zip(candidates, peaks, strict=True) if p >= goal)
+    for halve in (True, True, True, False, False, False):  # there the peak is nearly linear
+        share = 0.5 if halve else min(max((goal - below) / (above - below), 0.0), 1.0)
+        middle = low + share * (high - low)
+        found = peak(middle)
+        if found < goal:
+            low, below = middle, found
+        else:
+            high, above = middle, found
+    return middle
 
 
 def _agree(log_gain: float, shared: bool) -> float:

@@ -75,15 +75,15 @@ def find_layouts(
         return [_by_hand(model, grid_size, pos_embed)]
     adapters = MODELS if adapter is None else (adapter, *MODELS)
     found: list[Layout] = []
-    inside: list[nn.Module] = []
+    inside: set[int] = set()
     for name, module in model.named_modules():
-        if any(module is known for known in inside):
+        if id(module) in inside:
             continue
         for adapt in adapters:
             layout = adapt(module, name)
             if layout is not None:
                 found.append(layout)
-                inside += module.modules()
+                inside |= set(map(id, module.modules()))
                 break
     if not found:
         raise ValueError(_unknown(model))
@@ -149,15 +149,15 @@ def _by_hand(model: nn.Module, grid_size: tuple[int, int], pos_embed: Tensor) ->
 
 def _attentions(model: nn.Module) -> Sequence[SelfAttention]:
     found: list[SelfAttention] = []
-    inside: list[nn.Module] = []
+    inside: set[int] = set()
     for name, module in model.named_modules():
-        if any(module is known for known in inside):
+        if id(module) in inside:
             continue
         for adapt in ATTENTIONS:
             attention = adapt(module, name)
             if attention is not None:
                 found.append(attention)
-                inside += module.modules()
+                inside |= set(map(id, module.modules()))
                 break
     return found
 

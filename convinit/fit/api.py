@@ -271,8 +271,8 @@ def _rounded(
             f"the fit left the range of numbers, with scale = {scale:.3g} and fit = {solver}: give a "
             "scale, a weight_norm, a learning rate or a pos_embed closer to 1"
         )
-    for norms, after in zip(norms_before, rounded, strict=True):
-        kept = norms_of(after)
+    norms_after = [norms_of(w) for w in rounded]
+    for norms, kept in zip(norms_before, norms_after, strict=True):
         if not ((kept - norms).abs() <= 0.01 * norms).all():
             raise ValueError(
                 f"pos_embed has the dtype {P.dtype}, which does not hold the fitted weights, of norms "
@@ -281,6 +281,7 @@ def _rounded(
             )
     wq, wk = rounded
     metrics = _measure(wq, wk, P, targets, scale)
+    metrics["weight_norm"] = norms_after[0].sqrt() * norms_after[1].sqrt()
     if not all(values.isfinite().all() for values in metrics.values()):
         raise ValueError(
             f"scale = {scale:.3g} and weight_norm up to {metrics['weight_norm'].max():.3g} make logits "
@@ -295,8 +296,7 @@ def _measure(wq: Tensor, wk: Tensor, P: Tensor, targets: Tensor, scale: float) -
     P, groups = P.double(), zip(*(x.split(few) for x in (wq, wk, targets)), strict=True)
     rows = [map_metrics(attention_maps(q.double(), k.double(), P, scale), target) for q, k, target in groups]
     mse, peak, hit_rate = torch.cat([torch.stack(row) for row in rows], dim=1)
-    weight_norm = norms_of(wq).sqrt() * norms_of(wk).sqrt()
-    return {"mse": mse, "peak": peak, "hit_rate": hit_rate, "weight_norm": weight_norm}
+    return {"mse": mse, "peak": peak, "hit_rate": hit_rate}
 
 
 def _check_pos_embed(pos_embed: Tensor) -> None:

@@ -48,14 +48,15 @@ def mimetic_svd(
     else:
         z = uniform(shape, math.sqrt(1 / dim), generator)
     z = z.double() if truncated else z
-    matrix = noise * z + identity * torch.eye(dim, dtype=z.dtype, device="cpu")
+    matrix = z.mul_(noise)
+    matrix.diagonal(dim1=-2, dim2=-1).add_(identity)
     gram = matrix.mT @ matrix
     if not gram.isfinite().all():
         raise ValueError(f"noise and identity must be smaller, got {noise} and {identity}")
-    return svd_by_eigh(matrix, gram)
+    return _svd_by_eigh(matrix, gram)
 
 
-def svd_by_eigh(matrix: Tensor, gram: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _svd_by_eigh(matrix: Tensor, gram: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """An SVD of square matrices A [..., D, D] from the eigenvectors V of gram = AᵀA, several times as fast.
 
     A = (A V / s) · s · Vᵀ holds to rounding whatever s is; but squaring costs half the digits, so small

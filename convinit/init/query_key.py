@@ -233,12 +233,9 @@ def fitted_qk(
             padding_mode=options.padding_mode,
             generator=generator,
         )
-        wq, wk, norms, targets = (
-            impulses.wq.clone(),
-            impulses.wk.clone(),
-            impulses.weight_norm,
-            impulses.targets,
-        )
+        wq, wk, norms, targets = impulses.wq, impulses.wk, impulses.weight_norm, impulses.targets
+        if options.method != "impulse":  # controls are written in their place
+            wq, wk = torch.empty_like(wq), torch.empty_like(wk)
     else:
         wq, wk = pos_embed.new_empty(2, len(offsets), pos_embed.shape[1], rank)
         norms = torch.full((len(offsets),), weight_norm, dtype=torch.float64, device="cpu")

@@ -57,6 +57,15 @@ def test_sharpness_does_not_depend_on_how_many_images_are_given():
     assert few == pytest.approx(many, abs=0.05)
 
 
+@pytest.mark.parametrize("count", [3, 32, 100])
+def test_every_image_counts(count):
+    images = torch.randn(count, 3, 64, 64, generator=seeded())
+    images[1::2] *= 4  # the larger the content, the smaller the share of P
+    assert peaks(convinit.init_vit_(vit(), images=images, generator=seeded())) == pytest.approx(
+        [0.7, 0.7], abs=0.012
+    )
+
+
 def test_under_autocast():
     plain, under = vit(), vit()
     under.load_state_dict(plain.state_dict())

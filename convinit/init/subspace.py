@@ -43,7 +43,6 @@ def outside(weight: Tensor, V: Tensor, dtype: torch.dtype) -> Tensor | None:
     """
     matrix = weight.double().reshape(len(V), -1)
     inside = V.mT @ matrix
-    size = torch.linalg.vector_norm(weight, dtype=torch.float64)
-    if inside.norm() <= max(_ORTHOGONAL, torch.finfo(dtype).eps / 2) * size:
+    if inside.norm() <= max(_ORTHOGONAL, torch.finfo(dtype).eps / 2) * matrix.norm():
         return None
     return torch.addmm(matrix, V, inside, alpha=-1).view(weight.shape).to(weight)

@@ -27,7 +27,7 @@ from convinit.fit.newton import distinct_problems, reduced_bases, ridge_starts, 
 from convinit.nn.position import sincos_2d
 from convinit.ops.qk_solver import DIAGNOSTICS, qk_solver
 
-OFFICIAL = json.loads((Path(__file__).parent.parent / "tests" / "data" / "official_fit.json").read_text())
+OFFICIAL = json.loads((Path(__file__).parent.parent / "tests" / "fit" / "official_fit.json").read_text())
 ADAM_STEPS = 100
 
 

@@ -34,7 +34,7 @@ from convinit.models.pretrained import (
 )  # fmt: skip
 from convinit.train.build import build_model, create_timm, timm_options
 from convinit.train.checkpoint import checkpoints, read_progress, verify
-from convinit.train.config import OWN_MODELS, Config, InitConfig
+from convinit.train.config import LIBRARY_MODELS, OWN_MODELS, Config, InitConfig
 from convinit.train.config_files import read_toml
 from convinit.train.data.subsets import check_fraction, check_real
 
@@ -239,9 +239,10 @@ def _from_checkpoint(folder: Path, weights: str) -> TrainedModel:
             network = build_model(config, **shape)
         fill(network, path, "cpu")
     else:
-        _import_timm(config.model.name)
-        timm = (config.model.name, timm_options(config.model, **shape))
-        _check_timm_arguments(folder / "config.toml", timm[1])
+        if config.model.name not in LIBRARY_MODELS:
+            _import_timm(config.model.name)
+            timm = (config.model.name, timm_options(config.model, **shape))
+            _check_timm_arguments(folder / "config.toml", timm[1])
         plain = dataclasses.replace(config, init=InitConfig(method="default", values="default"))
         network = _with_weights(partial(build_model, plain, **shape), path)
     settings = config.as_dict()

@@ -12,7 +12,8 @@ from torch import nn
 
 from convinit.adapters import InitReport, init_vit_
 from convinit.models import ConvMixer, SimpleViT
-from convinit.train.config import OWN_MODELS, Config, InitConfig, ModelConfig
+from convinit.train.config import LIBRARY_MODELS, OWN_MODELS, Config, InitConfig, ModelConfig
+from convinit.train.libraries import create_library_model
 
 
 def build_model(
@@ -27,7 +28,7 @@ def build_model(
         num_classes: outputs.
 
     Raises:
-        ValueError: no such model, or it does not fit the images. ImportError: timm is needed and not there.
+        ValueError: no such model, or it does not fit the images. ImportError: its library is not there.
     """
     return build_with_report(config, image_size=image_size, channels=channels, num_classes=num_classes)[0]
 
@@ -35,14 +36,14 @@ def build_model(
 def build_with_report(
     config: Config, *, image_size: int | tuple[int, int], channels: int, num_classes: int
 ) -> tuple[nn.Module, InitReport | None]:
-    """As `build_model`, with the report of `init_vit_`, by which timm's models are initialised."""
+    """As `build_model`, with the report of `init_vit_`, by which libraries' models are initialised."""
     model, init = config.model, config.init
     generator = torch.Generator().manual_seed(config.run.seed)
     if model.name == "simple_vit":
         return _simple_vit(model, init, image_size, channels, num_classes, generator), None
     if model.name == "convmixer":
         return _convmixer(model, init, image_size, channels, num_classes, generator), None
-    return _timm(model, init, image_size, channels, num_classes, config.run.seed, generator)
+    return _of_a_library(model, init, image_size, channels, num_classes, config.run.seed, generator)
 
 
 def _simple_vit(
@@ -79,7 +80,7 @@ def _convmixer(
         )
 
 
-def _timm(
+def _of_a_library(
     model: ModelConfig,
     init: InitConfig,
     image_size: Any,
@@ -89,35 +90,47 @@ def _timm(
     generator: Any,
 ) -> tuple[nn.Module, InitReport | None]:
     check_model(model)
-    options = timm_options(model, image_size, channels, num_classes)
+    initialised = (init.method, init.values, init.pos_embed_gain) != ("default", "default", None)
     with torch.random.fork_rng(devices=[]), _Options(model):
-        torch.manual_seed(seed)  # timm draws from torch's own
-        initialised = (init.method, init.values, init.pos_embed_gain) != ("default", "default", None)
-        if initialised and (options.get("pretrained") or options.get("checkpoint_path")):
-            raise ValueError(
-                f"model.options must not name trained weights for {model.name}: the initialisation would "
-                "overwrite them; to keep them set init.method and init.values to default"
+        torch.manual_seed(seed)  # libraries draw from torch's own
+        if model.name in LIBRARY_MODELS:
+            patch = _without_none({"patch_size": model.patch_size})
+            network = create_library_model(
+                model.name, image_size, channels, num_classes, {**patch, **model.options}
             )
-        network = create_timm(model.name, options)
-        if options.get("weight_init") == "skip":
-            _draw_tokens_(network)
-        if model.pos_embed == "sincos":
-            _fix_sincos_(network, model.name)
-        report = None
-        if initialised:
-            report = init_vit_(
-                network,
-                pos_embed_gain=init.pos_embed_gain,
-                generator=generator,
-                **init.of_queries_keys(),
-            )
-        return network, report
+        else:
+            network = _timm(model, image_size, channels, num_classes, initialised)
+        if not initialised:
+            return network, None
+        return network, init_vit_(
+            network,
+            pos_embed_gain=init.pos_embed_gain,
+            generator=generator,
+            **init.of_queries_keys(),
+        )
+
+
+def _timm(
+    model: ModelConfig, image_size: Any, channels: int, num_classes: int, initialised: bool
+) -> nn.Module:
+    options = timm_options(model, image_size, channels, num_classes)
+    if initialised and (options.get("pretrained") or options.get("checkpoint_path")):
+        raise ValueError(
+            f"model.options must not name trained weights for {model.name}: the initialisation would "
+            "overwrite them; to keep them set init.method and init.values to default"
+        )
+    network = create_timm(model.name, options)
+    if options.get("weight_init") == "skip":
+        _draw_tokens_(network)
+    if model.pos_embed == "sincos":
+        _fix_sincos_(network, model.name)
+    return network
 
 
 def check_model(model: ModelConfig) -> None:
     """ValueError where no library has a model of that name; ImportError where timm is needed and missing."""
-    if model.name not in OWN_MODELS:
-        check_timm("model.name", model.name, OWN_MODELS)
+    if model.name not in (*OWN_MODELS, *LIBRARY_MODELS):
+        check_timm("model.name", model.name, (*OWN_MODELS, *LIBRARY_MODELS))
 
 
 def check_timm(what: str, name: str, others: Sequence[str] = ()) -> None:

@@ -82,7 +82,12 @@ class _Section:
 class ModelConfig(_Section):
     """The network. A field that its kind of model does not have must be None."""
 
-    name: str = option("simple_vit", "simple_vit, convmixer, or any model of timm by its name.", flag="model")
+    name: str = option(
+        "simple_vit",
+        "simple_vit, convmixer, any model of timm by its name, torchvision:VisionTransformer or "
+        "vit-pytorch:SimpleViT.",
+        flag="model",
+    )
     variant: str | None = option(
         None, "Of simple_vit: the paper's Models.", choices=("vanilla", "I", "II", "III"), unset="I"
     )
@@ -122,13 +127,16 @@ class ModelConfig(_Section):
             ("variant", "dim", "depth", "heads", "head_dim", "mlp_dim", "alpha", "train_mixing",
              "matrix_form", "num_filters", "share_layers"),
         )  # fmt: skip
+        if self.name in LIBRARY_MODELS:
+            wrong = (*wrong, "pos_embed")
         for key in wrong:
             if getattr(self, key) != default_of(ModelConfig, key):
-                hint = "" if self.name in OWN_MODELS else "; timm's own arguments go into model.options"
+                hint = "" if self.name in OWN_MODELS else "; its library's arguments go into model.options"
                 raise ValueError(f"model.{key} must not be set for model {self.name!r}, which has none{hint}")
 
 
 OWN_MODELS = ("simple_vit", "convmixer")
+LIBRARY_MODELS = ("torchvision:VisionTransformer", "vit-pytorch:SimpleViT")
 VIT_INITS = ("impulse", "mimetic", "random", "default", "scrambled", "norm_matched", "position_only")
 _FILTER_INITS = (
     "impulse", "random", "box", "gaussian", "softmax", "permutation", "full_permutation",

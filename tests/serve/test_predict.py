@@ -32,6 +32,7 @@ from convinit.serve import (
     save_trained,
 )
 from convinit.train import augmentation, load_data
+from convinit.train.build import build_with_report
 from convinit.train.config import Config
 from convinit.train.run import run_training
 
@@ -77,6 +78,14 @@ MODELS = {
     "timm, mixer": {
         "name": "mixer_s16_224", "patch_size": 2,
         "options": {"num_blocks": 1, "embed_dim": 16, "mlp_ratio": [1, 2]},
+    },
+    "torchvision": {
+        "name": "torchvision:VisionTransformer", "patch_size": 2,
+        "options": {"num_layers": 1, "hidden_dim": 16, "num_heads": 2, "mlp_dim": 8},
+    },
+    "vit_pytorch": {
+        "name": "vit-pytorch:SimpleViT", "patch_size": 2,
+        "options": {"depth": 1, "dim": 16, "heads": 2, "dim_head": 8, "mlp_dim": 8},
     },
 }  # fmt: skip
 
@@ -143,6 +152,25 @@ def test_a_checkpoint_becomes_folder_and_classifies_as_in_training(tmp_path, mon
         load_trained(checkpoint)
     with pytest.raises(ValueError, match="is no checkpoint, got 'ema'"):
         load_trained(tmp_path / "saved", weights="ema")
+
+
+@pytest.mark.parametrize("library", ["torchvision", "vit_pytorch"])
+def test_models_of_other_libraries(library, tmp_path):
+    """Trained from impulses on grey images, read again, and refused where they would be saved."""
+    pytest.importorskip(library, exc_type=ImportError)
+    trained = load_trained(train(library, tmp_path / "run"))
+    assert type(trained.network).__module__.startswith(library)
+    data = load_data("digits")
+    labels = torch.tensor([data.test[i][1] for i in range(len(data.test))])
+    right = (logits(trained.network, data, len(labels)).argmax(1) == labels).float().mean().item()
+    top1 = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])["top1"]
+    assert right == pytest.approx(top1)
+    config = Config.of({"model": MODELS[library], "init": {"kernel_size": 3}})
+    first, second = (build_with_report(config, image_size=8, channels=1, num_classes=10) for _ in range(2))
+    assert "2 heads by 'impulse'" in str(first[1])
+    assert all(torch.equal(a, b) for a, b in zip(first[0].parameters(), second[0].parameters(), strict=True))
+    with pytest.raises(ValueError, match="network must be SimpleViT, ConvMixer or timm's, got "):
+        save_trained(trained, tmp_path / "saved")
 
 
 def test_timms_models_and_timms_layout(tmp_path):

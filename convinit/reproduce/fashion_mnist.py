@@ -120,47 +120,6 @@ def _models(data: str) -> Table:
     )
 
 
-def _libraries(data: str) -> Table:
-    rows = {
-        "the library's own": "default", "mimetic": "mimetic", "impulse (the plain call)": "impulse",
-        "control: position embedding and values alone": "position_only", "control: scrambled": "scrambled",
-        "control: norm-matched": "norm_matched",
-    }  # fmt: skip
-    columns: dict[str, Settings] = {
-        "vit-pytorch's SimpleViT": {
-            "model.name": "vit-pytorch:SimpleViT",
-            "model.options": {"dim": 96, "depth": 6, "heads": 3, "dim_head": 32, "mlp_dim": 384},
-        },
-        "torchvision's VisionTransformer": {
-            "model.name": "torchvision:VisionTransformer",
-            "model.options": {"hidden_dim": 96, "num_layers": 6, "num_heads": 3, "mlp_dim": 384},
-        },
-    }
-    return Table(
-        "libraries",
-        "Vision Transformers of other libraries, on few images of Fashion-MNIST",
-        "Does one call of init_vit_ help beyond timm?",
-        "quick",
-        {**SETTINGS, "model.patch_size": 4, "data.train_count": 1000, "recipe.epochs": 16},
-        tuple(
-            Choice(
-                label,
-                {"init.method": method, "init.values": "default" if method == "default" else "mimetic"},
-                control=label.startswith("control"),
-            )
-            for label, method in rows.items()
-        ),
-        tuple(Choice(label, settings) for label, settings in columns.items()),
-        "model",
-        "dots",
-        readings=("accuracy", "shifted-1", "shifted-2", "shifted-4", "part-0.25", "epochs-to-60"),
-        ours=_PLAIN_CALL.label,
-        rates=RATES,
-        note="Width 96, 6 layers, 3 heads of 32, 7 × 7 tokens, 1,000 images. vit-pytorch's model has a fixed "
-        f"sin-cos position embedding and no class token; torchvision's learns both. {_NOTE}",
-    )
-
-
 TABLES: dict[str, Callable[[str], Table]] = {
-    "drop-in": _drop_in, "window": _window, "models": _models, "libraries": _libraries,
+    "drop-in": _drop_in, "window": _window, "models": _models,
 }  # fmt: skip

@@ -6,7 +6,7 @@ from convinit.reproduce.fashion_mnist import RATES, SETTINGS, small_vit
 from convinit.reproduce.table import Choice, Settings, Table
 
 # Of the 1,000 training digits another 300 for each seed, the others to validate on.
-_DIGITS: Settings = {
+FEW_DIGITS: Settings = {
     "data.val_fraction": 0.7, "data.train_count": 300, "model.patch_size": 1, "recipe.batch_size": 20,
     "recipe.epochs": 20, "recipe.weight_decay": 0.05, "recipe.clip": 1.0, "run.eval_every": 5,
 }  # fmt: skip
@@ -26,7 +26,7 @@ def sweep(data: str) -> Table:
         "The defaults of init_vit_: one changed at a time",
         "Which window, which peak, which values?",
         "quick",
-        _DIGITS if digits else {**SETTINGS, "data.train_count": 1000, "recipe.epochs": 16},
+        FEW_DIGITS if digits else {**SETTINGS, "data.train_count": 1000, "recipe.epochs": 16},
         (
             _PLAIN_CALL,
             *(small_vit(f"window f = {f}", "impulse", kernel_size=f) for f in windows),

@@ -10,6 +10,7 @@ from convinit._words import near
 from convinit.reproduce import fashion_mnist, papers
 from convinit.reproduce.architectures import architectures
 from convinit.reproduce.demo import demo
+from convinit.reproduce.libraries import libraries
 from convinit.reproduce.sweep import sweep
 from convinit.reproduce.table import Table
 
@@ -19,9 +20,9 @@ DATA = ("digits", "fashion-mnist", "cifar10", "cifar100", "svhn", "tiny-imagenet
 def tables_of(data: str) -> Mapping[str, Callable[[str], Table]]:
     """The tables that there are for a data set, by name."""
     if data == "fashion-mnist":
-        return {**fashion_mnist.TABLES, "sweep": sweep}
+        return {**fashion_mnist.TABLES, "libraries": libraries, "sweep": sweep}
     tables = {**papers.TABLES, "architectures": architectures}
-    return {"demo": demo, **tables, "sweep": sweep} if data == "digits" else tables
+    return {"demo": demo, **tables, "libraries": libraries, "sweep": sweep} if data == "digits" else tables
 
 
 def declared(name: str, data: str = "digits") -> Table:

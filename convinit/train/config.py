@@ -7,6 +7,7 @@ with their help, and what is compared when a run is resumed.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import os
 import re
@@ -522,6 +523,7 @@ def default_of(section: type, key: str) -> Any:
     return each.default if each.default_factory is dataclasses.MISSING else each.default_factory()
 
 
+@functools.cache  # a table of experiments asks for the same fields thousands of times
 def kind_of(section: type[Any], key: str) -> tuple[type, bool]:
     """A field's type, and whether it may be None."""
     hint = typing.get_type_hints(section)[key]

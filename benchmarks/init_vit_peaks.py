@@ -2,7 +2,7 @@
 
     python benchmarks/init_vit_peaks.py FOLDER [--models NAME ...] [--numbers N ...]
 
-FOLDER holds 40 photographs or more. They are divided into two halves at random, four times. init_vit_ sees
+FOLDER holds 128 photographs or more. They are divided into two halves at random, four times. init_vit_ sees
 one image of each of N photographs of one half, and the attention on the targets is measured on one image of
 each photograph of the other; then the same the other way round. The images are made as in training on
 ImageNet: random crops of 8 to 100 % of the area and random flips. A cell has the lowest and the highest mean
@@ -32,10 +32,11 @@ MODELS = {
     "ViT-B/16, 224 pixels": ("vit_base_patch16_224", 224, 16),
     "ViT-Ti/4, 32 pixels": ("vit_tiny_patch16_224", 32, 4),
     "ViT-S/4, 32 pixels": ("vit_small_patch16_224", 32, 4),
+    "ViT-B/4, 32 pixels": ("vit_base_patch16_224", 32, 4),
     "ViT-Ti/2, 32 pixels": ("vit_tiny_patch16_224", 32, 2),
 }
 DIVISIONS = 4
-NUMBERS = [0, 8, 22, 44]  # of photographs; 0: none, so synthetic images
+NUMBERS = [0, 22, 64]  # of photographs; 0: none, so synthetic images
 
 
 def crops(photographs: list[Path], size: int, seed: int) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""convinit.nn.linear against F.linear: forward, and with its three gradients.
+"""The linear layers of our models against F.linear: forward, and with its three gradients.
 
     python -m pytest benchmarks/bench_linear.py -s --benchmark-json linear.json
 
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from convinit.nn.linear import linear
+from convinit.nn._linear import linear
 from convinit.ops.cpu_products import MKL_USES_HALF_VECTORS
 
 pytestmark = pytest.mark.skipif(

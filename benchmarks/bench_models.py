@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from convinit._timing import Absent, compiled
 from convinit.models import SimpleViT
-from convinit.nn import Linear
+from convinit.nn._linear import Linear
 from convinit.ops.cpu_products import MKL_USES_HALF_VECTORS
 
 CUDA = torch.cuda.is_available()

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import convinit
-from convinit.adapters import AdditiveLayout, Layout, Linear, SelfAttention, Slot
+from convinit.adapters import AdditiveLayout, Layout, LinearWeights, SelfAttention, Slot
 
 
 class Attention(nn.Module):
@@ -51,12 +51,12 @@ def adapter(module: nn.Module, name: str) -> Layout | None:
     attentions = []
     for i, layer in enumerate(module.layers):
         dim, r = layer.to_q.in_features, layer.to_q.out_features // layer.heads
-        key, value = (Linear.of(layer.to_kv, slice(j * dim, (j + 1) * dim)) for j in range(2))
+        key, value = (LinearWeights.of(layer.to_kv, slice(j * dim, (j + 1) * dim)) for j in range(2))
         # What comes into to_q has been through the LayerNorm: that is what queries and keys are made from.
         attentions.append(
             SelfAttention(
                 f"{name}.layers.{i}".lstrip("."), layer.to_q, layer.heads, r, r**-0.5,
-                Linear.of(layer.to_q), key, value, Linear.of(layer.out), norm=layer.norm,
+                LinearWeights.of(layer.to_q), key, value, LinearWeights.of(layer.out), norm=layer.norm,
             )
         )  # fmt: skip
     return AdditiveLayout(
@@ -65,7 +65,7 @@ def adapter(module: nn.Module, name: str) -> Layout | None:
         prefix=[Slot(module.class_token)],
         prefix_position=Slot(module.positions, slice(1)),
         content=module.patches,
-        writers=[Linear.of(module.patches)],  # with the attentions' output layers all that adds to the tokens
+        writers=[LinearWeights.of(module.patches)],  # the attentions' output layers beside them
         image_shape=image_shape,
     )  # fmt: skip
 

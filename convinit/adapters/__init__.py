@@ -3,7 +3,7 @@
 from convinit.adapters import timm, transformers
 from convinit.adapters.additive import AdditiveLayout
 from convinit.adapters.init_vit import init_vit_
-from convinit.adapters.layout import Layout, Linear, SelfAttention, Slot, packed_qkv
+from convinit.adapters.layout import Layout, LinearWeights, SelfAttention, Slot, packed_qkv
 from convinit.adapters.measure import head_maps
 from convinit.adapters.report import InitReport
 from convinit.records import LayerRecord
@@ -13,7 +13,7 @@ __all__ = [
     "InitReport",
     "LayerRecord",
     "Layout",
-    "Linear",
+    "LinearWeights",
     "SelfAttention",
     "Slot",
     "head_maps",

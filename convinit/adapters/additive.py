@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from convinit.adapters.calibrate import Plan, Seen, calibrate_, qk_norm_weights
-from convinit.adapters.layout import Layout, Linear, SelfAttention, Slot, apply_norm, memory_of
+from convinit.adapters.layout import Layout, LinearWeights, SelfAttention, Slot, apply_norm, memory_of
 from convinit.adapters.measure import output_of
 from convinit.adapters.request import Request
 from convinit.adapters.subspace import (
@@ -62,7 +62,7 @@ class AdditiveLayout(Layout):
     prefix_position: Slot | None = None
     entry: nn.Module | None = None
     content: Any = None
-    writers: Sequence[Linear] | None = None
+    writers: Sequence[LinearWeights] | None = None
     between: Sequence[nn.Module] = ()
     image_shape: Callable[[tuple[int, int]], tuple[int, int, int]] | None = None
     whole_grid: Callable[[], AbstractContextManager] = nullcontext
@@ -503,9 +503,9 @@ class AdditiveLayout(Layout):
             raise
 
 
-def mlp_output(mlp: nn.Module) -> Linear:
+def mlp_output(mlp: nn.Module) -> LinearWeights:
     """The last linear layer of an MLP, gated or not: the one that writes to the residual stream."""
-    return Linear.of([layer for layer in mlp.modules() if isinstance(layer, nn.Linear)][-1])
+    return LinearWeights.of([layer for layer in mlp.modules() if isinstance(layer, nn.Linear)][-1])
 
 
 def _uniform(norm: nn.Module | None) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from convinit.adapters.additive import AdditiveLayout
-from convinit.adapters.layout import Linear, SelfAttention, Slot
+from convinit.adapters.layout import LinearWeights, SelfAttention, Slot
 
 _TOKENS = ("cls", "class", "dist", "reg", "token")  # in the names of learned tokens
 
@@ -64,7 +64,7 @@ def by_hand(
         position=Slot(pos_embed),
         prefix=tokens,
         content=stem,
-        writers=[Linear.of(layer) for layer in (stem, *inside) if layer is not None],
+        writers=[LinearWeights.of(layer) for layer in (stem, *inside) if layer is not None],
         image_shape=functools.partial(_image_shape, stem) if isinstance(stem, nn.Conv2d) else None,
         position_is_given=True,
         prefix_is_unknown=True,

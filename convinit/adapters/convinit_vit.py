@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from convinit.adapters.additive import AdditiveLayout
 from convinit.adapters.calibrate import Plan
-from convinit.adapters.layout import Layout, Linear, SelfAttention, Slot, packed_qkv
+from convinit.adapters.layout import Layout, LinearWeights, SelfAttention, Slot, packed_qkv
 from convinit.adapters.request import Request
 from convinit.adapters.types import child_name
 from convinit.models import SimpleViT
@@ -130,7 +130,7 @@ def _simple_vit(model: SimpleViT, name: str) -> Layout | None:
     layout = ConvInitLayout(name, model, model.grid_size, attentions, position=position)
     if writers:
         layout.content = model.patch_embed
-        layout.writers = [Linear.of(writer) for writer in writers]
+        layout.writers = [LinearWeights.of(writer) for writer in writers]
         layout.between = [model.patch_embed[-1]]
         layout.image_shape = lambda grid_size: (model.channels, *model.image_size)
     return layout
@@ -138,14 +138,14 @@ def _simple_vit(model: SimpleViT, name: str) -> Layout | None:
 
 def _attention(module: ConvInitAttention, name: str, norm: nn.Module | None = None) -> ConvInitSelfAttention:
     inner = module.num_heads * module.head_dim
-    value = None if module.v is None else Linear.of(module.v)
+    value = None if module.v is None else LinearWeights.of(module.v)
     if module.variant == "III":
-        query, key = Linear(Slot(module.q_map)), Linear(Slot(module.k_map))
+        query, key = LinearWeights(Slot(module.q_map)), LinearWeights(Slot(module.k_map))
     elif module.qkv is not None:
         query, key, value = packed_qkv(module.qkv, inner)
     else:
         assert module.qk is not None
-        query, key = (Linear.of(module.qk, slice(i * inner, (i + 1) * inner)) for i in range(2))
-    output = Linear.of(module.proj) if isinstance(module.proj, nn.Linear) else None
+        query, key = (LinearWeights.of(module.qk, slice(i * inner, (i + 1) * inner)) for i in range(2))
+    output = LinearWeights.of(module.proj) if isinstance(module.proj, nn.Linear) else None
     sizes = (module.num_heads, module.head_dim, module.scale)
     return ConvInitSelfAttention(name, module, *sizes, query, key, value, output, norm)

@@ -98,7 +98,7 @@ def is_sharded(tensor: Tensor) -> bool:
 
 
 @dataclass(frozen=True, eq=False)
-class Linear:
+class LinearWeights:
     """One linear map of a model: all of an ``nn.Linear``, or some rows of a packed one.
 
     Attributes:
@@ -110,7 +110,7 @@ class Linear:
     bias: Slot | None = None
 
     @classmethod
-    def of(cls, layer: Any, rows: slice | None = None) -> Linear:
+    def of(cls, layer: Any, rows: slice | None = None) -> LinearWeights:
         """Rows of an ``nn.Linear`` or convolution: layers that multiply with their weight and do no more.
 
         Raises:
@@ -138,9 +138,9 @@ class Linear:
         return self.weight.frozen
 
 
-def packed_qkv(layer: Any, inner: int) -> tuple[Linear, Linear, Linear]:
+def packed_qkv(layer: Any, inner: int) -> tuple[LinearWeights, LinearWeights, LinearWeights]:
     """Queries, keys and values of one [3·inner, D] product."""
-    query, key, value = (Linear.of(layer, slice(i * inner, (i + 1) * inner)) for i in range(3))
+    query, key, value = (LinearWeights.of(layer, slice(i * inner, (i + 1) * inner)) for i in range(3))
     return query, key, value
 
 
@@ -167,10 +167,10 @@ class SelfAttention:
     num_heads: int
     head_dim: int
     scale: float
-    query: Linear
-    key: Linear
-    value: Linear | None = None
-    output: Linear | None = None
+    query: LinearWeights
+    key: LinearWeights
+    value: LinearWeights | None = None
+    output: LinearWeights | None = None
     norm: nn.Module | None = None
     query_norm: nn.Module | None = None
     key_norm: nn.Module | None = None
@@ -311,7 +311,7 @@ class Layout(ABC):
         for attention in self.attentions:
             for each in fields(attention):
                 part = getattr(attention, each.name)
-                parts = (part.weight, part.bias) if isinstance(part, Linear) else (part,)
+                parts = (part.weight, part.bias) if isinstance(part, LinearWeights) else (part,)
                 yield from (
                     (attention.name or "its attention", slot) for slot in parts if isinstance(slot, Slot)
                 )

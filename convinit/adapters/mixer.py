@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from convinit import init as init_
-from convinit.adapters.layout import Layout, Linear
+from convinit.adapters.layout import Layout, LinearWeights
 from convinit.adapters.request import Request
 from convinit.adapters.types import child_name, is_a
 from convinit.init._shared import random_of_same_norm
@@ -28,8 +28,8 @@ class TokenMixing:
 
     name: str
     reads: nn.Module
-    fc1: Linear
-    fc2: Linear
+    fc1: LinearWeights
+    fc2: LinearWeights
     num_heads: int
     tokens: int
 
@@ -125,6 +125,8 @@ def layout(module: Any, name: str) -> Layout | None:
             )
         full_name = child_name(name, f"blocks.{i}.mlp_tokens")
         attentions.append(
-            TokenMixing(full_name, mlp, Linear.of(mlp.fc1), Linear.of(mlp.fc2), hidden // tokens, tokens)
+            TokenMixing(
+                full_name, mlp, LinearWeights.of(mlp.fc1), LinearWeights.of(mlp.fc2), hidden // tokens, tokens
+            )
         )
     return MixerLayout(name, module, tuple(module.stem.grid_size), attentions)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from convinit import init as init_
-from convinit.adapters.layout import Layout, Linear, SelfAttention, packed_qkv
+from convinit.adapters.layout import Layout, LinearWeights, SelfAttention, packed_qkv
 from convinit.adapters.request import Request
 from convinit.adapters.types import child_name, is_a, learned_norm
 from convinit.records import LayerRecord
@@ -177,7 +177,7 @@ def _eva(module: Any, name: str) -> Layout:
         attn = block.attn
         pairs = "half" if attn.rotate_half else "interleaved"
         query, key, value = packed_qkv(attn.qkv, attn.num_heads * attn.head_dim)
-        output = Linear.of(attn.proj)
+        output = LinearWeights.of(attn.proj)
         layer = i if module.rope_mixed else None
         angles = functools.partial(_eva_angles, module.rope, grid_size, layer, pairs)
         sizes = (attn.num_heads, attn.head_dim, float(attn.scale))
@@ -213,8 +213,9 @@ def _dinov3(module: Any, name: str) -> Layout:
         sizes = (attn.num_heads, attn.head_dim, float(attn.scaling))
         attentions.append(
             RotaryAttention(
-                full_name, attn, *sizes, Linear.of(attn.q_proj), Linear.of(attn.k_proj),
-                Linear.of(attn.v_proj), Linear.of(attn.o_proj), block.norm1, angles=angles, pairs="half",
+                full_name, attn, *sizes, LinearWeights.of(attn.q_proj), LinearWeights.of(attn.k_proj),
+                LinearWeights.of(attn.v_proj), LinearWeights.of(attn.o_proj), block.norm1, angles=angles,
+                pairs="half",
             )
         )  # fmt: skip
     return RotaryLayout(

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from convinit.adapters.layout import Linear, Slot
+from convinit.adapters.layout import LinearWeights, Slot
 from convinit.init.subspace import outside
 
 # rms of P / rms of the content, where P is made here. See docs/init_vit for the sweep.
@@ -88,7 +88,7 @@ def separate_(slot: Slot, V: Tensor, *, rows: bool = False) -> None:
         slot.write_(new.mT if rows else new)
 
 
-def separate_writer_(writer: Linear, V: Tensor) -> None:
+def separate_writer_(writer: LinearWeights, V: Tensor) -> None:
     """The weight and the bias of a map whose output is added to the residual stream."""
     separate_(writer.weight, V)
     if writer.bias is not None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from convinit import init as init_
 from convinit._checks import check_grid_size
-from convinit.adapters.layout import Layout, Linear, SelfAttention, Slot, packed_qkv
+from convinit.adapters.layout import Layout, LinearWeights, SelfAttention, Slot, packed_qkv
 from convinit.adapters.request import Request
 from convinit.adapters.types import child_name, is_a
 from convinit.init._shared import random_of_same_norm
@@ -195,10 +195,12 @@ def _attention(module: Any, name: str) -> WindowAttention:
         query, key, value = packed_qkv(module.qkv, inner)
         output, heads = module.proj, module.num_heads
     else:
-        query, key, value = (Linear.of(layer) for layer in (module.q_proj, module.k_proj, module.v_proj))
+        query, key, value = (
+            LinearWeights.of(layer) for layer in (module.q_proj, module.k_proj, module.v_proj)
+        )
         inner, output, heads = module.q_proj.weight.shape[0], module.o_proj, module.num_attention_heads
     rank = inner // heads
     return WindowAttention(
-        name, module, heads, rank, rank**-0.5, query, key, value, Linear.of(output), table=table,
+        name, module, heads, rank, rank**-0.5, query, key, value, LinearWeights.of(output), table=table,
         window_size=window, shift=tuple(getattr(module, "shift_size", (0, 0))),
     )  # fmt: skip

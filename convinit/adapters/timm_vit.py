@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from convinit.adapters.additive import AdditiveLayout, mlp_output
-from convinit.adapters.layout import Layout, Linear, SelfAttention, Slot, packed_qkv
+from convinit.adapters.layout import Layout, LinearWeights, SelfAttention, Slot, packed_qkv
 from convinit.adapters.types import child_name, is_a, learned_norm
 
 
@@ -60,7 +60,7 @@ def attention(module: Any, name: str, norm: nn.Module | None = None) -> SelfAtte
     query, key, value = packed_qkv(module.qkv, module.num_heads * module.head_dim)
     return SelfAttention(
         name, module, module.num_heads, module.head_dim, float(module.scale), query, key, value,
-        Linear.of(module.proj), norm, learned_norm(module.q_norm), learned_norm(module.k_norm),
+        LinearWeights.of(module.proj), norm, learned_norm(module.q_norm), learned_norm(module.k_norm),
     )  # fmt: skip
 
 
@@ -69,11 +69,11 @@ def _norm_before(block: Any) -> nn.Module | None:
     return None if is_a(block, "timm.models.vision_transformer.ResPostBlock") else learned_norm(block.norm1)
 
 
-def _writers(module: Any) -> list[Linear] | None:
+def _writers(module: Any) -> list[LinearWeights] | None:
     projection = getattr(module.patch_embed, "proj", None)
     if not isinstance(projection, nn.Conv2d):
         return None
-    return [Linear.of(projection), *(mlp_output(block.mlp) for block in module.blocks)]
+    return [LinearWeights.of(projection), *(mlp_output(block.mlp) for block in module.blocks)]
 
 
 def _image_shape(patch_embed: Any, grid_size: tuple[int, int]) -> tuple[int, int, int]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from convinit.adapters.layout import Linear, SelfAttention, Slot
+from convinit.adapters.layout import LinearWeights, SelfAttention, Slot
 from convinit.adapters.types import child_name
 
 
@@ -31,10 +31,10 @@ def attention(module: Any, name: str, norm: nn.Module | None = None) -> SelfAtte
         return None  # cross-attention
     bias = module.in_proj_bias
     query, key, value = (
-        Linear(weight, None if bias is None else Slot(bias, row))
+        LinearWeights(weight, None if bias is None else Slot(bias, row))
         for weight, row in zip(weights, rows, strict=True)
     )
     return SelfAttention(
         name, module, module.num_heads, module.head_dim, module.head_dim**-0.5, query, key, value,
-        Linear.of(module.out_proj), norm, batch_first=module.batch_first,
+        LinearWeights.of(module.out_proj), norm, batch_first=module.batch_first,
     )  # fmt: skip

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from convinit.adapters.additive import AdditiveLayout, mlp_output
-from convinit.adapters.layout import Layout, Linear, Slot
+from convinit.adapters.layout import Layout, LinearWeights, Slot
 from convinit.adapters.torch_nn import attention
 from convinit.adapters.types import child_name, is_a
 
@@ -38,7 +38,7 @@ def layout(module: Any, name: str) -> Layout | None:
         prefix=[Slot(module.class_token, 0)],
         prefix_position=Slot(module.encoder.pos_embedding, (0, slice(1))),
         content=projection,
-        writers=[Linear.of(projection), *(mlp_output(block.mlp) for block in module.encoder.layers)],
+        writers=[LinearWeights.of(projection), *(mlp_output(block.mlp) for block in module.encoder.layers)],
         image_shape=functools.partial(_image_shape, module),
     )
 

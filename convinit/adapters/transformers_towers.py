@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from convinit.adapters.additive import AdditiveLayout, mlp_output
-from convinit.adapters.layout import Layout, Linear, SelfAttention, Slot
+from convinit.adapters.layout import Layout, LinearWeights, SelfAttention, Slot
 from convinit.adapters.types import child_name, is_a
 
 _CONTRASTIVE = (
@@ -46,8 +46,8 @@ def _contrastive(module: Any, name: str) -> Layout:
         attentions.append(
             SelfAttention(
                 child_name(name, f"encoder.layers.{i}.self_attn"), attn, attn.num_heads, attn.head_dim,
-                float(attn.scale), Linear.of(attn.q_proj), Linear.of(attn.k_proj), Linear.of(attn.v_proj),
-                Linear.of(attn.out_proj), layer.layer_norm1,
+                float(attn.scale), LinearWeights.of(attn.q_proj), LinearWeights.of(attn.k_proj),
+                LinearWeights.of(attn.v_proj), LinearWeights.of(attn.out_proj), layer.layer_norm1,
             )
         )  # fmt: skip
     return AdditiveLayout(
@@ -61,7 +61,7 @@ def _contrastive(module: Any, name: str) -> Layout:
         entry=getattr(module, "pre_layrnorm", None),
         content=embeddings.patch_embedding,
         writers=[
-            Linear.of(embeddings.patch_embedding),
+            LinearWeights.of(embeddings.patch_embedding),
             *(mlp_output(layer.mlp) for layer in module.encoder.layers),
         ],
         image_shape=functools.partial(_square, embeddings.patch_embedding, embeddings.image_size),
@@ -78,8 +78,9 @@ def _dino(module: Any, name: str) -> Layout:
         attentions.append(
             SelfAttention(
                 child_name(name, f"encoder.layer.{i}.attention"), attn, attn.num_attention_heads,
-                attn.head_dim, float(attn.scaling), Linear.of(attn.q_proj), Linear.of(attn.k_proj),
-                Linear.of(attn.v_proj), Linear.of(attn.o_proj), layer.norm1,
+                attn.head_dim, float(attn.scaling), LinearWeights.of(attn.q_proj),
+                LinearWeights.of(attn.k_proj), LinearWeights.of(attn.v_proj),
+                LinearWeights.of(attn.o_proj), layer.norm1,
             )
         )  # fmt: skip
     tokens = [embeddings.cls_token, getattr(embeddings, "register_tokens", None)]
@@ -93,8 +94,8 @@ def _dino(module: Any, name: str) -> Layout:
         prefix_position=Slot(position, (0, slice(1))),  # of the class token alone
         content=patches.projection,
         writers=[
-            Linear.of(patches.projection),
-            Linear(Slot(embeddings.mask_token, 0)),  # takes the place of masked content
+            LinearWeights.of(patches.projection),
+            LinearWeights(Slot(embeddings.mask_token, 0)),  # takes the place of masked content
             *(mlp_output(layer.mlp) for layer in layers),
         ],
         between=[scale for layer in layers for scale in (layer.layer_scale1, layer.layer_scale2)],

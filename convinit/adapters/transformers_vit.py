@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from convinit.adapters.additive import AdditiveLayout, mlp_output
-from convinit.adapters.layout import Layout, Linear, SelfAttention, Slot
+from convinit.adapters.layout import Layout, LinearWeights, SelfAttention, Slot
 from convinit.adapters.types import child_name, is_a
 
 _MODELS = {
@@ -48,7 +48,7 @@ def layout(module: Any, name: str) -> Layout | None:
         prefix=[Slot(token, 0) for token in special],
         prefix_position=Slot(position, (0, slice(len(special)))),
         content=patches.projection,
-        writers=[Linear.of(patches.projection), *(mlp_output(layer.mlp) for layer in module.layers)],
+        writers=[LinearWeights.of(patches.projection), *(mlp_output(layer.mlp) for layer in module.layers)],
         image_shape=functools.partial(_image_shape, patches),
         whole_grid=functools.partial(_unmasked, embeddings),
     )
@@ -82,6 +82,6 @@ def attention(module: Any, name: str, norm: nn.Module | None = None) -> SelfAtte
         return None
     return SelfAttention(
         name, module, module.num_attention_heads, module.head_dim, float(module.scaling),
-        Linear.of(module.q_proj), Linear.of(module.k_proj), Linear.of(module.v_proj),
-        Linear.of(module.o_proj), norm,
+        LinearWeights.of(module.q_proj), LinearWeights.of(module.k_proj), LinearWeights.of(module.v_proj),
+        LinearWeights.of(module.o_proj), norm,
     )  # fmt: skip

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from convinit.adapters.additive import AdditiveLayout, mlp_output
-from convinit.adapters.layout import UNKNOWN_GRID, Layout, Linear, SelfAttention, Slot, packed_qkv
+from convinit.adapters.layout import UNKNOWN_GRID, Layout, LinearWeights, SelfAttention, Slot, packed_qkv
 from convinit.adapters.types import child_name, is_a
 
 
@@ -37,7 +37,7 @@ def layout(module: Any, name: str) -> Layout | None:
         prefix_position=Slot(position, slice(first)) if first else None,
         content=module.to_patch_embedding[-1],
         writers=[
-            Linear.of(module.to_patch_embedding[projection]),
+            LinearWeights.of(module.to_patch_embedding[projection]),
             *(mlp_output(mlp) for _, mlp in module.transformer.layers),
         ],
         between=list(module.to_patch_embedding[projection + 1 :]),
@@ -54,7 +54,7 @@ def attention(module: Any, name: str) -> SelfAttention | None:
     output = module.to_out[0] if isinstance(module.to_out, nn.Sequential) else module.to_out
     return SelfAttention(
         name, module.to_qkv, module.heads, inner // module.heads, float(module.scale), query, key, value,
-        Linear.of(output) if isinstance(output, nn.Linear) else None, module.norm,
+        LinearWeights.of(output) if isinstance(output, nn.Linear) else None, module.norm,
     )  # fmt: skip
 
 

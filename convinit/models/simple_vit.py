@@ -21,8 +21,8 @@ from convinit.fit.api import Solver
 from convinit.init import default_
 from convinit.init.subspace import outside, row_space
 from convinit.models.pretrained import Pretrained
+from convinit.nn._linear import Linear
 from convinit.nn.attention import VARIANTS, ConvInitAttention, reset_mixing_
-from convinit.nn.linear import Linear
 from convinit.nn.position import fill_position_
 
 __all__ = ["SimpleViT"]

@@ -28,7 +28,7 @@ from convinit.fit.api import Solver
 from convinit.init._shared import rounded
 from convinit.init.options import InitOptions
 from convinit.init.query_key import fitted_qk
-from convinit.nn.linear import Linear
+from convinit.nn._linear import Linear
 from convinit.nn.position import check_position, fill_position_
 from convinit.ops.backends import BACKENDS
 from convinit.ops.positional_attention import packed_attention, positional_attention

@@ -7,7 +7,6 @@ with their help, and what is compared when a run is resumed.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 import os
 import re
@@ -504,6 +503,8 @@ class Config:
 SECTIONS: dict[str, type[Any]] = {
     "model": ModelConfig, "init": InitConfig, "data": DataConfig, "recipe": RecipeConfig, "run": RunConfig,
 }  # fmt: skip
+# Evaluated once: a table of experiments asks for the same fields thousands of times.
+_HINTS = {section: typing.get_type_hints(section) for section in SECTIONS.values()}
 
 
 def field_of(path: str) -> dataclasses.Field:
@@ -523,10 +524,9 @@ def default_of(section: type, key: str) -> Any:
     return each.default if each.default_factory is dataclasses.MISSING else each.default_factory()
 
 
-@functools.cache  # a table of experiments asks for the same fields thousands of times
 def kind_of(section: type[Any], key: str) -> tuple[type, bool]:
     """A field's type, and whether it may be None."""
-    hint = typing.get_type_hints(section)[key]
+    hint = _HINTS[section][key]
     optional = isinstance(hint, types.UnionType)
     if isinstance(hint, types.UnionType):
         hint = next(each for each in hint.__args__ if each is not types.NoneType)

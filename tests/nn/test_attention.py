@@ -10,7 +10,8 @@ from torch import nn
 
 from convinit import fit_qk, impulse_targets, sample_offsets
 from convinit.fit import Adam
-from convinit.nn import ConvInitAttention, Linear, sincos_2d
+from convinit.nn import ConvInitAttention, sincos_2d
+from convinit.nn._linear import Linear
 from convinit.nn.attention import reset_mixing_
 
 DIM, HEADS, GRID, TOKENS = 32, 4, (4, 5), 20

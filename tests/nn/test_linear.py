@@ -1,4 +1,4 @@
-"""`convinit.nn.Linear`, by either of its products, against `nn.Linear`."""
+"""The linear layers of our models, by either of its products, against `nn.Linear`."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from convinit.models import SimpleViT
-from convinit.nn import Linear
-from convinit.nn import linear as module
-from convinit.nn.linear import linear
+from convinit.nn import _linear as module
+from convinit.nn._linear import Linear, linear
 
 
 @pytest.fixture

@@ -108,7 +108,7 @@ def whole_pos_embed(module: ConvInitAttention) -> Tensor:
     return Slot(module.pos_embed).read().double()
 
 
-def layout(module: nn.Module, name: str) -> Layout | None:
+def adapt(module: nn.Module, name: str) -> Layout | None:
     if isinstance(module, SimpleViT):
         return _simple_vit(module, name)
     if not isinstance(module, ConvInitAttention):

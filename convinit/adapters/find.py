@@ -28,15 +28,15 @@ Adapter = Callable[[nn.Module, str], Layout | None]
 
 # Whole models; the first that knows a module has it, and what is inside is not looked at again.
 MODELS: tuple[Adapter, ...] = (
-    convinit_vit.layout,
-    timm_vit.layout,
-    torchvision.layout,
-    transformers_vit.layout,
-    transformers_towers.layout,
-    vit_pytorch.layout,
-    rotary.layout,
-    swin.layout,
-    mixer.layout,
+    convinit_vit.adapt,
+    timm_vit.adapt,
+    torchvision.adapt,
+    transformers_vit.adapt,
+    transformers_towers.adapt,
+    vit_pytorch.adapt,
+    rotary.adapt,
+    swin.adapt,
+    mixer.adapt,
 )
 # Single attentions, for models that nobody knows: grid and P come from the caller.
 ATTENTIONS: tuple[Callable[[nn.Module, str], SelfAttention | None], ...] = (

@@ -1,8 +1,8 @@
 """What an adapter says of a model: where its position embedding and its self-attentions are.
 
-An adapter is one file with one function, ``layout(module, name)``, which returns a :class:`Layout` for a
+An adapter is one file with one function, ``adapt(module, name)``, which returns a :class:`Layout` for a
 module that it knows and None for any other. It describes; reading, fitting and writing are done here, in
-the same way for every library: see `timm.py` for an example.
+the same way for every library: see `timm_vit.py` for an example.
 """
 
 from __future__ import annotations

@@ -105,7 +105,7 @@ class MixerLayout(Layout):
         return self.attentions[layer].position_map()
 
 
-def layout(module: Any, name: str) -> Layout | None:
+def adapt(module: Any, name: str) -> Layout | None:
     if not is_a(module, "timm.models.mlp_mixer.MlpMixer"):
         return None
     attentions = []

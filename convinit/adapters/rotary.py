@@ -155,7 +155,7 @@ def _turned(x: Tensor, angles: Tensor, pairs: str) -> Tensor:
 # --- the libraries' models --------------------------------------------------------------------------------
 
 
-def layout(module: Any, name: str) -> Layout | None:
+def adapt(module: Any, name: str) -> Layout | None:
     if is_a(module, "timm.models.eva.Eva") and module.rope is not None:
         return _eva(module, name)
     if is_a(module, "transformers.models.dinov3_vit.modeling_dinov3_vit.DINOv3ViTModel"):

@@ -170,7 +170,7 @@ _ATTENTIONS = (
 )
 
 
-def layout(module: Any, name: str) -> Layout | None:
+def adapt(module: Any, name: str) -> Layout | None:
     if not is_a(module, *_MODELS):
         return None
     # torchvision has both versions in one class.

@@ -12,7 +12,7 @@ from convinit.adapters.layout import Layout, LinearWeights, SelfAttention, Slot,
 from convinit.adapters.types import child_name, is_a, learned_norm
 
 
-def layout(module: Any, name: str) -> Layout | None:
+def adapt(module: Any, name: str) -> Layout | None:
     if not is_a(module, "timm.models.vision_transformer.VisionTransformer") or module.pos_embed is None:
         return None
     kinds = {type(block).__name__ for block in module.blocks if not hasattr(block, "attn")}

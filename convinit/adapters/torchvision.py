@@ -13,7 +13,7 @@ from convinit.adapters.torch_nn import attention
 from convinit.adapters.types import child_name, is_a
 
 
-def layout(module: Any, name: str) -> Layout | None:
+def adapt(module: Any, name: str) -> Layout | None:
     if not is_a(module, "torchvision.models.vision_transformer.VisionTransformer"):
         return None
     side = module.image_size // module.patch_size

@@ -22,7 +22,7 @@ _DINO = (
 _BEIT = "transformers.models.beit.modeling_beit.BeitModel"
 
 
-def layout(module: Any, name: str) -> Layout | None:
+def adapt(module: Any, name: str) -> Layout | None:
     if is_a(module, *_CONTRASTIVE) and hasattr(module, "embeddings"):  # as of transformers 5
         return _contrastive(module, name)
     if is_a(module, *_DINO) and hasattr(module.encoder.layer[0].attention, "q_proj"):

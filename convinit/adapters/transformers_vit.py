@@ -25,7 +25,7 @@ _MODELS = {
 _ATTENTIONS = tuple(f"{path.rpartition('.')[0]}.{name}" for path, name in _MODELS.items())
 
 
-def layout(module: Any, name: str) -> Layout | None:
+def adapt(module: Any, name: str) -> Layout | None:
     if not is_a(module, *_MODELS) or not hasattr(module, "layers"):  # as of transformers 5
         return None
     embeddings = module.embeddings

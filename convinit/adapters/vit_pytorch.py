@@ -13,7 +13,7 @@ from convinit.adapters.layout import UNKNOWN_GRID, Layout, LinearWeights, SelfAt
 from convinit.adapters.types import child_name, is_a
 
 
-def layout(module: Any, name: str) -> Layout | None:
+def adapt(module: Any, name: str) -> Layout | None:
     vit = is_a(module, "vit_pytorch.vit.ViT")
     if not vit and not is_a(module, "vit_pytorch.simple_vit.SimpleViT"):
         return None

@@ -1,15 +1,29 @@
-"""Atomic file writes."""
+"""Folders and files that are there whole or not at all."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 
 def cache_folder() -> Path:
     """Where what takes long to make is kept: $CONVINIT_CACHE_DIR, or ~/.cache/convinit."""
     return Path(os.environ.get("CONVINIT_CACHE_DIR") or "~/.cache/convinit").expanduser()
+
+
+@contextlib.contextmanager
+def empty_removed(folder: Path) -> Iterator[None]:
+    """Of a folder and those above it, what is made inside and is empty at the end is removed."""
+    new = [each for each in (folder, *folder.parents) if not each.exists()]
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # one that is not empty stays, and so do those above it
+            for each in new:
+                each.rmdir()
 
 
 def write_whole(path: Path, text: str, *, sync: bool = False) -> None:

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 import convinit
+from convinit._files import empty_removed
 
 if TYPE_CHECKING:
     import torch
@@ -159,36 +160,37 @@ def fit(
         options = SVD() if weight_norm is None else SVD(weight_norm=weight_norm)
     else:
         options = Newton()
-    if out is not None:  # what would stop the writing shows before the work, not after it
-        import safetensors.torch  # noqa: F401
+    with empty_removed(out or Path()):
+        if out is not None:  # what would stop the writing shows before the work, not after it
+            import safetensors.torch  # noqa: F401
 
-        from convinit import viz  # noqa: F401
+            from convinit import viz  # noqa: F401
 
-        out.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=out).close()
-    dealt = draws.deal([heads] * layers, kernel_size, generator)
-    result = convinit.fit_qk(
-        P,
-        torch.cat(dealt),
-        grid_size,
-        rank,
-        scale=scale,
-        fit=options,
-        weight_norm=weight_norm if solver is Solver.newton else None,
-        peak=peak,
-        padding_mode=padding_mode.value,
-        generator=generator,
-    )
-    written: list[tuple[Path, str]] = []
-    if out is not None:  # before anything is printed, which may fail where nobody reads on
-        settings = {
-            "grid_size": list(grid_size), "dim": dim, "heads": heads, "layers": layers, "rank": rank,
-            "scale": scale, "kernel_size": kernel_size, "offsets": draws.offsets, "fit": solver.value,
-            "weight_norm": weight_norm, "peak": peak, "padding_mode": padding_mode.value,
-            "pos_embed": pos_embed, "seed": seed,
-            "steps": options.steps if isinstance(options, Adam) else None,
-        }  # fmt: skip
-        written = _write(out, result, layers, grid_size, settings)
+            out.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=out).close()
+        dealt = draws.deal([heads] * layers, kernel_size, generator)
+        result = convinit.fit_qk(
+            P,
+            torch.cat(dealt),
+            grid_size,
+            rank,
+            scale=scale,
+            fit=options,
+            weight_norm=weight_norm if solver is Solver.newton else None,
+            peak=peak,
+            padding_mode=padding_mode.value,
+            generator=generator,
+        )
+        written: list[tuple[Path, str]] = []
+        if out is not None:  # before anything is printed, which may fail where nobody reads on
+            settings = {
+                "grid_size": list(grid_size), "dim": dim, "heads": heads, "layers": layers, "rank": rank,
+                "scale": scale, "kernel_size": kernel_size, "offsets": draws.offsets, "fit": solver.value,
+                "weight_norm": weight_norm, "peak": peak, "padding_mode": padding_mode.value,
+                "pos_embed": pos_embed, "seed": seed,
+                "steps": options.steps if isinstance(options, Adam) else None,
+            }  # fmt: skip
+            written = _write(out, result, layers, grid_size, settings)
     console = Console()
     console.print(_table(result, layers))
     console.print(_summary(result, layers), highlight=False, soft_wrap=True)

@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 import convinit
+from convinit._files import empty_removed
 from convinit.train.config import VIT_INITS, check_choice_or_family
 from convinit.train.config_files import name_and_value
 
@@ -139,40 +140,41 @@ def plot(
     from convinit import viz
     from convinit.serve.pictures import of_what
 
-    out.mkdir(parents=True, exist_ok=True)
     summary = ""
-    if fitted is not None:
-        figures = _of_fit(fitted, radius)
-    else:
-        network = _create(str(model), option or [], seed)
-        weights = {path: _weights(network, path) for path in (before, after) if path is not None}
-        batch = None if images is None else _batch(network, images)
-        report = convinit.init_vit_(
-            network, method=init, fit=fit, kernel_size=kernel_size, peak=peak, pos_embed_gain=pos_embed_gain,
-            values="default", images=batch, generator=torch.Generator().manual_seed(seed),
-        )  # fmt: skip
-        seen: Any = {} if batch is None else {"model": network, "images": batch}
-        summary = report.summary()
-        start = None
-        if before is not None:
-            network.load_state_dict(weights[before])
-        if after is not None:
-            start = viz.head_maps(report, **seen)
-            network.load_state_dict(weights[after])
-        figures = {
-            "filters.png": viz.model_filters(
-                report,
-                start,
-                radius=radius,
-                title=f"{model}: attention around a query, {of_what(batch)}",
-                **seen,
-            ),
-            "maps.png": viz.model_maps(
-                report, start, title=f"{model}: attention maps, {of_what(batch)}", **seen
-            ),
-        }
-    for name, figure in figures.items():
-        figure.savefig(out / name, dpi=150)
+    with empty_removed(out):
+        out.mkdir(parents=True, exist_ok=True)
+        if fitted is not None:
+            figures = _of_fit(fitted, radius)
+        else:
+            network = _create(str(model), option or [], seed)
+            weights = {path: _weights(network, path) for path in (before, after) if path is not None}
+            batch = None if images is None else _batch(network, images)
+            report = convinit.init_vit_(
+                network, method=init, fit=fit, kernel_size=kernel_size, peak=peak, values="default",
+                pos_embed_gain=pos_embed_gain, images=batch, generator=torch.Generator().manual_seed(seed),
+            )  # fmt: skip
+            seen: Any = {} if batch is None else {"model": network, "images": batch}
+            summary = report.summary()
+            start = None
+            if before is not None:
+                network.load_state_dict(weights[before])
+            if after is not None:
+                start = viz.head_maps(report, **seen)
+                network.load_state_dict(weights[after])
+            figures = {
+                "filters.png": viz.model_filters(
+                    report,
+                    start,
+                    radius=radius,
+                    title=f"{model}: attention around a query, {of_what(batch)}",
+                    **seen,
+                ),
+                "maps.png": viz.model_maps(
+                    report, start, title=f"{model}: attention maps, {of_what(batch)}", **seen
+                ),
+            }
+        for name, figure in figures.items():
+            figure.savefig(out / name, dpi=150)
     if summary:
         console.print(summary, highlight=False, soft_wrap=True, markup=False)
     written = ", ".join(str(out / name) for name in figures)

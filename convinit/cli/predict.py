@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from convinit._files import empty_removed
 from convinit.cli.errors import say
 from convinit.train.config import check_choice_or_family
 
@@ -63,28 +64,29 @@ def predict_command(
     check_choice_or_family("format", kind, _FORMATS)
     from convinit.serve import Prediction, image_files, load_trained, predict
 
-    if out is not None:  # what would stop the writing shows before the work, not after it
-        out.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=out.parent).close()
-        if out.is_dir():
-            raise IsADirectoryError(f"out must be a file, got the folder {out}")
-    trained = load_trained(model, weights="ema" if ema else "model", device="cpu")
-    files, failed = image_files(images)
-    if not files and not failed:
-        raise ValueError(f"there are no images in {', '.join(map(str, images))}")
-    found: list[Prediction] = []
-    try:
-        for result in predict(trained, files, top_k=top_k, batch_size=batch_size, device=device):
-            if isinstance(result, Prediction):
-                found.append(result)
-            else:
-                failed.append(result)
-    finally:  # interrupted, it gives what it has
-        if found or not sys.exc_info()[0]:
-            _write(found, kind, out)
-        _name(failed)
-    if failed:
-        raise typer.Exit(1)
+    with empty_removed(Path() if out is None else out.parent):
+        if out is not None:  # what would stop the writing shows before the work, not after it
+            out.parent.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=out.parent).close()
+            if out.is_dir():
+                raise IsADirectoryError(f"out must be a file, got the folder {out}")
+        trained = load_trained(model, weights="ema" if ema else "model", device="cpu")
+        files, failed = image_files(images)
+        if not files and not failed:
+            raise ValueError(f"there are no images in {', '.join(map(str, images))}")
+        found: list[Prediction] = []
+        try:
+            for result in predict(trained, files, top_k=top_k, batch_size=batch_size, device=device):
+                if isinstance(result, Prediction):
+                    found.append(result)
+                else:
+                    failed.append(result)
+        finally:  # interrupted, it gives what it has
+            if found or not sys.exc_info()[0]:
+                _write(found, kind, out)
+            _name(failed)
+        if failed:
+            raise typer.Exit(1)
 
 
 def _write(found: Sequence[Prediction], kind: str, out: Path | None) -> None:

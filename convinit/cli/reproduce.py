@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table as Sheet
 
+from convinit._files import empty_removed
 from convinit.cli.errors import say
 from convinit.cli.progress import bar
 
@@ -130,7 +131,7 @@ def run_tables(
     """
     from convinit import reproduce as api
     from convinit._checks import check_int
-    from convinit.reproduce.cells import identity
+    from convinit.reproduce.cells import CELLS, identity
     from convinit.reproduce.grid import check_data, jobs_for
     from convinit.train.config import field_of
     from convinit.train.run import RunInterrupted
@@ -145,13 +146,14 @@ def run_tables(
     if dry_run:
         _print_plan(grids, out, found, at_once)
         return
-    out.mkdir(parents=True, exist_ok=True)  # a folder that cannot be written shows now
     kept = todo if keep_checkpoints else [grid.of_heads() for grid in grids if grid.table.heads]
     start = time.perf_counter()
     errors: list[str] = []
     interrupted, dead = False, None
     try:
-        errors = _run(grids, todo, out, jobs, {identity(config) for config in kept})
+        with empty_removed(out / CELLS):
+            (out / CELLS).mkdir(parents=True, exist_ok=True)  # a folder that cannot be written shows now
+            errors = _run(grids, todo, out, jobs, {identity(config) for config in kept})
     except (KeyboardInterrupt, RunInterrupted):
         interrupted = True
     except RuntimeError as error:

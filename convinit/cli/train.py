@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 import itertools
 import os
 import re
 import shlex
-import shutil
 import signal
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,6 +20,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from convinit._files import empty_removed
 from convinit.cli.errors import say
 from convinit.train.config import NONE, SECTIONS, Config, default_of, kind_of
 from convinit.train.config_files import (
@@ -123,33 +124,33 @@ def train(
         save_config.write_text(to_toml(wanted, explained=True), encoding="utf-8")
         Console().print(f"Written: {save_config}", highlight=False, soft_wrap=True, markup=False)
         return
-    from convinit.cli.train_progress import watcher
-    from convinit.train.checkpoint import LOCK
-    from convinit.train.run import RunInterrupted, measure, run_training
-
     if dry_run:
+        from convinit.train.run import measure
+
         _print_plan(wanted, *measure(wanted))
         return
-    made = out is None
-    out = _new_folder(wanted) if out is None else out
+    with _new_folder(wanted) if out is None else contextlib.nullcontext(out) as folder:
+        _run(wanted, folder, resume=resume, overwrite=overwrite)
+
+
+def _run(config: Config, out: Path, *, resume: bool, overwrite: bool) -> None:
+    from convinit.cli.train_progress import watcher
+    from convinit.train.run import RunInterrupted, run_training
+
     start = time.perf_counter()
     try:
-        with watcher(wanted.recipe.epochs, out) as watching:
-            result = run_training(wanted, out, resume=resume, overwrite=overwrite, watcher=watching)
+        with watcher(config.recipe.epochs, out) as watching:
+            result = run_training(config, out, resume=resume, overwrite=overwrite, watcher=watching)
     except RunInterrupted as stopped:
         if _first_process():
             name = "Ctrl-C" if stopped.signum == signal.SIGINT else signal.Signals(stopped.signum).name
             again = shlex.join(["convinit", *_again(sys.argv[1:], out)])
             say(f"stopped by {name}; {stopped.checkpoint} is saved. To go on: {again}", style="yellow")
-            _write_readme(out, wanted)
+            _write_readme(out, config)
             _draw(out)
         raise typer.Exit(128 + stopped.signum) from None
-    except Exception:
-        if made and {path.name for path in out.iterdir()} <= {LOCK}:  # nothing was written
-            shutil.rmtree(out)
-        raise
     if _first_process():
-        _write_readme(out, wanted)
+        _write_readme(out, config)
         _print_result(result.figures, result.checkpoint, result.steps, time.perf_counter() - start)
         if result.steps:
             _draw(out)
@@ -168,8 +169,9 @@ def _draw(out: Path) -> None:
     Console().print(f"Pictures and report beside them: {names}", highlight=False, soft_wrap=True)
 
 
-def _new_folder(config: Config) -> Path:
-    """Makes the folder of a run that was given none."""
+@contextlib.contextmanager
+def _new_folder(config: Config) -> Iterator[Path]:
+    """Makes the folder of a run that was given none; it is removed if it stays empty."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError("--out must be given to several processes, so that all of them write to one folder")
     model = config.model.name + (f"-{config.model.variant}" if config.model.variant else "")
@@ -177,12 +179,13 @@ def _new_folder(config: Config) -> Path:
     stem = Path("convinit-train") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     for number in itertools.count(1):
         folder = stem if number == 1 else stem.with_name(f"{stem.name}-{number}")
-        try:
-            folder.mkdir(parents=True)
-        except FileExistsError:
-            continue
-        return folder
-    raise AssertionError
+        with empty_removed(folder):
+            try:
+                folder.mkdir(parents=True)
+            except FileExistsError:
+                continue
+            yield folder
+            return
 
 
 def _again(words: Sequence[str], out: Path) -> list[str]:

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from convinit._files import sha256
+from convinit._files import empty_removed, sha256
 from convinit._optional import require
 from convinit._version import __version__
 from convinit.fit import SVD, Adam, Newton
@@ -207,21 +207,22 @@ def save_folder(folder: str | Path, model: nn.Module, config: Mapping[str, Any])
             raise ValueError(f"the model must have values to save, got {name} on the meta device")
     safetensors = _safetensors()
     path = Path(folder)
-    path.mkdir(parents=True, exist_ok=True)
     weights_part, config_part = path / f".{WEIGHTS}.part", path / _CONFIG_PART
-    try:
-        safetensors.torch.save_model(model, str(weights_part), metadata={"format": "pt"})
-        content = {**config, "convinit": __version__, _CHECKSUM: sha256(weights_part)}
-        config_part.write_text(
-            json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
-        os.replace(weights_part, path / WEIGHTS)
-        os.replace(config_part, path / CONFIG)  # killed before, `read_config` takes the part
-    except safetensors.SafetensorError as error:  # what it makes of a full disk
-        raise OSError(f"{path} cannot be written: {error}") from error
-    finally:
-        weights_part.unlink(missing_ok=True)
-        config_part.unlink(missing_ok=True)
+    with empty_removed(path):
+        path.mkdir(parents=True, exist_ok=True)
+        try:
+            safetensors.torch.save_model(model, str(weights_part), metadata={"format": "pt"})
+            content = {**config, "convinit": __version__, _CHECKSUM: sha256(weights_part)}
+            config_part.write_text(
+                json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n", encoding="utf-8"
+            )
+            os.replace(weights_part, path / WEIGHTS)
+            os.replace(config_part, path / CONFIG)  # killed before, `read_config` takes the part
+        except safetensors.SafetensorError as error:  # what it makes of a full disk
+            raise OSError(f"{path} cannot be written: {error}") from error
+        finally:
+            weights_part.unlink(missing_ok=True)
+            config_part.unlink(missing_ok=True)
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import convinit
-from convinit._files import write_whole
+from convinit._files import empty_removed, write_whole
 from convinit.models import SimpleViT
 from convinit.nn import ConvInitAttention
 from convinit.offsets import attention_on_targets
@@ -27,6 +27,7 @@ from convinit.train.engine import Engine, make_accelerator
 from convinit.train.records import read_records
 from convinit.train.run import METRICS, RunInterrupted, Watcher, run_training
 
+CELLS = "cells"
 OUTCOME = "cell.json"
 SHIFTS = (1, 2, 4)  # pixels
 _DIRECTIONS = {"down": (1, 0), "up": (-1, 0), "right": (0, 1), "left": (0, -1)}
@@ -51,7 +52,7 @@ def folder_of(config: Config, out: Path) -> Path:
     """Where a run is kept: `out`/cells/DATA-MODEL-INIT-IDENTITY-seedN."""
     model = config.model.name + (f"-{config.model.variant}" if config.model.variant else "")
     parts = (config.data.name, model, config.init.method, identity(config), f"seed{config.run.seed}")
-    return out / "cells" / "-".join(parts)
+    return out / CELLS / "-".join(parts)
 
 
 def read_outcome(config: Config, out: Path) -> dict[str, Any] | None:
@@ -109,10 +110,11 @@ def run_cell(
     """
     folder = folder_of(config, out)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with checkpoint.locked(folder, ".cell-lock"):
-            done = read_outcome(config, out) if is_done(config, out, keep_checkpoint) else None
-            return identity(config), done or _run(config, folder, keep_checkpoint, tick)
+        with empty_removed(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            with checkpoint.locked(folder, ".cell-lock"):
+                done = read_outcome(config, out) if is_done(config, out, keep_checkpoint) else None
+                return identity(config), done or _run(config, folder, keep_checkpoint, tick)
     except RunInterrupted:
         raise
     except Exception as error:  # of this run alone: others can go on

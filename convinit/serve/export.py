@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib
 import json
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from convinit._checks import check_int, check_real
+from convinit._files import empty_removed
 from convinit.nn import ConvInitAttention
 
 __all__ = ["FORMATS", "export"]
@@ -85,8 +87,10 @@ def export(
     # batch, "sdpa" would for each image.
     _set_backends_(reference, "sdpa", shared="eager")
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(empty_removed(path.parent))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent))
         part = Path(folder) / ("model.onnx" if format == "onnx" else "model.pt2")
         try:
             with warnings.catch_warnings(), torch.no_grad():

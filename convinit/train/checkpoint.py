@@ -264,21 +264,29 @@ def locked(out: Path, name: str = LOCK) -> Iterator[None]:
 
     Args:
         out: the folder.
-        name: of the file that stands for what is locked.
+        name: of the file that stands for what is locked; it is there only while inside.
 
     Raises:
         ValueError: another process is at it.
     """
     import fcntl
 
-    with open(out / name, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(f"another process is training into {out}; choose another folder") from error
-        except OSError:  # a file system without locks
-            pass
-        yield
+    path = out / name
+    while True:
+        with open(path, "w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise ValueError(f"another process is training into {out}; choose another folder") from error
+            except OSError:  # a file system without locks
+                pass
+            if not (path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno()))):
+                continue  # another process has just ended and removed it
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+            return
 
 
 def megabytes(size: float) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from convinit._files import empty_removed
 from convinit.train import checkpoint
 from convinit.train.config import Config
 from convinit.train.config_files import read_toml, to_toml
@@ -112,7 +113,8 @@ def run_training(
     Raises:
         RunInterrupted: SIGTERM or SIGINT came; the step was finished and the state saved.
         FloatingPointError: the loss became NaN or infinite. Earlier checkpoints are kept.
-        ValueError: the config does not fit the data, or the run in `out`. OSError: `out` or the data.
+        ValueError: the config does not fit the data, or the run in `out`. OSError: `out` or the data. Where
+            `out` was not there, it is then removed as long as nothing of the run is in it.
     """
     if not isinstance(config, Config):
         raise TypeError(
@@ -127,6 +129,7 @@ def run_training(
     main = accelerator.is_main_process
     with contextlib.ExitStack() as stack:
         if main:
+            stack.enter_context(empty_removed(out))
             checkpoint.check_room(out, 0, config.run.keep)
             stack.enter_context(checkpoint.locked(out))
             checkpoint.clean(out)

@@ -414,6 +414,21 @@ def test_plot_of_a_fit(tmp_path):
     assert result.exit_code == 2 and "was not written by convinit fit" in result.stderr
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["plot", "--model", "vit_nix", "--out", "new/out"],
+        ["fit", *SMALL_FIT, "--peak", "2", "--out", "new/out"],
+        ["predict", "nothing", "nothing", "--out", "new/out/a.csv"],
+        [*TINY_DEMO, "--set", "model.options=nothing=1", "--out", "new/out"],
+    ],
+)
+def test_a_command_that_fails_leaves_no_empty_folder(words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert invoke(*words).exit_code in (1, 2)
+    assert not [*tmp_path.iterdir()]
+
+
 @pytest.mark.parametrize(("name", "content"), [("a.npy", b"PK\x03\x04rest"), ("a.pt", b"hello world")])
 def test_broken_embedding_files_are_named(tmp_path, name, content):
     path = tmp_path / name

@@ -67,12 +67,23 @@ def test_every_run_has_a_folder_of_its_own(tmp_path, monkeypatch):
         assert f"and are in {folder}/best; 4 steps" in done.output
         assert f"Weights: {folder}/step-000004/model.safetensors" in done.output
         assert f"convinit predict {folder} IMAGES" in Path(folder, "README.md").read_text()
-    refused = invoke(*SMALL_RUN, "--data", "folder", "--root", tmp_path / "nothing")
-    assert refused.exit_code == 1 and len([*Path("convinit-train").iterdir()]) == 2  # no empty folder is left
     assert train._again(["train", "--overwrite"], Path(folder)) == ["train", "--out", folder]
     assert train._again(["train", "--out", "o"], Path("o")) == ["train", "--out", "o"]
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "--out must be given to several processes" in invoke(*SMALL_RUN).output
+
+
+@pytest.mark.parametrize("out", [[], ["--out", "new/run"]])
+@pytest.mark.parametrize(
+    "wrong", [["--data", "folder", "--root", "nothing"], ["--model", "simplevit"], ["--train-count", "5000"]]
+)
+def test_a_run_that_cannot_begin_leaves_nothing(wrong, out, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert invoke(*SMALL_RUN, *wrong, *out).exit_code in (1, 2)
+    assert not [*tmp_path.iterdir()]
+    (tmp_path / "new").mkdir()
+    assert invoke(*SMALL_RUN, *wrong, *out).exit_code in (1, 2)
+    assert [*tmp_path.rglob("*")] == [tmp_path / "new"]  # which is the user's
 
 
 def test_the_bar_shows_loss_accuracy_and_speed(tmp_path):

@@ -172,7 +172,7 @@ class DataDependent(nn.Module):
 )
 def test_what_cannot_be_exported_leaves_no_file(model, match, tmp_path):
     with pytest.raises(RuntimeError, match=match):
-        export(model(), tmp_path / "m.pt2", SHAPE, format="torch-export")
+        export(model(), tmp_path / "new" / "m.pt2", SHAPE, format="torch-export")
     assert not list(tmp_path.iterdir())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import random
@@ -195,6 +196,25 @@ def test_only_the_same_run_is_resumed(tmp_path):
 def test_one_process_at_a_time(tmp_path):
     with checkpoint.locked(tmp_path), pytest.raises(ValueError, match="another process is training into"):
         run_training(small(), tmp_path)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_lock_that_was_just_removed_is_taken_anew(tmp_path, monkeypatch):
+    """Between the opening of its file and the locking another process may end."""
+    real, opened = fcntl.flock, []
+
+    def flock(file, how):
+        opened.append(file)
+        if len(opened) == 1:
+            (tmp_path / checkpoint.LOCK).unlink()
+        real(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with checkpoint.locked(tmp_path):
+        assert len(opened) == 2
+        with pytest.raises(ValueError, match="another process"), checkpoint.locked(tmp_path):
+            pass
+        assert (tmp_path / checkpoint.LOCK).exists()
 
 
 def test_other_data_are_not_gone_on_with(tmp_path, monkeypatch):

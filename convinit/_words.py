@@ -6,8 +6,8 @@ import difflib
 from collections.abc import Iterable
 
 
-def near(word: str, words: Iterable[str]) -> str:
-    """The end of a message that suggests the nearest of some words, if one is near."""
+def near(word: str, words: Iterable[str], count: int = 1) -> str:
+    """The end of a message that suggests the nearest of some words, `count` at most, if any is near."""
     of = {each.lower(): each for each in words}
-    found = difflib.get_close_matches(word.lower(), of, 1)
-    return f"; did you mean {of[found[0]]}?" if found else ""
+    found = [of[each] for each in difflib.get_close_matches(word.lower(), of, count)]
+    return f"; did you mean {' or '.join(found)}?" if found else ""

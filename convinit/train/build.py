@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from convinit._words import near
 from convinit.adapters import InitReport, init_vit_
 from convinit.models import ConvMixer, SimpleViT
 from convinit.train.config import LIBRARY_MODELS, OWN_MODELS, Config, InitConfig, ModelConfig
@@ -135,17 +135,18 @@ def check_model(model: ModelConfig) -> None:
 
 def check_timm(what: str, name: str, others: Sequence[str] = ()) -> None:
     """ValueError unless timm has a model of that name; the message calls it `what` and lists `others` too."""
+    ours = near(name, others)
     try:
         import timm
     except ImportError as error:
         raise ImportError(
-            f"{what} {name!r} can only be timm's, which cannot be imported ({error}); pip install timm"
+            f"{what} {name!r} can only be timm's, which cannot be imported ({error}); pip install timm{ours}"
         ) from error
     if not timm.is_model(name):
-        near = difflib.get_close_matches(name, [*others, *timm.list_models()], n=3, cutoff=0.5)
-        hint = f", such as {', '.join(near)}" if near else "; timm.list_models() has them all"
+        models = timm.list_models()
+        hint = ours if ours == near(name, [*others, *models]) else near(name, models, 3)
         known = " or ".join([*([", ".join(others)] if others else []), "a name that timm knows"])
-        raise ValueError(f"{what} must be {known}{hint}; got {name!r}")
+        raise ValueError(f"{what} must be {known}, got {name!r}{hint or '; timm.list_models() has them all'}")
 
 
 def _draw_tokens_(network: nn.Module) -> None:

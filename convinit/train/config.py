@@ -152,8 +152,7 @@ class InitConfig(_Section):
         "Of queries and keys: impulse (ours), mimetic, random, default (as the model draws them), and the "
         "controls scrambled, norm_matched and, in timm's models, position_only. Of convmixer's filters: "
         "impulse, random, box, gaussian, softmax, permutation, full_permutation.",
-        flag="init",
-        choices=tuple(dict.fromkeys((*VIT_INITS, *_FILTER_INITS))),
+        flag="init",  # a model's own choices are checked in Config
     )
     values: str = option(
         "mimetic",

@@ -401,7 +401,7 @@ def test_plot_of_wrong_weights(tiny_vit, tmp_path):
     result = invoke("plot", *TINY, "--before", tmp_path / "none.pt", "--out", tmp_path)
     assert result.exit_code == 2 and "none.pt', which is none" in result.stderr
     result = invoke("plot", "--model", "vit_nix", "--out", tmp_path)
-    assert result.exit_code == 2 and "that timm knows, such as" in result.stderr
+    assert result.exit_code == 2 and "a name that timm knows, got 'vit_nix'; timm." in result.stderr
 
 
 def test_plot_of_a_fit(tmp_path):

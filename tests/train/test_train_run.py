@@ -398,7 +398,7 @@ def test_timm_by_config():
     writers = ("patch_embed.proj", "cls_token", "attn.proj", "mlp.fc2")  # to P's subspace, which they leave
     assert {"pos_embed", "blocks.1.attn.qkv.weight", "blocks.1.mlp.fc2.weight"} <= changed
     assert all(any(part in name for part in ("pos_embed", "attn.qkv", *writers)) for name in changed)
-    with pytest.raises(ValueError, match="a name that timm knows, such as .*vit_tiny_patch16_224"):
+    with pytest.raises(ValueError, match="got .*; did you mean .*vit_tiny_patch16_224 or "):
         build_model(resolve(given={"model.name": "vit_tinny_patch16_224"}), **DIGITS)
 
 

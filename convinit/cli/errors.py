@@ -82,6 +82,7 @@ def _as_typed(message: str, flags: Mapping[str, str], given: Mapping[str, Any]) 
 
     A setting "section.key" is an option only where it was typed: it may be from a file. A plain word is one
     only at the start, where the library names what is wrong: "peak must be …", "give weight_norm or peak, …".
+    A switch is one everywhere: "download=True fetches it".
     """
 
     def typed(found: re.Match) -> str:
@@ -91,6 +92,10 @@ def _as_typed(message: str, flags: Mapping[str, str], given: Mapping[str, Any]) 
         begins = re.fullmatch(r"(give )?(\w+ or )?", message[: found.start()])
         return flags[word] if "_" in word or begins else word
 
+    dry = " without --dry-run" if given.get("dry_run") else ""
+    message = re.sub(
+        r"\b(\w+)=True\b", lambda found: flags[found[1]] + dry if found[1] in flags else found[0], message
+    )
     if message.startswith("["):  # of the keys of a section
         return message
     names = "|".join(map(re.escape, sorted(flags, key=len, reverse=True)))

@@ -154,7 +154,7 @@ def plot(
                 pos_embed_gain=pos_embed_gain, images=batch, generator=torch.Generator().manual_seed(seed),
             )  # fmt: skip
             seen: Any = {} if batch is None else {"model": network, "images": batch}
-            summary = report.summary()
+            summary = report.summary().replace("images=batch", "--images FOLDER")
             start = None
             if before is not None:
                 network.load_state_dict(weights[before])

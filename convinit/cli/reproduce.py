@@ -28,9 +28,9 @@ def reproduce(
     data: Annotated[
         str,
         typer.Option(
-            help="digits: the small version of each, minutes to an hour on 2 CPU cores. fashion-mnist: "
-            "drop-in, window, models, sweep on few real images, minutes of a GPU. cifar10, cifar100, svhn, "
-            "tiny-imagenet: the papers' size."
+            help="digits: small versions, minutes to an hour each on 2 CPU cores. fashion-mnist: few real "
+            "images, minutes of a GPU. cifar10, cifar100, svhn, tiny-imagenet: the papers' size. Without a "
+            "TABLE the tables of each are listed."
         ),
     ] = "digits",
     root: Annotated[
@@ -63,7 +63,9 @@ def reproduce(
     ] = False,
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", help="Say which runs are to do and how long they take; run nothing."),
+        typer.Option(
+            "--dry-run", help="Say which runs are to do and how long they take; run and fetch nothing."
+        ),
     ] = False,
 ) -> None:
     """Repeat the papers' experiments, with controls, seeds and shifted test images beside each.
@@ -78,7 +80,7 @@ def reproduce(
 
     - `convinit reproduce models shift --seeds 5`
 
-    - `convinit reproduce convergence --data cifar10 --root ~/data --download --dry-run`
+    - `convinit reproduce convergence --data cifar10 --root ~/data --dry-run`
 
     - `convinit reproduce all --data cifar100 --root ~/data --set data.workers=12 --set recipe.epochs=100`
     """
@@ -142,7 +144,7 @@ def run_tables(
     grids = [api.Grid.of(each, range(seeds), given) for each in tables.values()]
     todo = api.unfinished(grids, out)
     at_once = jobs_for(todo, jobs) if todo else 0
-    found = check_data(grids) if todo or dry_run else {}
+    found = check_data(grids, fetch=not dry_run) if todo or dry_run else {}
     if dry_run:
         _print_plan(grids, out, found, at_once)
         return
@@ -181,16 +183,21 @@ def run_tables(
 
 
 def _list_tables() -> None:
-    from convinit.reproduce.tables import declared, tables_of
+    from convinit.reproduce.tables import DATA, data_of, declared, tables_of
 
-    sheet = Sheet(show_header=False, box=None, padding=(0, 2, 0, 0))
-    for data in ("digits", "fashion-mnist"):
-        for name in tables_of(data):
-            small = declared(name, data)
-            sheet.add_row(f"[bold]{name}[/bold]", f"{small.title}. {small.question}")
     console = Console()
-    console.print(sheet, highlight=False)
-    console.print("\nRun one or several, or all: convinit reproduce TABLE. More: convinit reproduce --help")
+    by_data: dict[tuple[str, ...], list[str]] = {}
+    for name in dict.fromkeys(name for data in DATA for name in tables_of(data)):
+        by_data.setdefault(data_of(name), []).append(name)
+    for data, names in by_data.items():
+        sheet = Sheet(show_header=False, box=None, padding=(0, 2, 0, 0))
+        for name in names:
+            table = declared(name, data[0])
+            sheet.add_row(f"[bold]{name}[/bold]", f"{table.title}. {table.question}")
+        sets = ", ".join(f"{each} (the default)" if each == DATA[0] else each for each in data)
+        console.print(f"For --data {sets}:", highlight=False)
+        console.print(sheet, "", highlight=False)
+    console.print("Run one or several, or all: convinit reproduce TABLE --data NAME. More: --help")
 
 
 def _gpus() -> int:

@@ -82,7 +82,9 @@ def train(
     ] = None,
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", help="Say what would be done and how long it would take; write nothing."),
+        typer.Option(
+            "--dry-run", help="Say what would be done and how long it would take; write and fetch nothing."
+        ),
     ] = False,
     resume: Annotated[
         bool, typer.Option(help="Go on with the run in --out, if there is one; or start anew.")

@@ -153,8 +153,12 @@ def _workers(configs: Sequence[Config], jobs: int | None) -> list[dict[str, str]
 # --- what it will cost --------------------------------------------------------------------------------------
 
 
-def check_data(grids: Sequence[Grid]) -> dict[str, ImageData]:
+def check_data(grids: Sequence[Grid], *, fetch: bool = True) -> dict[str, ImageData]:
     """Reads each data set once, so that what is missing shows before hours are spent.
+
+    Args:
+        grids: whose data sets.
+        fetch: those that are missing, where the settings say so.
 
     Raises:
         As `convinit.train.load_data`.
@@ -163,7 +167,7 @@ def check_data(grids: Sequence[Grid]) -> dict[str, ImageData]:
     for grid in grids:
         data = next(iter(grid.configs.values()))[0].data
         if data.name not in found:
-            found[data.name] = load_data(data.name, data.root, download=data.download)
+            found[data.name] = load_data(data.name, data.root, download=fetch and data.download)
     return found
 
 

@@ -25,6 +25,11 @@ def tables_of(data: str) -> Mapping[str, Callable[[str], Table]]:
     return {"demo": demo, **tables, "libraries": libraries, "sweep": sweep} if data == "digits" else tables
 
 
+def data_of(name: str) -> tuple[str, ...]:
+    """The data sets that there is a table of that name for."""
+    return tuple(each for each in DATA if name in tables_of(each))
+
+
 def declared(name: str, data: str = "digits") -> Table:
     """A table for a data set: small ones for the digits and Fashion-MNIST, else the papers' size.
 
@@ -34,11 +39,14 @@ def declared(name: str, data: str = "digits") -> Table:
     if data not in DATA:
         raise ValueError(f"data must be one of {', '.join(DATA)}, got {data!r}{near(data, DATA)}")
     tables = tables_of(data)
-    if name not in tables:
-        other = " (with --data fashion-mnist)" if name in fashion_mnist.TABLES else ""
+    if name not in tables and (others := data_of(name)):
         raise ValueError(
-            f"table must be one of {', '.join(tables)} for {data}, got {name!r}{other or near(name, tables)}"
+            f"data must be {' or '.join(others)} for table {name!r}, got {data!r}: convinit reproduce {name} "
+            f"--data {others[0]}"
         )
+    if name not in tables:
+        known = dict.fromkeys(each for other in DATA for each in tables_of(other))
+        raise ValueError(f"table must be one of {', '.join(known)}, got {name!r}{near(name, known)}")
     table = tables[name](data)
     own: dict[str, Any] = {} if data == "digits" else {"data.name": data}
     if data == "tiny-imagenet":

@@ -166,11 +166,14 @@ def run_training(
 
 
 def measure(config: Config, *, seconds: float = 5.0) -> tuple[Plan, float]:
-    """What a run would do, and the seconds that a step takes, measured for a while; nothing is written.
+    """What a run would do, and the seconds that a step takes, measured for a while.
+
+    Nothing is written or fetched.
 
     Raises:
         As `run_training`.
     """
+    config = replace(config, data=replace(config.data, download=False))
     engine = Engine(config, make_accelerator(config))
     plan, times = engine.plan(), []
     start = time.perf_counter()

@@ -132,6 +132,15 @@ def test_dry_run(tmp_path, monkeypatch):
     assert "checkpoint" in done.output and list(tmp_path.iterdir()) == []
 
 
+def test_a_dry_run_fetches_nothing(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("torchvision.datasets")
+    monkeypatch.setattr(datasets.CIFAR10, "download", lambda self: pytest.fail("fetched"))
+    for command in (["train"], ["reproduce", "alpha"]):
+        words = [*command, "--data", "cifar10", "--root", str(tmp_path), "--download", "--dry-run"]
+        done = CliRunner().invoke(app, words, env={"COLUMNS": "200", "TERM": "dumb"})
+        assert done.exit_code == 1 and "holds it; --download without --dry-run fetches it\n" in done.stderr
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -143,10 +152,19 @@ def test_dry_run(tmp_path, monkeypatch):
         (["--preset", "quick", "--heads", 3], "error: --dim must be divisible by --heads, got 64 and 3"),
         (["--preset", "quick", "--variant", "IV"], "error: --variant must be one of vanilla, I, II, III"),
         (["--data", "folder"], "error: --root must be where the data set 'folder' lies, got None"),
+        (
+            ["--data", "cifar10", "--root", "nowhere"],
+            "'cifar10', but nowhere is no folder; --download makes it and fetches the data set\n",
+        ),
         (["--preset", "quick", "--train-count", 5000], "error: --train-count must be at most 1000"),
         (["--preset", "quick", "--precision", "fp16"], "error: --precision must be no or bf16"),
         (["--config", "nowhere.toml"], "nowhere.toml"),
-        (["--init", "implse"], "got 'implse'; did you mean impulse?"),
+        (
+            ["--init", "implse"],
+            "error: --init must be one of impulse, mimetic, random, default, scrambled, norm_matched for "
+            "model 'simple_vit', got 'implse'; did you mean impulse?",
+        ),
+        (["--preset", "quick", "--model", "simplevit"], "got 'simplevit'; did you mean simple_vit?\n"),
         (
             ["--model", "convmixer", "--set", "init.offsets=random"],
             "error: init.offsets must not be set for model",

@@ -249,6 +249,16 @@ def test_settings_of_all_cells():
 def test_refused():
     with pytest.raises(ValueError, match="table must be one of demo, convmixer"):
         declared("tables")
+    with pytest.raises(ValueError, match=r"'drop-inn'; did you mean drop-in\?"):
+        declared("drop-inn")
+    with pytest.raises(
+        ValueError,
+        match="^data must be fashion-mnist for table 'drop-in', got 'digits': "
+        "convinit reproduce drop-in --data fashion-mnist$",
+    ):
+        declared("drop-in")
+    with pytest.raises(ValueError, match="data must be digits or fashion-mnist for table 'sweep'"):
+        declared("sweep", "svhn")
     with pytest.raises(ValueError, match="data must be one of digits, fashion-mnist, cifar10"):
         declared("alpha", "imagenet")
     with pytest.raises(ValueError, match=r"\[recipe\] has no key"):
@@ -661,9 +671,14 @@ def invoke(*arguments: object):
     return CliRunner().invoke(app, words, env={"COLUMNS": "200", "TERM": "dumb"})
 
 
-def test_tables_are_listed():
+def test_tables_are_listed_with_their_data_sets():
     done = invoke()
-    assert done.exit_code == 0 and all(name in done.output for name in TABLES)
+    listed: dict[str, set[str]] = {data: set() for data in DATA}
+    for block in done.output.split("For --data ")[1:]:
+        head, *rows = block.split("\n\n")[0].splitlines()
+        for data in head.removesuffix(":").replace(" (the default)", "").split(", "):
+            listed[data] |= {row.split()[0] for row in rows if not row.startswith(" ")}
+    assert done.exit_code == 0 and listed == {data: set(tables_of(data)) for data in DATA}
 
 
 def test_the_command_runs_a_table_and_takes_it_from_disk(tmp_path):
@@ -702,7 +717,7 @@ def test_kinds_of_steps():
     [
         (["tables"], "table must be one of"),
         (["alpha", "--data", "mnist"], "data must be one of"),
-        (["window"], "got 'window' (with --data fashion-mnist)"),
+        (["window"], "error: --data must be fashion-mnist for table 'window', got 'digits': convinit"),
         (["window", "--data", "fashion-mnist", "--set", "recipe.lr=1"], "sets recipe.lr itself"),
         (["alpha", "--set", "epochs=3"], "--set must be SECTION.KEY=VALUE"),
         (["alpha", "--set", "recipe.epochs=x"], "epochs must be a whole number"),

@@ -360,7 +360,7 @@ def write_fashion_mnist(root: Path, suffix: str = "", counts: tuple[int, int] = 
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz"])
-@pytest.mark.parametrize("place", [".", "FashionMNIST/raw"])
+@pytest.mark.parametrize("place", [".", "FashionMNIST/raw", "fashion-mnist"])
 def test_fashion_mnist(place, suffix, tmp_path):
     images = write_fashion_mnist(tmp_path / place, suffix)
     before = tree(tmp_path)

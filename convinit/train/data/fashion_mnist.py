@@ -23,7 +23,7 @@ MEAN, STD = (0.0,), (0.3530,)
 _NEEDED = (
     "needed are the files train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte and "
     "t10k-labels-idx1-ubyte, with or without .gz: on Debian and Ubuntu `apt-get install "
-    f"dataset-fashion-mnist` puts them into {USUAL}; elsewhere download=True (--download) fetches them"
+    f"dataset-fashion-mnist` puts them into {USUAL}; elsewhere download=True fetches them"
 )
 
 
@@ -31,7 +31,8 @@ def read_fashion_mnist(root: Path, download: bool) -> tuple[ImageTensors, ImageT
     """Training set, test set and class names; images [n, 1, 28, 28] uint8.
 
     Args:
-        root: the folder of the files, or one in which torchvision has put them into FashionMNIST/raw.
+        root: the folder of the files, or one that has them in fashion-mnist or, as torchvision puts them, in
+            FashionMNIST/raw.
         download: let torchvision fetch them into `root` if they are not there.
     """
     if download and _folder(root) is None:
@@ -53,7 +54,7 @@ def read_fashion_mnist(root: Path, download: bool) -> tuple[ImageTensors, ImageT
 
 
 def _folder(root: Path) -> Path | None:
-    places = (root, root / "FashionMNIST" / "raw", root / "raw")
+    places = (root, root / USUAL.name, root / "FashionMNIST" / "raw", root / "raw")
     return next((place for place in places if any(place.glob("train-images-idx3-ubyte*"))), None)
 
 

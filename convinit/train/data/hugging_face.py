@@ -68,8 +68,7 @@ def read_hugging_face(
         if download or folder.is_dir():
             raise ValueError(f"{source} cannot be read: {type(error).__name__}: {error}") from error
         raise FileNotFoundError(
-            f"{source} is not in the cache of datasets ({type(error).__name__}); download=True (--download) "
-            "fetches it"
+            f"{source} is not in the cache of datasets ({type(error).__name__}); download=True fetches it"
         ) from error
     if not isinstance(loaded, dict):
         loaded = {"train": loaded}

@@ -245,7 +245,7 @@ def _read(
         root = USUAL
     folder = Path(root or _usual_folder()).expanduser()
     if root is not None and not download:
-        _check_folder(name, root)
+        _check_folder(name, root, "; download=True makes it and fetches the data set")
     if family == "torchvision":
         return read_torchvision(own_name, folder, download, options, *split), None
     if name == "fashion-mnist":
@@ -295,9 +295,9 @@ def _check_root(name: str, root: str | Path | None) -> Path:
     return Path(root).expanduser()
 
 
-def _check_folder(name: str, root: str | Path | None) -> Path:
+def _check_folder(name: str, root: str | Path | None, cure: str = "") -> Path:
     folder = _check_root(name, root)
     if not folder.is_dir():
-        found = "is a file, perhaps an archive to unpack" if folder.is_file() else "is no folder"
+        found = "is a file, perhaps an archive to unpack" if folder.is_file() else f"is no folder{cure}"
         raise FileNotFoundError(f"root must be the folder with the data set {name!r}, but {folder} {found}")
     return folder

@@ -160,11 +160,7 @@ def read_torchvision(
         except Exception as error:
             if isinstance(error, ValueError) and "Unknown value" in str(error):
                 raise ValueError(f"{source} is not read: {error}") from error
-            cure = (
-                "download=True failed"
-                if download
-                else "download=True (--download) fetches it, where torchvision can"
-            )
+            cure = f"download=True {'failed' if download else 'fetches it, where torchvision can'}"
             raise FileNotFoundError(
                 f"{source} cannot be read from {root}: {type(error).__name__}: {error}; {cure}"
             ) from error
@@ -213,7 +209,7 @@ def _explained(
 ) -> FileNotFoundError | ValueError:
     """Why torchvision could not read the files, of which it says only that something is wrong."""
     md5_of = require("torchvision.datasets.utils", name).calculate_md5
-    cure = f"needed is {source}; download=True (--download) fetches it"
+    cure = f"needed is {source}; download=True fetches it"
     if download:
         cure = f"needed is {source}; download=True failed with {type(error).__name__}: {error}"
     for path, expected in files:

@@ -15,7 +15,7 @@ from typing import Any
 
 from convinit.reproduce.table import Choice, Settings, Table
 
-_ALL_DEFAULT = Choice("default, values too", {"init.method": "default", "init.values": "default"})
+ALL_DEFAULT = Choice("default, values too", {"init.method": "default", "init.values": "default"})
 _RANDOM = Choice("random", {"init.method": "random"})
 _MIMETIC = Choice("mimetic", {"init.method": "mimetic"})
 _IMPULSE = Choice("impulse", {"init.method": "impulse"})
@@ -43,7 +43,7 @@ def _base(small: bool) -> str:
 
 def _rows(small: bool) -> tuple[Choice, ...]:
     """The paper's recipe leaves all values as nn.Linear makes them, and "random" is then all default."""
-    return (_ALL_DEFAULT, *_INITS) if small else _INITS
+    return (ALL_DEFAULT, *_INITS) if small else _INITS
 
 
 def vit(small: bool) -> Settings:
@@ -123,7 +123,7 @@ def _models(data: str) -> Table:
         columns,
         "model",
         "dots",
-        without=frozenset({(_ALL_DEFAULT.label, "Model III")}),
+        without=frozenset({(ALL_DEFAULT.label, "Model III")}),
         note="Model III has no linear layers for queries and keys, and so no default of its own."
         if small
         else "",

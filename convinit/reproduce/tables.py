@@ -54,6 +54,7 @@ def declared(name: str, data: str = "digits") -> Table:
     of_papers = any(row.settings == papers.IMPULSE_PAPER.settings for row in table.rows)
     parts = (
         table.note,
+        _DEFAULT if papers.ALL_DEFAULT in table.rows else "",
         _AS_IN_THE_PAPER if of_papers else "",
         _SMALL if of_papers and data == "digits" else "",
     )
@@ -61,6 +62,7 @@ def declared(name: str, data: str = "digits") -> Table:
     return replace(table, settings={**table.settings, **own}, note=note)
 
 
+_DEFAULT = "“Default, values too”: queries, keys, values and output layer are as nn.Linear draws them."
 _AS_IN_THE_PAPER = (
     "As in the paper (arXiv 2401.12511): impulses by 10,000 steps of Adam at σ = 0.1, fitted to P whatever α "
     "is; mimetic noise uniform, of a third of the variance; values and output layer as nn.Linear makes them. "

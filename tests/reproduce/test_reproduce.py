@@ -33,6 +33,7 @@ from convinit.train.run import RunInterrupted
 from convinit.viz import grid_dots, grid_lines
 
 # A run of two seconds; "shift" has nine of them.
+RESULTS = Path(__file__).parents[2] / "docs" / "results"
 TINY = {
     "recipe.epochs": 1,
     "data.train_count": 70,
@@ -244,6 +245,14 @@ def test_settings_of_all_cells():
     # What surrounds a run is not part of it.
     other = Grid.of(table, (3,), {"recipe.epochs": 2, "data.workers": 1, "run.threads": 2})
     assert identity(other.configs["impulse", "α = 0.3"][0]) == identity(config)
+
+
+@pytest.mark.parametrize("page", sorted(RESULTS.glob("*-*.md")), ids=lambda page: page.stem)
+def test_a_committed_page_says_what_its_table_says(page):
+    data = next(each for each in DATA if page.stem.startswith(f"{each}-"))
+    table = declared(page.stem.removeprefix(f"{data}-"), data)
+    title, question, *_ = page.read_text(encoding="utf-8").split("\n\n")
+    assert (title, question) == (f"# {table.title}", f"{table.question} {table.note}".strip())
 
 
 def test_refused():

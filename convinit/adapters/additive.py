@@ -213,8 +213,9 @@ class AdditiveLayout(Layout):
         for norm in norms:
             if not _uniform(norm):
                 raise ValueError(
-                    f"model must not be trained yet, but {self._name(norm)} of {name} is not as drawn: its "
-                    'entries differ. position="keep" fits queries and keys to the position embedding as it is'
+                    f"model must not be trained yet, but {self._name(norm)} of {name} seems trained: its "
+                    'entries differ. Give a model that was just made; or give position="keep", which leaves '
+                    "the position embedding as it is and overwrites the attentions"
                 )
         return True
 

@@ -116,19 +116,16 @@ class InitReport:
         return "\n".join(lines + self.notes)
 
     def summary(self) -> str:
-        """One line: what images get of the peak that was asked, how many heads, in what time."""
+        """One line: the peak on images and the one that was asked, how many heads, in what time."""
         heads = sum(len(record.weight_norm) for record in self.records)
         text = f"{len(self.records)} layers, {heads} heads by {self.method!r} in {self.seconds:.2f} s"
         seen = [record.peak_on_images for record in self.records if record.peak_on_images is not None]
         if not seen:
             return text
-        first = (
-            f"on {'your' if self.images == 'yours' else 'synthetic'} images {torch.cat(seen).nanmean():.2f}"
-        )
+        on = "your images" if self.images == "yours" else "synthetic images (images=batch does better)"
         asked = [record.asked_peak for record in self.records if record.asked_peak is not None]
-        first += f" of the {sum(asked) / len(asked):.2f} asked" if asked else " on the target"
-        hint = "" if self.images == "yours" else " (images=batch does better)"
-        return f"{first}{hint}; {text}"
+        wanted = f", {sum(asked) / len(asked):.2f} was asked" if asked else ""
+        return f"peak {torch.cat(seen).nanmean():.2f} on {on}{wanted}; {text}"
 
     def missed(self) -> str | None:
         """A warning where a layer's peak on images is far from the one that was asked; None: nowhere."""

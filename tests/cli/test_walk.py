@@ -188,7 +188,7 @@ def test_images_are_read_as_the_built_model_takes_them(option, tmp_path):
     pytest.importorskip("timm")
     images = own_images(tmp_path / "images")
     line = f"plot --model vit_tiny_patch16_224 --option depth=1 --option {option} --images {images}"
-    assert "on your images 0." in typed(f"{line} --out {tmp_path}")
+    assert " on your images" in typed(f"{line} --out {tmp_path}")
 
 
 def test_a_stopped_run_is_told_of_and_drawn(tmp_path, monkeypatch):

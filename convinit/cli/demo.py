@@ -16,7 +16,8 @@ def demo(
     quick: Annotated[
         bool,
         typer.Option(
-            "--quick", help="Under a minute: one seed, 5 epochs, four of the seven initialisations."
+            "--quick",
+            help="About a minute on 2 idle CPU cores: one seed, 5 epochs, four of the seven initialisations.",
         ),
     ] = False,
     out: Annotated[Path, typer.Option(help="Folder of the runs, the table and the pictures.")] = Path(
@@ -32,8 +33,8 @@ def demo(
 ) -> None:
     """Train a small Vision Transformer on real images from different initial weights, and compare.
 
-    The images are scikit-learn's 8×8 digits, one token a pixel; nothing is downloaded. Takes less than
-    4 minutes on 2 idle CPU cores. Finished runs are kept as they come: after Ctrl-C the same command goes on
+    The images are scikit-learn's 8×8 digits, one token a pixel; nothing is downloaded. Takes about
+    3 minutes on 2 idle CPU cores. Finished runs are kept as they come: after Ctrl-C the same command goes on
     where it was.
 
     Prints a table with what it shows and what it does not. Writes a page (digits-demo.md; with --quick

@@ -24,7 +24,7 @@ PRESETS = {
     "2404.01139": "arXiv: ViT-Tiny, no class token, fixed sin-cos P, AdamW 1e-3, 200 epochs, 32 px.",
     "2505.19985": "arXiv, small data sets: ViT-Tiny, AdamW 2e-3, 300 epochs, mixup, CutMix, EMA, 224 px.",
     "2505.19985-imagenet": "arXiv: ViT-Base, AdamW 1e-3, 310 epochs, as above with repeated augmentation.",
-    "quick": "8×8 digits, minutes on a CPU: the settings of convinit demo.",
+    "quick": "8×8 digits, half a minute on an idle CPU core: the settings of convinit demo.",
 }
 
 
@@ -63,6 +63,7 @@ _TIMM: dict[str, Tree] = {
             "name": "cifar10", "image_size": 224, "crop_pct": 0.875, "augment": "timm",
             "augment_options": {**_AUGMENT, "color_jitter": 0.4, "re_prob": 0.25},
         },
+        # Images are normalised by the data set's own mean and std; the authors' README has ImageNet's.
         # It gives the decay of an average, though not the flag without which timm keeps none.
         "recipe": {**_COMMON, **_MIXED, "lr": 2e-3, "epochs": 300, "warmup_epochs": 50, "ema": 0.9999},
     },

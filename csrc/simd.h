@@ -41,18 +41,33 @@ CONVINIT_INLINE F<W> max(F<W> a, F<W> b) {
   return a > b ? a : b;
 }
 
+// The lower and upper halves of a vector.
+template <int W>
+CONVINIT_INLINE void halve(F<W> v, F<W / 2>& low, F<W / 2>& high) {
+  __builtin_memcpy(&low, &v, sizeof(low));
+  __builtin_memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof(low), sizeof(high));
+}
+
 template <int W>
 CONVINIT_INLINE float sum(F<W> v) {
-  float total = 0;
-  for (int i = 0; i < W; ++i) total += v[i];
-  return total;
+  if constexpr (W == 4) return (v[0] + v[1]) + (v[2] + v[3]);
+  else {
+    F<W / 2> low, high;
+    halve<W>(v, low, high);
+    return sum<W / 2>(low + high);
+  }
 }
 
 template <int W>
 CONVINIT_INLINE float max_element(F<W> v) {
-  float best = v[0];
-  for (int i = 1; i < W; ++i) best = v[i] > best ? v[i] : best;
-  return best;
+  if constexpr (W == 4) {
+    const float a = v[0] > v[1] ? v[0] : v[1], b = v[2] > v[3] ? v[2] : v[3];
+    return a > b ? a : b;
+  } else {
+    F<W / 2> low, high;
+    halve<W>(v, low, high);
+    return max_element<W / 2>(max<W / 2>(low, high));
+  }
 }
 
 // exp(x) within 2 units in the last place for -87 <= x <= 0; a NaN stays one. What is lower must be masked.

@@ -212,10 +212,9 @@ def _fit(
                 symmetries = torch.arange(len(P))[None] if grid_size is None else grid_symmetries(*grid_size)
                 wq, wk = newton.fit(
                     unit_P, targets, rank, scale=unit_scale, options=solver, peak=peak, symmetries=symmetries,
-                    weight_norm=None if weight_norm is None else _times_two_to(exponent, weight_norm),
-                    generator=generator, device=device,
+                    weight_norm=None if weight_norm is None else newton.times_two_to(exponent, weight_norm),
+                    exponent=-exponent, generator=generator, device=device,
                 )  # fmt: skip
-                wq, wk = (_times_two_to(-exponent, w) for w in (wq, wk))
             else:
                 wq, wk = papers.fit_svd(unit_P, targets, rank, options=solver, generator=generator)
         wq, wk, metrics = _rounded(wq, wk, P, targets, scale, solver)
@@ -250,14 +249,7 @@ def _in_units(P: Tensor, scale: float) -> tuple[Tensor, float, int]:
     """
     exponent = math.frexp(P.double().abs().max().item())[1]
     k = math.frexp(scale)[1] // 2
-    return _times_two_to(-exponent, P.double()), math.ldexp(scale, -2 * k), exponent + k
-
-
-def _times_two_to(exponent: int, x: Tensor) -> Tensor:
-    if abs(exponent) < 1000:
-        return x * 2.0**exponent
-    half = exponent // 2  # 2^exponent itself may be beyond a float
-    return x * 2.0**half * 2.0 ** (exponent - half)
+    return newton.times_two_to(-exponent, P.double()), math.ldexp(scale, -2 * k), exponent + k
 
 
 def _rounded(

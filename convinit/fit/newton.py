@@ -63,10 +63,11 @@ def fit(
     weight_norm: Tensor | None,
     peak: float | None,
     symmetries: Tensor,
+    exponent: int,
     generator: torch.Generator | None,
     device: torch.device,
 ) -> tuple[Tensor, Tensor]:
-    """W_q, W_k [B, D, r] float64; arguments as checked by `convinit.fit.api`, all on the CPU.
+    """2^exponent · W_q, W_k [B, D, r] float64; arguments as checked by `convinit.fit.api`, all on the CPU.
 
     device: where the solver runs; all else is small.
     symmetries [G, N]: permutations of the tokens that may leave P's Gram matrix as it is; the identity first.
@@ -85,10 +86,17 @@ def fit(
     with _one_thread():
         rotation = random_rotations(len(targets), rank, wq.shape[2], generator)  # [B, k, r]
         wq, wk = (
-            V @ (turns[symmetry_of_head] @ w[problem_of_head] @ rotation)
+            V @ (turns[symmetry_of_head] @ times_two_to(exponent, w)[problem_of_head] @ rotation)
             for V, turns, w in ((Vq, turns_q, wq), (Vk, turns_k, wk))
         )
     return wq, wk
+
+
+def times_two_to(exponent: int, x: Tensor) -> Tensor:
+    if abs(exponent) < 1000:
+        return x * 2.0**exponent
+    half = exponent // 2  # 2^exponent itself may be beyond a float
+    return x * 2.0**half * 2.0 ** (exponent - half)
 
 
 @contextmanager

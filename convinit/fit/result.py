@@ -20,7 +20,8 @@ def attention_maps(wq: Tensor, wk: Tensor, pos_embed: Tensor, scale: float) -> T
 def norms_of(w: Tensor) -> Tensor:
     """Norms [B] in float64 of w [B, ...], whose squares may be beyond float64."""
     w = w.flatten(1)
-    norms = torch.linalg.vector_norm(w, dim=1, dtype=torch.float64)
+    # A few at a time, for torch makes a copy in float64.
+    norms = torch.cat([torch.linalg.vector_norm(few, dim=1, dtype=torch.float64) for few in w.split(8)])
     if ((norms > 1e-140) & norms.isfinite()).all():
         return norms
     w = w.double()
@@ -32,14 +33,16 @@ def map_metrics(attention: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Ten
     """mse, peak and hit_rate [B] of attention [B, N, N] against targets [B, N] (-1: a zero row)."""
     inside = targets >= 0
     column = targets.clamp(min=0)[:, :, None]
-    on_target = attention.gather(2, column)
-    difference = attention.scatter_add(2, column, -inside[:, :, None].to(attention.dtype))
-    others = attention.scatter(2, column, -1.0)  # a tie with another token is no hit
-    hit = on_target[:, :, 0] > others.amax(dim=2)
+    on_target = attention.gather(2, column)[:, :, 0]
+    others = attention.scatter(2, column, 0.0)  # the one copy of what may be large
+    squares = torch.linalg.vector_norm(others, dim=(1, 2)).square() + (
+        on_target - inside.to(others)
+    ).square().sum(1)
+    hit = on_target > others.amax(dim=2)  # a tie with another token is none
     rows = inside.sum(dim=1).clamp(min=1)
     return (
-        difference.square().mean(dim=(1, 2)),
-        (on_target[:, :, 0] * inside).sum(dim=1) / rows,
+        squares / (attention.shape[1] * attention.shape[2]),
+        (on_target * inside).sum(dim=1) / rows,
         (hit & inside).sum(dim=1, dtype=attention.dtype) / rows,
     )
 

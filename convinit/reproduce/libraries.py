@@ -16,6 +16,8 @@ _MODELS: dict[str, Settings] = {
         "model.options": {"hidden_dim": 96, "num_layers": 6, "num_heads": 3, "mlp_dim": 384},
     },
 }
+# vit-pytorch normalises the pixels of a patch: of one grey pixel nothing would be left.
+_ENLARGED: Settings = {"data.image_size": 32, "model.patch_size": 4}
 _METHODS = {
     "the library's own": "default", "mimetic": "mimetic", "impulse (the plain call)": "impulse",
     "control: position embedding and values alone": "position_only", "control: scrambled": "scrambled",
@@ -24,14 +26,14 @@ _METHODS = {
 
 
 def libraries(data: str) -> Table:
-    """On 300 digits or 1,000 images of Fashion-MNIST."""
+    """On 300 digits, enlarged to 32 × 32, or 1,000 images of Fashion-MNIST."""
     digits = data == "digits"
     return Table(
         "libraries",
         "Vision Transformers of other libraries",
         "Does one call of init_vit_ help beyond timm?",
         "quick",
-        {**FEW_DIGITS, "init.kernel_size": None} if digits else
+        {**FEW_DIGITS, **_ENLARGED, "init.kernel_size": None} if digits else
         {**SETTINGS, "model.patch_size": 4, "data.train_count": 1000, "recipe.epochs": 16},
         tuple(
             Choice(
@@ -44,7 +46,7 @@ def libraries(data: str) -> Table:
         tuple(Choice(label, settings) for label, settings in _MODELS.items()),
         "model",
         "dots",
-        readings=("accuracy", "shifted-1") if digits else ("accuracy", "shifted-1", "shifted-2", "shifted-4"),
+        readings=("accuracy", "shifted-2", "shifted-4"),
         ours="impulse (the plain call)",
         rates=RATES,
         note="Width 96, 6 layers, 3 heads of 32. vit-pytorch's model has a fixed sin-cos position embedding "

@@ -110,8 +110,9 @@ def test_every_table_is_whole(name, data):
 def test_every_small_cell_can_be_built(name, data, side, monkeypatch):
     monkeypatch.setitem(SOLVERS, "adam", Adam(steps=2))
     for configs in Grid.of(declared(name, data), (0,), {}).configs.values():
-        model = build_model(configs[0], image_size=side, channels=1, num_classes=10)
-        assert model(torch.zeros(1, 1, side, side)).shape == (1, 10)
+        size = configs[0].data.image_size or side
+        model = build_model(configs[0], image_size=size, channels=1, num_classes=10)
+        assert model(torch.zeros(1, 1, size, size)).shape == (1, 10)
 
 
 def test_each_cell_has_its_best_rate_on_validation_images():

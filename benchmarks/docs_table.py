@@ -66,6 +66,11 @@ LINES: list[Line] = [
 ]  # fmt: skip
 
 
+def committed() -> list[Path]:
+    """The result files of the one machine that the table is about."""
+    return sorted((Path(__file__).parent / "results" / "cpu-epyc-2core").glob("*.json"))
+
+
 def time(milliseconds: float) -> str:
     for unit, size in (("s", 1e3), ("ms", 1.0), ("µs", 1e-3)):
         if milliseconds >= size or unit == "µs":

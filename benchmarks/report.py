@@ -234,7 +234,9 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, help="folder for the page and its pictures")
     parser.add_argument(
-        "--docs", action="store_true", help="write the table of docs/benchmarks.md from benchmarks/results/"
+        "--docs",
+        action="store_true",
+        help="write the table of docs/benchmarks.md from benchmarks/results/cpu-epyc-2core",
     )
     options = parser.parse_args()
     if not options.docs and not (options.results and options.out):
@@ -242,7 +244,7 @@ def main() -> None:
     try:
         if options.docs:
             text = PAGE.read_text()
-            PAGE.write_text(docs_table.replaced(text, sorted((HERE / "results").rglob("*.json"))))
+            PAGE.write_text(docs_table.replaced(text, docs_table.committed()))
             print(f"wrote {PAGE}")
         if options.results:
             print(f"wrote {write(options.results, options.out)}")

@@ -217,12 +217,13 @@ def test_whole_attention(dtype):
 
 def test_float16_maps_are_made_in_single_precision():
     """PyTorch's float16 product on a CPU is slower by far, and less exact."""
-    maps = torch.randn(2, 2, 30, 8).half()
-    values = torch.randn(3, 2, 30, 8).half()
+    g = torch.Generator().manual_seed(0)
+    maps = torch.randn(2, 2, 30, 8, generator=g).half()
+    values = torch.randn(3, 2, 30, 8, generator=g).half()
     exact = shared_attention_reference(*maps.double(), values.double())
     ours, eager = on_cpu(*maps, values), shared_attention_reference(*maps, values)
     assert ours.dtype == torch.float16
-    assert (ours - exact).abs().max() <= (eager - exact).abs().max()
+    assert (ours - exact).norm() <= (eager - exact).norm()
 
 
 def test_dropout_mask_is_shared_by_the_images():

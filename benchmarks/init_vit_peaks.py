@@ -22,18 +22,35 @@ import timm
 import torch
 from PIL import Image
 from timm.data import create_transform
+from vit_pytorch import SimpleViT
 
 import convinit
 from convinit.fit.api import DEFAULT_PEAK
 
+
+def timm_vit(size: str, image_size: int, patch_size: int) -> torch.nn.Module:
+    return timm.create_model(f"vit_{size}_patch16_224", img_size=image_size, patch_size=patch_size)
+
+
+def simple_vit(size: str, image_size: int, patch_size: int) -> torch.nn.Module:
+    """vit-pytorch's, as wide and as deep as timm's."""
+    width = {"tiny": 192, "small": 384}[size]
+    return SimpleViT(
+        image_size=image_size, patch_size=patch_size, num_classes=1000, dim=width, depth=12,
+        heads=width // 64, mlp_dim=4 * width,
+    )  # fmt: skip
+
+
 MODELS = {
-    "ViT-Ti/16, 224 pixels": ("vit_tiny_patch16_224", 224, 16),
-    "ViT-S/16, 224 pixels": ("vit_small_patch16_224", 224, 16),
-    "ViT-B/16, 224 pixels": ("vit_base_patch16_224", 224, 16),
-    "ViT-Ti/4, 32 pixels": ("vit_tiny_patch16_224", 32, 4),
-    "ViT-S/4, 32 pixels": ("vit_small_patch16_224", 32, 4),
-    "ViT-B/4, 32 pixels": ("vit_base_patch16_224", 32, 4),
-    "ViT-Ti/2, 32 pixels": ("vit_tiny_patch16_224", 32, 2),
+    "ViT-Ti/16, 224 pixels": (timm_vit, "tiny", 224, 16),
+    "ViT-S/16, 224 pixels": (timm_vit, "small", 224, 16),
+    "ViT-B/16, 224 pixels": (timm_vit, "base", 224, 16),
+    "ViT-Ti/4, 32 pixels": (timm_vit, "tiny", 32, 4),
+    "ViT-S/4, 32 pixels": (timm_vit, "small", 32, 4),
+    "ViT-B/4, 32 pixels": (timm_vit, "base", 32, 4),
+    "ViT-Ti/2, 32 pixels": (timm_vit, "tiny", 32, 2),
+    "SimpleViT-S/16, 224 pixels": (simple_vit, "small", 224, 16),
+    "SimpleViT-Ti/4, 32 pixels": (simple_vit, "tiny", 32, 4),
 }
 DIVISIONS = 4
 NUMBERS = [0, 22, 64]  # of photographs; 0: none, so synthetic images
@@ -57,9 +74,10 @@ def peaks(model: torch.nn.Module, report: convinit.InitReport, images: torch.Ten
     return found
 
 
-def made(name: str, size: int, patch: int, images: torch.Tensor | None):
+def made(label: str, images: torch.Tensor | None):
     torch.manual_seed(0)
-    model = timm.create_model(name, img_size=size, patch_size=patch)
+    make, *sizes = MODELS[label]
+    model = make(*sizes)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         report = convinit.init_vit_(model, images=images, generator=torch.Generator().manual_seed(0))
@@ -79,7 +97,7 @@ def main() -> None:
     print("| model |" + "".join(f" {number} |" for number in args.numbers))
     print("|---" * (len(args.numbers) + 1) + "|")
     for label in args.models:
-        name, size, patch = MODELS[label]
+        _, _, size, _ = MODELS[label]
         found: dict[int, list[list[float]]] = {number: [] for number in args.numbers}
         for division in range(DIVISIONS):
             shuffled = random.Random(division).sample(photographs, len(photographs))
@@ -88,7 +106,7 @@ def main() -> None:
                 unseen = crops(other, size, 1)
                 for number in args.numbers:
                     images = crops(half[:number], size, 0) if number else None
-                    model, report = made(name, size, patch, images)
+                    model, report = made(label, images)
                     found[number].append(peaks(model, report, unseen))
         cells = []
         for layers in found.values():

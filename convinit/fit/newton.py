@@ -75,7 +75,7 @@ def fit(
     P = pos_embed.double()
     # Where singular values coincide, as those of sin-cos do, rounding chooses their vectors; on one thread
     # the choice is always the same. The solver does not depend on the number of threads.
-    with _one_thread():
+    with one_thread():
         (Vq, Xq), (Vk, Xk) = reduced_bases(P)
         symmetries, turns_q, turns_k = true_symmetries(symmetries, Xq, Xk)
         problems, norms, problem_of_head, symmetry_of_head = distinct_problems(
@@ -83,7 +83,7 @@ def fit(
         )
         starts = ridge_starts(Xq, Xk, problems, min(rank, Xq.shape[1], Xk.shape[1]))
     wq, wk = _solve(Xq, Xk, problems, *starts, scale, norms, peak, options, device)
-    with _one_thread():
+    with one_thread():
         rotation = random_rotations(len(targets), rank, wq.shape[2], generator)  # [B, k, r]
         wq, wk = (
             V @ (turns[symmetry_of_head] @ times_two_to(exponent, w)[problem_of_head] @ rotation)
@@ -100,7 +100,7 @@ def times_two_to(exponent: int, x: Tensor) -> Tensor:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -12,6 +12,7 @@ from convinit._checks import check_offsets, check_real, check_tensor
 from convinit.fit import QKFit, fit_qk, fit_targets
 from convinit.fit.api import Solver
 from convinit.init._shared import mimetic_svd, rand, rounded, uniform
+from convinit.init.level import Level
 from convinit.init.options import InitOptions
 from convinit.offsets import impulse_targets
 
@@ -207,12 +208,14 @@ def fitted_qk(
     scale: float,
     num_heads: int,
     generator: torch.Generator | None,
+    unequal_tokens: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, QKFit | None]:
     """Impulses of all heads, or a control in their place.
 
     Args:
         options: with ``fits``.
         num_heads: of a layer; there may be several.
+        unequal_tokens: content will make tokens show unequal multiples of P, see `init.level`.
         Others: as in :func:`convinit.fit_qk`.
 
     Returns:
@@ -220,9 +223,11 @@ def fitted_qk(
         None: a norm was given.
     """
     impulses, weight_norm = None, options.weight_norm
+    level = Level.of(pos_embed) if unequal_tokens and weight_norm is None else None
+    fitted_to = pos_embed if level is None else level.fitted_to
     if options.method == "impulse" or weight_norm is None:
         impulses = fit_qk(
-            pos_embed,
+            fitted_to,
             offsets,
             grid_size,
             rank,
@@ -233,18 +238,25 @@ def fitted_qk(
             padding_mode=options.padding_mode,
             generator=generator,
         )
+        fitted_norms = impulses.weight_norm
+        if level is not None:
+            impulses = level.level(impulses, generator)
         wq, wk, norms, targets = impulses.wq, impulses.wk, impulses.weight_norm, impulses.targets
         if options.method != "impulse":  # controls are written in their place
             wq, wk = torch.empty_like(wq), torch.empty_like(wk)
     else:
         wq, wk = pos_embed.new_empty(2, len(offsets), pos_embed.shape[1], rank)
-        norms = torch.full((len(offsets),), weight_norm, dtype=torch.float64, device="cpu")
+        norms = fitted_norms = torch.full((len(offsets),), weight_norm, dtype=torch.float64, device="cpu")
         targets = impulse_targets(offsets, grid_size, padding_mode=options.padding_mode)
     if options.method == "norm_matched":
         norm_matched_qk_(wq, wk, norms, generator=generator)
     elif options.method == "scrambled":
-        control = scrambled_qk_(wq, wk, pos_embed, scale=scale, weight_norm=norms, generator=generator)
+        control = scrambled_qk_(wq, wk, fitted_to, scale=scale, weight_norm=fitted_norms, generator=generator)
         targets = control.targets
+        if level is not None:
+            control = level.level(control, generator)
+            to_norm = (norms / control.weight_norm)[:, None, None]
+            wq, wk = ((to_norm * w).to(w) for w in (control.wq, control.wk))
     return wq, wk, targets, impulses
 
 

@@ -213,6 +213,15 @@ def test_the_plain_call(name):
         assert 0.2 < record.share < 0.95 and (record.prefix < 0.03).all()
 
 
+def test_a_fixed_position_embedding_is_seen_in_deep_layers():
+    """Its few strong directions need large logits, which norms of tokens that differ by 25 % there blur."""
+    model = vit_pytorch("SimpleViT", depth=6, dim=96, dim_head=32, mlp_dim=384)
+    images, others = photographs((SIDE, SIDE), count=64).split(32)
+    report = convinit.init_vit_(model, generator=seeded(), images=images)
+    assert report.missed() is None
+    assert on_target(model, report, others) == pytest.approx([0.7] * 6, abs=0.07)
+
+
 @pytest.mark.parametrize("name", ["timm", "timm qk_norm", "transformers DeiT", "vit-pytorch SimpleViT"])
 def test_the_same_bits_however_often(name):
     model = ADDITIVE[name]()

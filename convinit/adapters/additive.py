@@ -78,6 +78,7 @@ class AdditiveLayout(Layout):
     def init_(self, request: Request, layers: Sequence[int], offsets: Tensor) -> list[LayerRecord]:
         self.check_in_use()
         self._check_finite()
+        self._check_sizes(request)
         if request.alpha is not None and not self.takes_alpha:
             raise ValueError(
                 f"alpha must be None for {type(self.root).__name__}: convinit's own models have it"
@@ -450,6 +451,21 @@ class AdditiveLayout(Layout):
                 "queries and keys would need weights of 100 and more. A norm in front of the attention would "
                 "enlarge it, and nothing says whether there is one; without position= and pos_embed_gain= "
                 "that does not matter"
+            )
+
+    def _check_sizes(self, request: Request) -> None:
+        assert self.position is not None
+        name, dim = type(self.root).__name__, self.position.read().shape[1]
+        if math.prod(self.grid_size) < 2 and not (request.draws or request.method == "default"):
+            raise ValueError(
+                f"model must have two tokens or more on its grid for method={request.method!r}, but "
+                f"{name} has one: its images are one patch"
+            )
+        widest = max(attention.head_dim for attention in self.attentions)
+        if request.fits and widest > dim:
+            raise ValueError(
+                f"model must have heads no wider than its tokens for method={request.method!r}, but those of "
+                f"{name} have {widest} dimensions (dim_head, head_dim) and its tokens {dim}"
             )
 
     def _check_finite(self) -> None:

@@ -103,10 +103,14 @@ def calibrate_(
         if plan.targets is not None:
             seen[i].figures = _measured(attention, x, plan.targets)
 
-    # A layer that is sharded runs with the weights that it had gathered before it was set.
+    # A layer that is sharded runs with the weights that it had gathered before it was set, so one more layer
+    # is right after each pass.
     sharded = any(is_sharded(attention.query.weight.tensor) for attention in attentions.values())
-    for _ in range(2 if sharded else 1):
+    for _ in range(len(numbers) if sharded else 1):
+        before = {i: each.gain for i, each in seen.items()}
         watch_inputs(list(attentions.values()), model, images, use, to_the_end=sharded)
+        if before == {i: each.gain for i, each in seen.items()}:
+            break
     return seen
 
 

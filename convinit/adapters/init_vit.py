@@ -107,8 +107,9 @@ def init_vit_(
             :mod:`convinit.adapters.layout`.
         images: a batch as the model takes it, 8 or more of those it will be trained on. None means synthetic
             images with the contrasts of photographs.
-        generator: CPU generator. One seed gives the same weights whenever and wherever it is called. On
-            several processes (DDP, FSDP2) give one with the same seed on each.
+        generator: CPU generator. One seed gives the same weights at every call and on every device. On a CPU
+            that rounds otherwise they may be others, as good. On several processes (DDP, FSDP2) give one with
+            the same seed on each.
 
     Returns:
         :class:`InitReport`: what every head got.

@@ -64,7 +64,8 @@ def reproduce(
     dry_run: Annotated[
         bool,
         typer.Option(
-            "--dry-run", help="Say which runs are to do and how long they take; run and fetch nothing."
+            "--dry-run",
+            help="Say which runs are to do and how long they take; run nothing, and fetch no data.",
         ),
     ] = False,
 ) -> None:

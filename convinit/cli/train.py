@@ -83,7 +83,8 @@ def train(
     dry_run: Annotated[
         bool,
         typer.Option(
-            "--dry-run", help="Say what would be done and how long it would take; write and fetch nothing."
+            "--dry-run",
+            help="Say what would be done and how long it would take; write nothing, and fetch no data.",
         ),
     ] = False,
     resume: Annotated[

@@ -21,9 +21,14 @@ from convinit.fit import QKFit
 from convinit.fit.newton import one_thread, random_rotations
 from convinit.fit.result import norms_of
 
-# Logits of 0 would be blurred as little, but class tokens have those, and shall have little attention.
+# Of the largest logit of a row. 0 would be blurred as little, but is that of class tokens, whose share shall
+# be small.
 _LOGIT = 5.0
-_CONSTANT = 0.02  # rms of P u - 1 up to which P holds the constant: sin-cos 0.003, cosines without it 0.99
+# P holds the constant if P u = 1 up to this rms error: sin-cos 0.003, cosines without the constant 0.99.
+_ERROR = 0.02
+# And if u is small: its norm times the rms norm of P's rows, 1.1 to 1.3 for sin-cos. A smooth P that was
+# learned has 3 to 5, and independent rows have 30 and more: training soon blurs what such a u adds.
+_SIZE = 2.0
 # The fit is to P with its singular values to this power. Weaker directions then carry more of a map, which
 # lowers the logits that it needs; at 0.25 the weights are three times as large, and networks learn badly.
 _POWER = 0.5
@@ -51,36 +56,39 @@ class Level:
 
     @classmethod
     def of(cls, pos_embed: Tensor) -> Level | None:
-        """None where the row space of P does not hold the constant."""
+        """None where the row space of P does not hold the constant, or in weak directions only."""
         with one_thread():
             U, S, Vh = torch.linalg.svd(pos_embed.double(), full_matrices=False)
         strong = S > _SMALLEST_DIRECTION * S[0]
         U, S = U[:, strong], S[strong]
         constant = U.sum(dim=0)
-        if (U @ constant - 1).square().mean().sqrt() > _CONSTANT:
+        u = constant / S
+        error, size = (U @ constant - 1).square().mean().sqrt(), u.norm() * S.norm() / len(U) ** 0.5
+        if error > _ERROR or size > _SIZE:
             return None
         stretch = S ** (_POWER - 1)
-        return cls(pos_embed, Vh[strong].mT, U * S, constant / S, stretch * S.norm() / (S * stretch).norm())
+        return cls(pos_embed, Vh[strong].mT, U * S, u, stretch * S.norm() / (S * stretch).norm())
 
     @property
     def fitted_to(self) -> Tensor:
         """[N, D]: what the fit is to."""
         return (self.Z * self.stretch @ self.V.mT).to(self.pos_embed)
 
-    def level(self, fit: QKFit, generator: torch.Generator | None) -> QKFit:
-        """A fit to `fitted_to` as one to P: the same maps, from logits of 5 at the targets."""
-        targets, rank = fit.targets, fit.wq.shape[2]
-        with one_thread():
+    def fitted_rank(self, rank: int) -> int:
+        """Of a fit that has `rank` once it is level."""
+        return rank if rank >= len(self.u) else rank - 1
+
+    def level(self, fit: QKFit, rank: int, generator: torch.Generator | None) -> QKFit:
+        """A fit to `fitted_to` as one to P with `rank`: the same maps, the largest logit of each row 5."""
+        with one_thread(), torch.device("cpu"):
             q, k = (self.stretch[:, None] * (self.V.mT @ w.double()) for w in (fit.wq, fit.wk))  # [B, k, r]
-            inside = (targets >= 0).double()
-            keys = torch.take_along_dim(self.Z @ k, targets.clamp(min=0)[..., None], dim=1)
-            missing = inside * (_LOGIT / fit.scale - (self.Z @ q * keys).sum(dim=-1))  # [B, N]
-            gram = self.Z.mT @ (inside[..., None] * self.Z)
-            gram.diagonal(dim1=1, dim2=2).add_(_RIDGE * self.Z.square().sum(dim=0).max())
-            a = torch.linalg.solve(gram, missing @ self.Z)  # least squares over rows with a target
+            rows = zip(self.Z @ q, self.Z @ k, strict=True)  # one head at a time, for logits are [N, N]
+            missing = torch.stack([_LOGIT / fit.scale - (a @ b.mT).amax(dim=1) for a, b in rows])  # [B, N]
+            squares = self.Z.square().sum(dim=0)
+            a = missing @ self.Z / (squares + _RIDGE * squares.max())  # least squares: P a = missing
             U, S, Vh = torch.linalg.svd(q @ k.mT + a[..., None] * self.u)
             S = S[:, None, :rank].sqrt()
-            rotation = random_rotations(len(targets), rank, S.shape[2], generator)
+            rotation = random_rotations(len(a), rank, S.shape[2], generator)
             wq, wk = ((self.V @ (w[..., :rank] * S) @ rotation).to(fit.wq) for w in (U, Vh.mT))
         weight_norm = (norms_of(wq) * norms_of(wk)).sqrt()
         return replace(fit, wq=wq, wk=wk, weight_norm=weight_norm, pos_embed=self.pos_embed)

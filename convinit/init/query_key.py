@@ -223,14 +223,17 @@ def fitted_qk(
         None: a norm was given.
     """
     impulses, weight_norm = None, options.weight_norm
-    level = Level.of(pos_embed) if unequal_tokens and weight_norm is None else None
-    fitted_to = pos_embed if level is None else level.fitted_to
+    level, fitted_to, fitted_rank = None, pos_embed, rank
+    if unequal_tokens and options.target_peak is not None and rank > 1:
+        level = Level.of(pos_embed)
+        if level is not None:
+            fitted_to, fitted_rank = level.fitted_to, level.fitted_rank(rank)
     if options.method == "impulse" or weight_norm is None:
         impulses = fit_qk(
             fitted_to,
             offsets,
             grid_size,
-            rank,
+            fitted_rank,
             scale=scale,
             fit=options.solver(num_heads),
             weight_norm=weight_norm,
@@ -240,7 +243,7 @@ def fitted_qk(
         )
         fitted_norms = impulses.weight_norm
         if level is not None:
-            impulses = level.level(impulses, generator)
+            impulses = level.level(impulses, rank, generator)
         wq, wk, norms, targets = impulses.wq, impulses.wk, impulses.weight_norm, impulses.targets
         if options.method != "impulse":  # controls are written in their place
             wq, wk = torch.empty_like(wq), torch.empty_like(wk)
@@ -251,10 +254,13 @@ def fitted_qk(
     if options.method == "norm_matched":
         norm_matched_qk_(wq, wk, norms, generator=generator)
     elif options.method == "scrambled":
-        control = scrambled_qk_(wq, wk, fitted_to, scale=scale, weight_norm=fitted_norms, generator=generator)
+        fitted = wq[..., :fitted_rank], wk[..., :fitted_rank]
+        control = scrambled_qk_(
+            *fitted, fitted_to, scale=scale, weight_norm=fitted_norms, generator=generator
+        )
         targets = control.targets
         if level is not None:
-            control = level.level(control, generator)
+            control = level.level(control, rank, generator)
             to_norm = (norms / control.weight_norm)[:, None, None]
             wq, wk = ((to_norm * w).to(w) for w in (control.wq, control.wk))
     return wq, wk, targets, impulses

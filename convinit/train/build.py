@@ -214,8 +214,11 @@ class _Options:
         pass
 
     def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
-        if isinstance(error, TypeError):
-            raise ValueError(f"model {self.model.name!r} does not take these settings: {error}") from error
+        if isinstance(error, (TypeError, AssertionError)):  # the latter is how some libraries check sizes
+            raise ValueError(
+                f"model {self.model.name!r} does not take these settings: {error or kind.__name__}; "
+                "model.options (--option NAME=VALUE) are its further arguments"
+            ) from error
 
 
 def _without_none(options: dict[str, Any]) -> dict[str, Any]:

@@ -280,8 +280,11 @@ def locked(out: Path, name: str = LOCK) -> Iterator[None]:
                 raise ValueError(f"another process is training into {out}; choose another folder") from error
             except OSError:  # a file system without locks
                 pass
-            if not (path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno()))):
-                continue  # another process has just ended and removed it
+            try:
+                if not os.path.samestat(path.stat(), os.fstat(file.fileno())):
+                    continue
+            except FileNotFoundError:  # another process has just ended and removed it
+                continue
             try:
                 yield
             finally:

@@ -7,6 +7,7 @@ with their help, and what is compared when a run is resumed.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import os
 import re
@@ -92,7 +93,7 @@ class ModelConfig(_Section):
         None, "Of simple_vit: the paper's Models.", choices=("vanilla", "I", "II", "III"), unset="I"
     )
     patch_size: int | None = option(
-        None, "Pixels on a side of a patch.", low=1, unset="2; a timm model's own"
+        None, "Pixels on a side of a patch.", low=1, unset="2; a timm model's own; other libraries need it"
     )
     dim: int | None = option(None, "Width of the tokens, or channels of convmixer.", low=1, unset="512")
     depth: int | None = option(None, "Blocks.", low=1, unset="6")
@@ -150,7 +151,7 @@ class InitConfig(_Section):
     method: str = option(
         "impulse",
         "Of queries and keys: impulse (ours), mimetic, random, default (as the model draws them), and the "
-        "controls scrambled, norm_matched and, in timm's models, position_only. Of convmixer's filters: "
+        "controls scrambled, norm_matched and, in libraries' models, position_only. Of convmixer's filters: "
         "impulse, random, box, gaussian, softmax, permutation, full_permutation.",
         flag="init",  # a model's own choices are checked in Config
     )
@@ -502,8 +503,12 @@ class Config:
 SECTIONS: dict[str, type[Any]] = {
     "model": ModelConfig, "init": InitConfig, "data": DataConfig, "recipe": RecipeConfig, "run": RunConfig,
 }  # fmt: skip
-# Evaluated once: a table of experiments asks for the same fields thousands of times.
-_HINTS = {section: typing.get_type_hints(section) for section in SECTIONS.values()}
+
+
+# Once for each: a table of experiments asks for the same fields thousands of times.
+@functools.cache
+def _hints(section: Any) -> dict[str, Any]:
+    return typing.get_type_hints(section)
 
 
 def field_of(path: str) -> dataclasses.Field:
@@ -523,9 +528,9 @@ def default_of(section: type, key: str) -> Any:
     return each.default if each.default_factory is dataclasses.MISSING else each.default_factory()
 
 
-def kind_of(section: type[Any], key: str) -> tuple[type, bool]:
+def kind_of(section: Any, key: str) -> tuple[type, bool]:
     """A field's type, and whether it may be None."""
-    hint = _HINTS[section][key]
+    hint = _hints(section)[key]
     optional = isinstance(hint, types.UnionType)
     if isinstance(hint, types.UnionType):
         hint = next(each for each in hint.__args__ if each is not types.NoneType)

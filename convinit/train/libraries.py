@@ -36,6 +36,11 @@ def create_library_model(
 def _simple_vit(image_size: Any, channels: int, num_classes: int, options: dict[str, Any]) -> nn.Module:
     from vit_pytorch import SimpleViT
 
+    if channels == 1 and options.get("patch_size") in (1, (1, 1), [1, 1]):
+        raise ValueError(
+            "vit-pytorch's SimpleViT normalises the numbers of a patch, of which one grey pixel has one, so "
+            "all images would look alike: give a larger model.patch_size"
+        )
     return SimpleViT(image_size=image_size, channels=channels, num_classes=num_classes, **options)
 
 

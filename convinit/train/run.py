@@ -168,7 +168,7 @@ def run_training(
 def measure(config: Config, *, seconds: float = 5.0) -> tuple[Plan, float]:
     """What a run would do, and the seconds that a step takes, measured for a while.
 
-    Nothing is written or fetched.
+    Nothing is written, and no data are fetched.
 
     Raises:
         As `run_training`.

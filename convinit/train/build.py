@@ -19,7 +19,7 @@ from convinit.train.libraries import create_library_model
 def build_model(
     config: Config, *, image_size: int | tuple[int, int], channels: int, num_classes: int
 ) -> nn.Module:
-    """The model with its initial weights, on the CPU. One ``run.seed`` gives one model, everywhere.
+    """The model with its initial weights, on the CPU. One ``run.seed`` gives one model, whatever trains it.
 
     Args:
         config: its sections model and init, and ``run.seed``.

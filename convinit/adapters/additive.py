@@ -403,6 +403,7 @@ class AdditiveLayout(Layout):
             request, P, offsets, self.grid_size, rank, scale=first.scale, num_heads=heads[0],
             generator=request.generator,
             unequal_tokens=subspace and not first.has_qk_norm,  # which makes keys equal again
+            class_tokens=bool(self.prefix) or self.prefix_is_unknown,
         )  # fmt: skip
         aim = None if fit is None else self._parts(first, heads, fit.wq, fit.wk, fit.targets, fit.peak)
         own = self._parts(first, heads, wq, wk, targets)

@@ -32,6 +32,9 @@ _SIZE = 2.0
 # The fit is to P with its singular values to this power. Weaker directions then carry more of a map, which
 # lowers the logits that it needs; at 0.25 the weights are three times as large, and networks learn badly.
 _POWER = 0.5
+# Of the fit's rank, as a share of the directions of P. With 0.33 and less the fit to square roots needs
+# weights ten times as large, with 0.41 and more it does not.
+_RANK = 0.4
 _SMALLEST_DIRECTION = 1e-3  # as a share of the strongest
 _RIDGE = 1e-6  # as a share of the strongest direction's square
 
@@ -42,6 +45,7 @@ class Level:
 
     Attributes:
         pos_embed: P [N, D].
+        rank: r of the heads.
         V: [D, k] float64, orthonormal columns.
         Z: [N, k].
         u: [k].
@@ -49,14 +53,15 @@ class Level:
     """
 
     pos_embed: Tensor
+    rank: int
     V: Tensor
     Z: Tensor
     u: Tensor
     stretch: Tensor
 
     @classmethod
-    def of(cls, pos_embed: Tensor) -> Level | None:
-        """None where the row space of P does not hold the constant, or in weak directions only."""
+    def of(cls, pos_embed: Tensor, rank: int) -> Level | None:
+        """None where P does not hold the constant, or only weakly, and where heads are too small."""
         with one_thread():
             U, S, Vh = torch.linalg.svd(pos_embed.double(), full_matrices=False)
         strong = S > _SMALLEST_DIRECTION * S[0]
@@ -67,28 +72,37 @@ class Level:
         if error > _ERROR or size > _SIZE:
             return None
         stretch = S ** (_POWER - 1)
-        return cls(pos_embed, Vh[strong].mT, U * S, u, stretch * S.norm() / (S * stretch).norm())
+        stretch = stretch * S.norm() / (S * stretch).norm()
+        level = cls(pos_embed, rank, Vh[strong].mT, U * S, u, stretch)
+        return level if level.fitted_rank >= _RANK * len(S) else None
 
     @property
     def fitted_to(self) -> Tensor:
         """[N, D]: what the fit is to."""
         return (self.Z * self.stretch @ self.V.mT).to(self.pos_embed)
 
-    def fitted_rank(self, rank: int) -> int:
-        """Of a fit that has `rank` once it is level."""
-        return rank if rank >= len(self.u) else rank - 1
+    @property
+    def fitted_rank(self) -> int:
+        """r of the fit: u takes one dimension of a head, unless a head has enough for all directions of P."""
+        return self.rank if self.rank >= len(self.u) else self.rank - 1
 
-    def level(self, fit: QKFit, rank: int, generator: torch.Generator | None) -> QKFit:
-        """A fit to `fitted_to` as one to P with `rank`: the same maps, the largest logit of each row 5."""
+    def level(self, fit: QKFit, generator: torch.Generator | None, *, class_tokens: bool) -> QKFit:
+        """A fit to `fitted_to` as one to P: the same maps, the largest logit of each row 5.
+
+        Rows without a target count only where there are class tokens, to which they would be drawn. They make
+        the other rows less level, and where there are none, networks learn better without them.
+        """
         with one_thread(), torch.device("cpu"):
             q, k = (self.stretch[:, None] * (self.V.mT @ w.double()) for w in (fit.wq, fit.wk))  # [B, k, r]
             rows = zip(self.Z @ q, self.Z @ k, strict=True)  # one head at a time, for logits are [N, N]
             missing = torch.stack([_LOGIT / fit.scale - (a @ b.mT).amax(dim=1) for a, b in rows])  # [B, N]
-            squares = self.Z.square().sum(dim=0)
-            a = missing @ self.Z / (squares + _RIDGE * squares.max())  # least squares: P a = missing
+            rows_used = ((fit.targets >= 0) | class_tokens).double()
+            gram = self.Z.mT @ (rows_used[..., None] * self.Z)  # of least squares: P a = missing
+            gram.diagonal(dim1=1, dim2=2).add_(_RIDGE * self.Z.square().sum(dim=0).max())
+            a = torch.linalg.solve(gram, (rows_used * missing) @ self.Z)
             U, S, Vh = torch.linalg.svd(q @ k.mT + a[..., None] * self.u)
-            S = S[:, None, :rank].sqrt()
-            rotation = random_rotations(len(a), rank, S.shape[2], generator)
-            wq, wk = ((self.V @ (w[..., :rank] * S) @ rotation).to(fit.wq) for w in (U, Vh.mT))
+            S = S[:, None, : self.rank].sqrt()
+            rotation = random_rotations(len(a), self.rank, S.shape[2], generator)
+            wq, wk = ((self.V @ (w[..., : self.rank] * S) @ rotation).to(fit.wq) for w in (U, Vh.mT))
         weight_norm = (norms_of(wq) * norms_of(wk)).sqrt()
         return replace(fit, wq=wq, wk=wk, weight_norm=weight_norm, pos_embed=self.pos_embed)

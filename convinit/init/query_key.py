@@ -209,6 +209,7 @@ def fitted_qk(
     num_heads: int,
     generator: torch.Generator | None,
     unequal_tokens: bool = False,
+    class_tokens: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, QKFit | None]:
     """Impulses of all heads, or a control in their place.
 
@@ -216,6 +217,7 @@ def fitted_qk(
         options: with ``fits``.
         num_heads: of a layer; there may be several.
         unequal_tokens: content will make tokens show unequal multiples of P, see `init.level`.
+        class_tokens: there are tokens without P.
         Others: as in :func:`convinit.fit_qk`.
 
     Returns:
@@ -224,10 +226,10 @@ def fitted_qk(
     """
     impulses, weight_norm = None, options.weight_norm
     level, fitted_to, fitted_rank = None, pos_embed, rank
-    if unequal_tokens and options.target_peak is not None and rank > 1:
-        level = Level.of(pos_embed)
+    if unequal_tokens and options.target_peak is not None:
+        level = Level.of(pos_embed, rank)
         if level is not None:
-            fitted_to, fitted_rank = level.fitted_to, level.fitted_rank(rank)
+            fitted_to, fitted_rank = level.fitted_to, level.fitted_rank
     if options.method == "impulse" or weight_norm is None:
         impulses = fit_qk(
             fitted_to,
@@ -243,7 +245,7 @@ def fitted_qk(
         )
         fitted_norms = impulses.weight_norm
         if level is not None:
-            impulses = level.level(impulses, rank, generator)
+            impulses = level.level(impulses, generator, class_tokens=class_tokens)
         wq, wk, norms, targets = impulses.wq, impulses.wk, impulses.weight_norm, impulses.targets
         if options.method != "impulse":  # controls are written in their place
             wq, wk = torch.empty_like(wq), torch.empty_like(wk)
@@ -260,7 +262,7 @@ def fitted_qk(
         )
         targets = control.targets
         if level is not None:
-            control = level.level(control, rank, generator)
+            control = level.level(control, generator, class_tokens=class_tokens)
             to_norm = (norms / control.weight_norm)[:, None, None]
             wq, wk = ((to_norm * w).to(w) for w in (control.wq, control.wk))
     return wq, wk, targets, impulses

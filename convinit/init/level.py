@@ -6,8 +6,8 @@ between them. Softmax does not see what all keys of a row have in common. A dire
 queries take that off: W_q W_kᵀ + a uᵀ adds (P a)_i to row i.
 
 Sin-cos has few strong directions, which make such rows: on 8 × 8 tokens a peak of 0.7 needs target logits of
-16, and norms that differ by 10 and 20 % leave 0.53 and 0.39 of 0.70. With logits of 5 they leave 0.68 and
-0.63. docs/init_vit has what networks learn from both.
+16, and norms that differ by 10 and 20 % leave 0.55 and 0.40 of 0.70. With logits of 5 they leave 0.69 and
+0.65. docs/init_vit has what networks learn from both.
 """
 
 from __future__ import annotations

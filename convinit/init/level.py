@@ -86,7 +86,7 @@ class Level:
         """r of the fit: u takes one dimension of a head, unless a head has enough for all directions of P."""
         return self.rank if self.rank >= len(self.u) else self.rank - 1
 
-    def level(self, fit: QKFit, generator: torch.Generator | None, *, class_tokens: bool) -> QKFit:
+    def levelled(self, fit: QKFit, generator: torch.Generator | None, *, class_tokens: bool) -> QKFit:
         """A fit to `fitted_to` as one to P: the same maps, the largest logit of each row 5.
 
         Rows without a target count only where there are class tokens, to which they would be drawn. They make
@@ -95,7 +95,7 @@ class Level:
         with one_thread(), torch.device("cpu"):
             q, k = (self.stretch[:, None] * (self.V.mT @ w.double()) for w in (fit.wq, fit.wk))  # [B, k, r]
             rows = zip(self.Z @ q, self.Z @ k, strict=True)  # one head at a time, for logits are [N, N]
-            missing = torch.stack([_LOGIT / fit.scale - (a @ b.mT).amax(dim=1) for a, b in rows])  # [B, N]
+            missing = torch.stack([_LOGIT / fit.scale - (x @ y.mT).amax(dim=1) for x, y in rows])  # [B, N]
             rows_used = ((fit.targets >= 0) | class_tokens).double()
             gram = self.Z.mT @ (rows_used[..., None] * self.Z)  # of least squares: P a = missing
             gram.diagonal(dim1=1, dim2=2).add_(_RIDGE * self.Z.square().sum(dim=0).max())

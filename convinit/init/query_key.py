@@ -245,7 +245,7 @@ def fitted_qk(
         )
         fitted_norms = impulses.weight_norm
         if level is not None:
-            impulses = level.level(impulses, generator, class_tokens=class_tokens)
+            impulses = level.levelled(impulses, generator, class_tokens=class_tokens)
         wq, wk, norms, targets = impulses.wq, impulses.wk, impulses.weight_norm, impulses.targets
         if options.method != "impulse":  # controls are written in their place
             wq, wk = torch.empty_like(wq), torch.empty_like(wk)
@@ -262,7 +262,7 @@ def fitted_qk(
         )
         targets = control.targets
         if level is not None:
-            control = level.level(control, generator, class_tokens=class_tokens)
+            control = level.levelled(control, generator, class_tokens=class_tokens)
             to_norm = (norms / control.weight_norm)[:, None, None]
             wq, wk = ((to_norm * w).to(w) for w in (control.wq, control.wk))
     return wq, wk, targets, impulses
